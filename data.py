@@ -1,0 +1,390 @@
+"""The data: graphs, vocabulary, traces, batches and the retriever. Knows nothing about models.
+
+IsTree (paper, sections 5 and 6): is a graph with n nodes and n-1 edges, given as a list of edges,
+a tree? One token per node, so `14` is one token. For n_nodes=5 and the edges 2-1 4-0 4-3 4-1,
+each setup writes after the prompt:
+
+  prompt     [BOS] 2 - 1 4 - 0 4 - 3 4 - 1 [EOS]
+
+  direct     [TRUE]
+
+  cot        0 4 3 4 1 2 1 4 0 [EOS] [TRUE]                  the Euler tour of a depth-first search
+
+  retrieval  0 [STARTSEARCH] 0 ~ [ENDSEARCH] *[FAILED]       the same search; what must be looked up is
+             [STARTSEARCH] 0 - [ENDSEARCH] *4                queried, and the retriever writes the token
+             [STARTSEARCH] 4 ~ [ENDSEARCH] *[FAILED]         marked *: 0 has no parent, its first
+             4 ~ 0                                           neighbour is 4, which has no parent yet: record
+             4 [STARTSEARCH] 4 ~ [ENDSEARCH] *0              `4 ~ 0`, enter 4. Its first neighbour is
+             [STARTSEARCH] 4 - [ENDSEARCH] *0                its parent 0, so ask for the one after
+             [STARTSEARCH] 4 - 0 [ENDSEARCH] *3              edge {4,0}: 3, unvisited ...
+             [STARTSEARCH] 3 ~ [ENDSEARCH] *[FAILED] 3 ~ 4 3 ... [EOS] [TRUE]
+
+Try it:  python data.py          prints one sample of each setup
+"""
+import re
+from typing import Callable, NamedTuple
+
+import numpy as np
+
+SPECIALS = ('-', '~', '[PAD]', '[BOS]', '[EOS]', '[TRUE]', '[FALSE]',
+            '[STARTSEARCH]', '[ENDSEARCH]', '[FAILED]')
+EDGE, RECORD, PAD, BOS, EOS, TRUE, FALSE, START, END, FAILED = range(len(SPECIALS))
+NODE = len(SPECIALS)                                # node k is token NODE + k
+MAX_NODES = 4096
+WORDS = SPECIALS + tuple(map(str, range(MAX_NODES)))
+TOKENS = {word: token for token, word in enumerate(WORDS)}
+SETUPS = ('direct', 'cot', 'retrieval')
+VALIDATION_SEED = (2402, 18510)                     # never a training seed: those have three numbers
+CHUNK = 1024                                        # training samples made at a time
+
+
+def vocab_size(n_nodes):
+    """Number of tokens of a task with n_nodes nodes."""
+    return NODE + n_nodes
+
+
+def decode(tokens):
+    """Token ids (L,) -> text, tokens separated by blanks, padding left out."""
+    return ' '.join([WORDS[t] for t in tokens if t != PAD])
+
+
+def encode(text):
+    """The inverse of decode: text -> list of token ids. Raises ValueError on an unknown word."""
+    words = text.split()
+    if unknown := [word for word in words if word not in TOKENS]:
+        raise ValueError(f'unknown word {unknown[0]!r}: a token is one of {" ".join(SPECIALS)} or a node')
+    return [TOKENS[word] for word in words]
+
+
+# --- graphs: (B, n-1, 2) edges, (B,) labels ------------------------------------------------------
+
+def permutations(rng, batch_size, n):
+    """(batch_size, n) int64, each row a random order of 0..n-1: sorts random 48-bit numbers that
+    carry their own index in the low bits (several times faster than argsort)."""
+    keys = rng.integers(0, 2**64, (batch_size, n), dtype=np.uint64)
+    keys = keys & np.uint64(2**64 - 2**16) | np.arange(n, dtype=np.uint64)
+    keys.sort(axis=1)
+    return (keys & np.uint64(2**16 - 1)).astype(np.int64)
+
+
+def two_star(rng, batch_size, n_nodes):
+    """The paper's distribution (appendix; 'binary' in the authors' code). p[0] and p[1] are centres,
+    each other node hangs on one of them by a fair coin, one more edge joins two leaves:
+
+        2   3   4          2   3   4
+         \\ /    |           \\ /    |       left: leaves of different centres are joined, a tree;
+          0     1            0     1       right: leaves of the same centre, a triangle and an
+          |     |            |     |       unconnected rest. Both have n-1 edges.
+          5 --- 6            5--2  6
+
+    Returns edges (B, n-1, 2) int64 and is_tree (B,) bool, P(tree) = 1/2."""
+    p = permutations(rng, batch_size, n_nodes)
+    side = rng.integers(0, 2, (batch_size, n_nodes - 2))
+    edges = np.empty((batch_size, n_nodes - 1, 2), np.int64)
+    edges[:, :-1, 0] = np.where(side, p[:, 1:2], p[:, :1])
+    edges[:, :-1, 1] = p[:, 2:]
+    rows, i = np.arange(batch_size), rng.integers(0, n_nodes - 3, batch_size)
+    edges[:, -1, 0], edges[:, -1, 1] = p[rows, i + 2], p[rows, i + 3]
+    return edges, side[rows, i] != side[rows, i + 1]
+
+
+def random_graph(rng, batch_size, n_nodes):
+    """Half the time a random recursive tree (node i is joined to a uniform earlier one, then nodes
+    are renamed at random), otherwise such a tree with one edge rewired: the edge above a random node
+    is cut and two nodes of the same part, not yet joined, are joined instead, which closes a cycle.
+    Cut and new edge are drawn uniformly among the possible ones, by rejection.
+
+    Returns edges (B, n-1, 2) int64 and is_tree (B,) bool, P(tree) = 1/2."""
+    parent = np.zeros((batch_size, n_nodes), np.int64)
+    parent[:, 1:] = rng.integers(0, np.arange(1, n_nodes), (batch_size, n_nodes - 1))
+    edges = np.stack([parent[:, 1:], np.broadcast_to(np.arange(1, n_nodes), (batch_size, n_nodes - 1))], -1)
+    is_tree = rng.integers(0, 2, batch_size).astype(bool)
+    todo = np.flatnonzero(~is_tree)
+    while len(todo):
+        cut = rng.integers(1, n_nodes, len(todo))
+        u, v = rng.integers(0, n_nodes, (2, len(todo)))
+        below = np.zeros((len(todo), n_nodes), bool)            # in the part below the cut?
+        rows = np.arange(len(todo))
+        for i in range(1, n_nodes):                             # parents come before their children
+            below[:, i] = below[rows, parent[todo, i]] | (cut == i)
+        joined = (parent[todo, u] == v) | (parent[todo, v] == u)
+        good = (u != v) & (below[rows, u] == below[rows, v]) & ~joined
+        edges[todo[good], cut[good] - 1, 0], edges[todo[good], cut[good] - 1, 1] = u[good], v[good]
+        todo = todo[~good]
+    p = permutations(rng, batch_size, n_nodes)
+    return np.take_along_axis(p, edges.reshape(batch_size, -1), 1).reshape(edges.shape), is_tree
+
+
+DISTRIBUTIONS = {'two_star': two_star, 'random': random_graph}
+
+
+# --- traces: the whole batch searches in lock step ----------------------------------------------
+
+class Search(NamedTuple):
+    """A batch of depth-first searches. The batch is treated as one big graph: node v of sample b has
+    the number b*n + v, and each edge is two half-edges, h (u -> v) and h^1 (v -> u), so that every
+    step of all searches is a handful of one-dimensional look-ups. NONE (no such half-edge) leads to
+    SINK, a node without edges at which a search that has ended stays for ever."""
+    visit: np.ndarray       # (B, T) the node on top of the stack at each step, SINK after the end
+    via: np.ndarray         # (B, T) the half-edge it was reached by, NONE at the start and after the end
+    parent: np.ndarray      # (B*n+1,) the half-edge from a node to its parent, -1 if never visited
+    first: np.ndarray       # (B*n+1,) a node's first half-edge in the order of the prompt
+    following: np.ndarray   # (B*2(n-1)+2,) the half-edge after h that leaves the same node
+    target: np.ndarray      # (B*2(n-1)+2,) where a half-edge leads
+
+
+def depth_first_search(edges):
+    """Search from node 0 of every sample, neighbours in the order of the edges, and stop at the first
+    visited node other than the parent (paper, Algorithm 1). edges (B, n-1, 2) -> Search."""
+    batch_size, n_edges, _ = edges.shape
+    n_nodes = n_edges + 1
+    SINK, NONE = batch_size * n_nodes, batch_size * 2 * n_edges
+    root = np.arange(batch_size) * n_nodes
+    nodes = edges.reshape(batch_size, -1) + root[:, None]               # half-edge -> node it leaves
+    target = np.append(edges[:, :, ::-1].reshape(batch_size, -1) + root[:, None], [SINK, SINK])
+    first = np.full(SINK + 1, NONE)
+    following = np.full(NONE + 2, NONE)
+    for h in reversed(range(2 * n_edges)):                              # linked lists, from the back
+        half_edge = np.arange(h, NONE, 2 * n_edges)
+        following[half_edge] = first[nodes[:, h]]
+        first[nodes[:, h]] = half_edge
+
+    parent = np.full(SINK + 1, -1)
+    parent[root] = parent[SINK] = NONE
+    visit = np.full((2 * n_nodes - 1, batch_size), SINK)
+    via = np.full((2 * n_nodes - 1, batch_size), NONE)
+    node, walked, onward = root, np.full(batch_size, NONE), first[root]
+    for t in range(2 * n_nodes - 1):
+        visit[t], via[t] = node, walked
+        up = parent[node]
+        onward = np.where(onward == up, following[onward], onward)      # never straight back up
+        returns = onward == NONE
+        walked = np.where(returns, up, onward)
+        node = target[walked]
+        above = parent[node]
+        enters = above < 0
+        cycle = ~(enters | returns)
+        walked[cycle], node[cycle], above[cycle] = NONE, SINK, NONE
+        parent[node] = np.where(enters, walked ^ 1, above)
+        onward = np.where(enters, first[node], following[walked ^ 1])
+    return Search(visit.T, via.T, parent, first, following, target)
+
+
+def cot_trace(edges):
+    """Euler tours (Algorithm 1). edges (B, n-1, 2) -> (B, 2n-1) tokens, -1 where there is none."""
+    search = depth_first_search(edges)
+    n_nodes = edges.shape[1] + 1
+    root = np.arange(len(edges))[:, None] * n_nodes
+    return np.where(search.visit == len(edges) * n_nodes, -1, search.visit - root + NODE)
+
+
+def retrieval_trace(edges):
+    """The search with every look-up written as a query (Algorithm 2). Each step of the search, on node
+    v reached from `prev`, fills the 26 slots below, where a slot that is not needed stays -1:
+
+        v [STARTSEARCH] v ~ [ENDSEARCH] parent          0..5
+        [STARTSEARCH] v - prev [ENDSEARCH] next         6..11    without prev when reached from the parent
+        [STARTSEARCH] v - parent [ENDSEARCH] next      12..17    only if the last answer was the parent
+        [STARTSEARCH] w ~ [ENDSEARCH] parent           18..22    only if there is a next neighbour w
+        w ~ v                                          23..25    only if w is unvisited
+
+    edges (B, n-1, 2) -> (B, (2n-1)*26) tokens, -1 where there is none."""
+    s = depth_first_search(edges)
+    batch_size, n_nodes = len(edges), edges.shape[1] + 1
+    SINK, NONE = len(s.first) - 1, len(s.target) - 2
+    # token of a node, as 16 bits: this function is bound by memory traffic
+    token = np.append(np.tile(np.arange(NODE, NODE + n_nodes, dtype=np.int16), batch_size), np.int16(FAILED))
+
+    going = s.visit != SINK
+    up = s.parent[s.visit]
+    v, parent = token[s.visit], token[s.target[up]]
+    from_child = going & (s.via != NONE) & (up != s.via ^ 1)
+    answer = np.where(from_child, s.following[s.via ^ 1], s.first[s.visit])
+    again = going & (answer == up) & (up != NONE)
+    onward = np.where(again, s.following[answer], answer)
+    looks = onward != NONE                                              # there is a neighbour w ...
+    w = s.target[onward]
+    w_up = s.parent[w]                                                  # (where w got its record in the end)
+    enters = looks & (w_up == onward ^ 1)
+    enters[:, :-1] &= s.visit[:, 1:] == w[:, :-1]                       # ... that is entered, not met again
+
+    slots = np.full((*v.shape, 26), -1, np.int16)
+
+    def fill(at, *columns):
+        """Write columns, each (where, what), to the slots from `at` on."""
+        for slot, (where, what) in enumerate(columns, at):
+            slots[..., slot] = np.where(where, what, np.int16(-1))
+
+    fill(0, (going, v), (going, START), (going, v), (going, RECORD), (going, END), (going, parent))
+    fill(6, (going, START), (going, v), (going, EDGE), (from_child, token[s.target[s.via ^ 1]]), (going, END),
+         (going, token[s.target[answer]]))
+    fill(12, (again, START), (again, v), (again, EDGE), (again, parent), (again, END), (again, token[w]))
+    fill(18, (looks, START), (looks, token[w]), (looks, RECORD), (looks, END),
+         (looks, np.where(enters, np.int16(FAILED), token[s.target[w_up]])))
+    fill(23, (enters, token[w]), (enters, RECORD), (enters, v))
+    return slots.reshape(batch_size, -1)
+
+
+# --- samples ---------------------------------------------------------------------------------------
+
+def prompt_length(n_nodes):
+    """Tokens of the prompt, [BOS] and [EOS] included."""
+    return 3 * (n_nodes - 1) + 2
+
+
+def max_length(n_nodes, setup):
+    """Tokens of the longest sample, which is always a tree's (its whole search is written down)."""
+    trace = {'direct': 1, 'cot': 2 * n_nodes - 1 + 2, 'retrieval': 37 * n_nodes - 26 + 2}
+    return prompt_length(n_nodes) + trace[setup]
+
+
+def generate(batch_size, n_nodes, setup, seed, distribution='two_star'):
+    """A batch of IsTree samples, drawn as in the header of this file. Deterministic in its arguments.
+
+    seed: an int or a tuple of ints. Returns tokens (B, L) int64, right-padded with [PAD] to the longest
+    sample of the batch; loss_mask (B, L) bool, True where the token is to be predicted: after the
+    prompt, except padding and what the retriever writes (paper, section 6); is_tree (B,) bool.
+    Raises ValueError on an unknown setup or distribution, or an impossible batch_size or n_nodes."""
+    for name, value, known in (('setup', setup, SETUPS), ('distribution', distribution, DISTRIBUTIONS)):
+        if value not in known:
+            raise ValueError(f'unknown {name} {value!r}: choose one of {", ".join(known)}')
+    for name, value, low, high in (('n_nodes', n_nodes, 4, MAX_NODES), ('batch_size', batch_size, 1, None)):
+        if not isinstance(value, (int, np.integer)) or value < low or (high and value > high):
+            raise ValueError(f'{name}={value!r} is impossible: give a whole number '
+                             + (f'from {low} to {high}' if high else f'of at least {low}'))
+    rng = np.random.default_rng(seed)
+    edges, is_tree = DISTRIBUTIONS[distribution](rng, batch_size, n_nodes)
+    order = permutations(rng, batch_size, n_nodes - 1)
+    edges = np.take_along_axis(edges, order[:, :, None], 1)             # the order of the prompt
+
+    start = prompt_length(n_nodes)
+    answer = np.where(is_tree, TRUE, FALSE)
+    if setup == 'direct':
+        tokens = np.empty((batch_size, start + 1), np.int64)
+        tokens[:, start] = answer
+    else:
+        trace = cot_trace(edges) if setup == 'cot' else retrieval_trace(edges)
+        written = trace >= 0
+        end = start + written.sum(1)
+        tokens = np.full((batch_size, end.max() + 2), PAD, np.int64)
+        tokens[:, start:][np.arange(start, tokens.shape[1]) < end[:, None]] = trace[written]
+        tokens[np.arange(batch_size), end] = EOS
+        tokens[np.arange(batch_size), end + 1] = answer
+    tokens[:, 0], tokens[:, start - 1] = BOS, EOS
+    tokens[:, 1:start - 1:3] = edges.max(2) + NODE
+    tokens[:, 2:start - 1:3] = EDGE
+    tokens[:, 3:start - 1:3] = edges.min(2) + NODE
+
+    loss_mask = tokens != PAD
+    loss_mask[:, :start] = False
+    loss_mask[:, 1:] &= tokens[:, :-1] != END
+    return tokens, loss_mask, is_tree
+
+
+# --- the retriever -------------------------------------------------------------------------------
+
+def query_pattern(query):
+    """The Python regular expression that answers a query, or None if the query is malformed. Paste it
+    into a regex tester together with a context; the answer is the group that matched, of the first
+    match for an edge, of the last for a record (the first branch there steps over whole queries).
+
+        3 ~     \\[STARTSEARCH\\].*?\\[ENDSEARCH\\]|\\b3 ~ (\\d+)
+        3 -     ^\\[BOS\\][^[]*?(?:\\b3 - (\\d+)|\\b(\\d+) - 3\\b)
+        3 - 7   ^\\[BOS\\][^[]*?\\b(?:3 - 7|7 - 3)\\b[^[]*?(?:\\b3 - (\\d+)|\\b(\\d+) - 3\\b)
+    """
+    if not (parts := re.fullmatch(r'(\d+) (?:(~)|-(?: (\d+))?)', query)):
+        return None
+    v, record, w = parts.groups()
+    if record:
+        return rf'\[STARTSEARCH\].*?\[ENDSEARCH\]|\b{v} ~ (\d+)'
+    edge = rf'(?:\b{v} - (\d+)|\b(\d+) - {v}\b)'
+    after = rf'\b(?:{v} - {w}|{w} - {v})\b[^[]*?' if w else ''
+    return rf'^\[BOS\][^[]*?{after}{edge}'
+
+
+def split_query(context):
+    """Token ids that end with `[STARTSEARCH] query [ENDSEARCH]` -> the text before, the text of the query."""
+    before, _, query = decode(context).rpartition('[STARTSEARCH] ')
+    return before, query.removesuffix(' [ENDSEARCH]')
+
+
+def retrieve(context):
+    """Answer the query at the end of a context with a regular expression, run over the context's text.
+
+    context: token ids (L,) that end with `[STARTSEARCH] query [ENDSEARCH]`. Returns the token id of the
+    answer (paper, section 5.1 and Algorithm 2):
+      v ~    x in the latest record `v ~ x` written outside queries
+      v -    the other end of the first edge of the prompt that touches v
+      v - w  the other end of the next edge of the prompt that touches v after edge {v, w}
+    [FAILED] if there is no such thing or the query is malformed."""
+    before, query = split_query(context)
+    if (pattern := query_pattern(query)) is None:
+        return FAILED
+    found = [m[m.lastindex] for m in re.finditer(pattern, before) if m.lastindex]
+    return TOKENS[found[-1]] if found else FAILED
+
+
+# --- tasks, training stream and validation set ---------------------------------------------------
+
+class Task(NamedTuple):
+    """What a task provides. The answer is the token after the last [EOS] of a sample, in every task."""
+    generate: Callable          # (batch_size, n, setup, seed, distribution) -> tokens, loss_mask, labels
+    vocab_size: Callable        # n -> number of tokens
+    prompt_length: Callable     # n -> tokens of the prompt, the same for all samples
+    max_length: Callable        # (n, setup) -> tokens of the longest sample
+    query_pattern: Callable     # query text -> regular expression, None if malformed
+    retrieve: Callable          # context ids -> id of the answer
+    distributions: tuple        # names
+    setups: tuple               # names
+
+
+TASKS = {
+    'istree': Task(generate, vocab_size, prompt_length, max_length, query_pattern, retrieve,
+                   tuple(DISTRIBUTIONS), SETUPS),
+}
+
+
+def fingerprint(tokens):
+    """(B, L) tokens -> (B,) uint64 that are equal for equal rows and, but for a chance of about 2^-60,
+    different for different ones."""
+    weights = np.random.default_rng(0).integers(0, 2**63, tokens.shape[1], dtype=np.uint64) * 2 + 1
+    return (tokens.astype(np.uint64) * weights).sum(1)
+
+
+def validation_set(task, size, n_nodes, setup, distribution='two_star'):
+    """The held-out samples: the same for every seed and model. Returns what generate returns."""
+    return TASKS[task].generate(size, n_nodes, setup, VALIDATION_SEED, distribution)
+
+
+def training_batches(task, batch_size, n_nodes, setup, seed, distribution='two_star', held_out=None, first=0):
+    """Endless stream of training batches, tokens (batch_size, L) and loss_mask (batch_size, L), made on
+    the fly and cut to the longest sample of each batch. Batch number `first` comes first, so that an
+    interrupted run sees the same stream when it resumes.
+
+    held_out: validation tokens (N, L). A training sample with the same prompt is thrown out, and another
+    of its chunk takes its place. Raises ValueError if the validation set holds all there is."""
+    made = TASKS[task]
+    start = made.prompt_length(n_nodes)
+    forbidden = None if held_out is None else fingerprint(held_out[:, :start])
+    per_chunk = max(1, CHUNK // batch_size)
+    chunk, skip = divmod(first, per_chunk)
+    while True:
+        tokens, loss_mask, _ = made.generate(per_chunk * batch_size, n_nodes, setup, (seed, chunk, 0), distribution)
+        if forbidden is not None:
+            keep = np.flatnonzero(~np.isin(fingerprint(tokens[:, :start]), forbidden))
+            if len(keep) == 0:
+                raise ValueError(f'n={n_nodes} has so few prompts that all are in the validation set: '
+                                 'take a larger n or a smaller validation set')
+            if len(keep) < len(tokens):
+                keep = np.resize(keep, len(tokens))
+                tokens, loss_mask = tokens[keep], loss_mask[keep]
+        for i in range(skip, per_chunk):
+            rows = slice(i * batch_size, (i + 1) * batch_size)
+            length = int((tokens[rows] != PAD).sum(1).max())
+            yield tokens[rows, :length], loss_mask[rows, :length]
+        chunk, skip = chunk + 1, 0
+
+
+if __name__ == '__main__':
+    for setup in SETUPS:
+        print(f'{setup}:\n{decode(generate(1, 5, setup, seed=0)[0][0])}\n')

@@ -1,0 +1,356 @@
+"""Claims about this project, each checked against something this project did not write: brute force,
+float64, networkx, the official metrics, the `transformers` library. Run:  pytest test_all.py
+
+Tests of what needs a compiler, a GPU, networkx or transformers skip themselves where there is none.
+Order: data.py, scan_cuda/, models.py, train.py.
+"""
+import re
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import models
+import train
+
+N_NODES = (4, 5, 8, 16, 33, 256)
+GRAPHS = [(n, distribution) for n in N_NODES for distribution in data.DISTRIBUTIONS]
+
+
+# --- data.py ---------------------------------------------------------------------------------------
+
+def words_of(row):
+    """One sample as a list of words, without padding."""
+    return data.decode(row).split()
+
+
+def edges_of(row):
+    """The edges of a sample, read from its text: [(u, v), ...] in the order of the prompt."""
+    prompt = data.decode(row).split(' [EOS]')[0].removeprefix('[BOS] ')
+    return [tuple(map(int, edge)) for edge in re.findall(r'(\d+) - (\d+)', prompt)]
+
+
+def neighbours_of(edges, v):
+    return [a if b == v else b for a, b in edges if v in (a, b)]
+
+
+def recursive_tour(edges):
+    """Algorithm 1, plainly: the Euler tour, cut short where a cycle is met."""
+    tour, visited = [], set()
+
+    def search(v, parent):
+        visited.add(v)
+        tour.append(v)
+        for w in neighbours_of(edges, v):
+            if w == parent:
+                continue
+            if w in visited or not search(w, v):
+                return False
+            tour.append(v)
+        return True
+
+    search(0, None)
+    return [str(v) for v in tour]
+
+
+def answer_by_brute_force(context):
+    """The retriever's definition word for word, by loops over words: context is a list of words."""
+    start = max(i for i, word in enumerate(context) if word == '[STARTSEARCH]')
+    query, context = context[start + 1:-1], context[:start]
+    prompt = context[1:context.index('[EOS]')]
+    edges = [(prompt[i], prompt[i + 2]) for i in range(0, len(prompt), 3)]
+    if not query or not query[0].isdigit():
+        return '[FAILED]'
+    if len(query) == 2 and query[1] == '~':
+        answer, inside = '[FAILED]', False
+        for word, sign, parent in zip(context, context[1:], context[2:]):
+            inside = word == '[STARTSEARCH]' or inside and word != '[ENDSEARCH]'
+            if not inside and word == query[0] and sign == '~':
+                answer = parent
+        return answer
+    others = neighbours_of(edges, query[0])
+    if len(query) == 2 and query[1] == '-':
+        return (others + ['[FAILED]'])[0]
+    if len(query) == 3 and query[1] == '-' and query[2] in others:
+        return (others + ['[FAILED]'])[others.index(query[2]) + 1]
+    return '[FAILED]'
+
+
+def recursive_retrieval_trace(edges):
+    """Algorithm 2 as the specification words it, with a stack; look-ups answered by brute force."""
+    prompt = ['[BOS]'] + [word for u, v in edges for word in (str(u), '-', str(v))] + ['[EOS]']
+    context, stack, prev = list(prompt), ['0'], None
+
+    def query(*words):
+        context.extend(['[STARTSEARCH]', *words, '[ENDSEARCH]'])
+        context.append(answer_by_brute_force(context))
+        return context[-1]
+
+    while stack:
+        v = stack[-1]
+        context.append(v)
+        parent = query(v, '~')
+        from_parent = prev is None or prev == parent
+        w = query(v, '-') if from_parent else query(v, '-', prev)
+        if w == parent and w != '[FAILED]':
+            w = query(v, '-', parent)
+        prev = v
+        if w == '[FAILED]':
+            stack.pop()
+        elif query(w, '~') == '[FAILED]' and w != '0':
+            context.extend([w, '~', v])
+            stack.append(w)
+        else:
+            break
+    return context[len(prompt):]
+
+
+@pytest.mark.parametrize('n_nodes, distribution', GRAPHS)
+def test_labels_say_whether_the_graph_is_a_tree(n_nodes, distribution):
+    networkx = pytest.importorskip('networkx')
+    tokens, _, is_tree = data.generate(300, n_nodes, 'direct', 1, distribution)
+    for row, label in zip(tokens, is_tree):
+        edges = edges_of(row)
+        assert len(set(edges)) == n_nodes - 1 and all(u > v for u, v in edges)
+        graph = networkx.Graph(edges)
+        graph.add_nodes_from(range(n_nodes))
+        assert networkx.is_tree(graph) == label == (words_of(row)[-1] == '[TRUE]')
+
+
+@pytest.mark.parametrize('distribution', data.DISTRIBUTIONS)
+def test_half_the_graphs_are_trees_and_every_cycle_is_possible(distribution):
+    _, _, is_tree = data.generate(20_000, 16, 'direct', 2, distribution)
+    assert abs(is_tree.mean() - 0.5) < 4 * 0.5 / 20_000 ** 0.5
+
+
+def test_two_star_has_two_centres_and_a_triangle_or_a_bridge():
+    networkx = pytest.importorskip('networkx')
+    tokens, _, is_tree = data.generate(300, 12, 'direct', 3)
+    for row, label in zip(tokens, is_tree):
+        graph = networkx.Graph(edges_of(row))
+        graph.add_nodes_from(range(12))
+        assert sum(networkx.triangles(graph).values()) == (0 if label else 3)
+        assert networkx.number_connected_components(graph) == (1 if label else 2)
+        # without the one extra edge, every edge touches one of two centres
+        assert any(all({u, v} & {a, b} for u, v in graph.edges if {u, v} != set(extra))
+                   for extra in graph.edges for a in graph for b in graph)
+
+
+@pytest.mark.parametrize('n_nodes, distribution', GRAPHS)
+def test_cot_trace_is_the_euler_tour_of_a_recursive_search(n_nodes, distribution):
+    tokens, loss_mask, _ = data.generate(200, n_nodes, 'cot', 4, distribution)
+    start = data.prompt_length(n_nodes)
+    for row, mask in zip(tokens, loss_mask):
+        trace = words_of(row)[start:]
+        assert trace[:-2] == recursive_tour(edges_of(row)) and trace[-2] == '[EOS]'
+        assert (np.flatnonzero(mask) == np.arange(start, start + len(trace))).all()
+    assert tokens.shape[1] <= data.max_length(n_nodes, 'cot')
+
+
+@pytest.mark.parametrize('n_nodes, distribution', [g for g in GRAPHS if g[0] < 100])
+def test_retrieval_trace_is_algorithm_2_with_a_stack(n_nodes, distribution):
+    tokens, loss_mask, _ = data.generate(100, n_nodes, 'retrieval', 5, distribution)
+    start = data.prompt_length(n_nodes)
+    for row, mask in zip(tokens, loss_mask):
+        words = words_of(row)
+        assert words[start:-2] == recursive_retrieval_trace(edges_of(row)) and words[-2] == '[EOS]'
+        predicted = [i >= start and words[i - 1] != '[ENDSEARCH]' for i in range(len(words))]
+        assert (mask == predicted + [False] * (len(row) - len(words))).all()
+    assert tokens.shape[1] <= data.max_length(n_nodes, 'retrieval')
+
+
+@pytest.mark.parametrize('n_nodes, distribution', [g for g in GRAPHS if g[0] < 100])
+def test_replaying_a_trace_through_the_retriever_gives_every_retrieved_token(n_nodes, distribution):
+    for row in data.generate(20, n_nodes, 'retrieval', 6, distribution)[0]:
+        for end in np.flatnonzero(row == data.END):
+            assert data.retrieve(row[:end + 1]) == row[end + 1]
+
+
+def test_retriever_equals_brute_force_on_thousands_of_random_contexts():
+    rng = np.random.default_rng(7)
+    outcomes = set()
+    for row in data.generate(2_000, 7, 'retrieval', 7, 'random')[0]:
+        cut = rng.integers(data.prompt_length(7), (row != data.PAD).sum())
+        query = rng.integers(data.NODE, data.NODE + 7, 2)
+        query = [[query[0], data.RECORD], [query[0], data.EDGE], [query[0], data.EDGE, query[1]],
+                 rng.integers(0, data.NODE + 7, rng.integers(0, 5))][rng.integers(4)]    # also malformed
+        query = [t for t in query if t not in (data.PAD, data.START, data.END)]
+        context = [*row[:cut], data.START, *query, data.END]
+        expected = answer_by_brute_force(data.decode(context).split())
+        assert data.decode([data.retrieve(context)]) == expected, data.decode(context)
+        outcomes.add(expected)
+    assert len(outcomes) == 8
+
+
+def test_hand_worked_example_of_the_header():
+    prompt = '[BOS] 2 - 1 4 - 0 4 - 3 4 - 1 [EOS]'
+    edges = np.array([[[2, 1], [4, 0], [4, 3], [4, 1]]])
+    drawn = data.__doc__.replace('*', '')
+    assert prompt in drawn
+    tour = data.decode([t for t in data.cot_trace(edges)[0] if t >= 0])
+    assert tour == '0 4 3 4 1 2 1 4 0' and tour in drawn
+    trace = data.decode([t for t in data.retrieval_trace(edges)[0] if t >= 0])
+    assert trace.startswith('0 [STARTSEARCH] 0 ~ [ENDSEARCH] [FAILED] [STARTSEARCH] 0 - [ENDSEARCH] 4 [STARTSEARCH] '
+                            '4 ~ [ENDSEARCH] [FAILED] 4 ~ 0 4 [STARTSEARCH] 4 ~ [ENDSEARCH] 0 [STARTSEARCH] 4 - '
+                            '[ENDSEARCH] 0 [STARTSEARCH] 4 - 0 [ENDSEARCH] 3 [STARTSEARCH] 3 ~ [ENDSEARCH] [FAILED]')
+    ask = lambda query: data.decode([data.retrieve(data.encode(f'{prompt} {trace} [STARTSEARCH] {query} [ENDSEARCH]'))])
+    assert [ask(q) for q in ('2 ~', '0 ~', '4 -', '4 - 0', '4 - 1', '2 - 4', '~', '4 4')] == [
+        '1', '[FAILED]', '0', '3', '[FAILED]', '[FAILED]', '[FAILED]', '[FAILED]']
+
+
+def test_generate_is_deterministic_and_seeds_differ():
+    one, two = (data.generate(64, 8, 'cot', (3, 1, 4)) for _ in range(2))
+    assert all((a == b).all() for a, b in zip(one, two))
+    assert data.generate(64, 8, 'direct', 1)[0].tolist() != data.generate(64, 8, 'direct', 2)[0].tolist()
+
+
+def test_validation_prompts_never_occur_in_training():
+    held_out = data.validation_set('istree', 500, 5, 'cot')[0]
+    prompts = {row[:data.prompt_length(5)].tobytes() for row in held_out}
+
+    def hits(held_out):
+        stream = data.training_batches('istree', 64, 5, 'cot', 0, held_out=held_out)
+        return sum(row[:data.prompt_length(5)].tobytes() in prompts for _ in range(40) for row in next(stream)[0])
+
+    assert hits(None) > 0 and hits(held_out) == 0       # at n=5 chance alone would mix them
+
+
+def test_training_stream_resumes_in_the_middle():
+    whole = data.training_batches('istree', 48, 6, 'retrieval', 9)
+    batches = [next(whole)[0] for _ in range(50)]
+    for first in (0, 1, 21, 22, 49):
+        resumed = next(data.training_batches('istree', 48, 6, 'retrieval', 9, first=first))[0]
+        assert (resumed == batches[first]).all()
+
+
+@pytest.mark.parametrize('arguments, word', [
+    ((8, 3, 'cot', 0), 'n_nodes'), ((8, 8, 'chain', 0), 'direct, cot, retrieval'), ((0, 8, 'cot', 0), 'batch_size'),
+    ((8, 8, 'cot', 0, 'star'), 'two_star'), ((8, 8.5, 'cot', 0), 'n_nodes')])
+def test_impossible_arguments_are_named(arguments, word):
+    with pytest.raises(ValueError, match=word):
+        data.generate(*arguments)
+
+
+# --- models.py -------------------------------------------------------------------------------------
+
+def small_model(arch, **options):
+    torch.manual_seed(0)
+    return models.make_model(arch, 'tiny', 30, **options)
+
+
+@pytest.mark.parametrize('arch', models.ARCHS)
+@pytest.mark.parametrize('prompt', [1, 2, 17])
+def test_stepping_gives_the_logits_of_the_parallel_pass(arch, prompt):
+    model = small_model(arch)
+    tokens = torch.randint(0, 30, (3, 40))
+    with torch.no_grad():
+        parallel = model(tokens)
+        logits, state = model.prefill(tokens[:, :prompt], 40)
+        for t in range(prompt, 40):
+            assert (logits - parallel[:, t - 1]).abs().max() < 1e-4
+            logits = model.step(tokens[:, t], state)
+        assert (logits - parallel[:, -1]).abs().max() < 1e-4
+    # the memory of Mamba layers is fixed, that of LLaMA layers grows by two vectors a token
+    c = model.config
+    assert state.floats() == c.n_mamba * c.d_inner * (c.d_state + c.d_conv - 1) + c.n_llama * 2 * c.d_model * 40
+
+
+@pytest.mark.parametrize('arch', models.ARCHS)
+def test_a_prompt_may_be_read_in_several_parallel_passes(arch):
+    model, tokens = small_model(arch), torch.randint(0, 30, (2, 50))
+    with torch.no_grad():
+        state = model.init_state(2, 50)
+        parts = torch.cat([model(part, state) for part in tokens.split((20, 1, 29), 1)], 1)
+        assert (parts - model(tokens)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize('arch', models.ARCHS)
+def test_no_token_sees_the_future(arch):
+    model, tokens = small_model(arch), torch.randint(0, 30, (1, 30))
+    changed = tokens.clone()
+    changed[0, 20] = (changed[0, 20] + 1) % 30
+    with torch.no_grad():
+        difference = (model(tokens) - model(changed)).abs().amax((0, 2))
+    assert difference[:20].max() == 0 and difference[20:].min() > 0
+
+
+def test_frozen_embedding_is_the_papers_sinusoids_and_stays_frozen():
+    model = models.make_model('mamba', '1M', 74)
+    E, d = model.embedding.weight, 128
+    for j, i in ((0, 0), (3, 0), (11, 5), (73, 63)):
+        angle = j / 10000 ** (2 * i / d)
+        assert abs(E[j, 2 * i].item() - np.sin(angle)) < 1e-5 and abs(E[j, 2 * i + 1].item() - np.cos(angle)) < 1e-5
+    assert not E.requires_grad and model.n_params() == sum(p.numel() for p in model.parameters()) - E.numel()
+
+
+@pytest.mark.parametrize('size, about', [('0.5M', 0.5e6), ('1M', 1e6), ('2M', 2e6)])
+@pytest.mark.parametrize('arch', models.ARCHS)
+def test_sizes_have_about_the_parameters_of_their_name(arch, size, about):
+    assert 0.75 < models.make_model(arch, size, 74).n_params() / about < 1.25
+
+
+def test_mamba_starts_with_the_time_scales_of_its_paper():
+    for layer in small_model('mamba').layers:
+        delta = torch.nn.functional.softplus(layer.dt_proj.bias)
+        assert 0.001 * 0.99 < delta.min() < 0.002 and 0.05 < delta.max() < 0.1 * 1.01
+        assert torch.allclose(layer.A_log.exp(), torch.arange(1, 17.).expand(128, -1))
+
+
+HUB_CONFIGS = {
+    'llama': dict(vocab_size=50, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4,
+                  max_position_embeddings=128, rope_theta=5000.0, bos_token_id=0, eos_token_id=1),
+    'llama, grouped queries, tied': dict(vocab_size=50, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+                                         num_attention_heads=8, num_key_value_heads=2, tie_word_embeddings=True,
+                                         max_position_embeddings=128, bos_token_id=0, eos_token_id=1),
+    'mamba': dict(vocab_size=50, hidden_size=48, state_size=8, num_hidden_layers=3),
+    'mamba, untied': dict(vocab_size=50, hidden_size=64, num_hidden_layers=2, tie_word_embeddings=False)}
+
+
+@pytest.mark.parametrize('name', HUB_CONFIGS)
+def test_same_weights_give_the_logits_and_the_text_of_transformers(name, tmp_path):
+    transformers = pytest.importorskip('transformers')
+    family = 'Llama' if name.startswith('llama') else 'Mamba'
+    torch.manual_seed(1)
+    config = getattr(transformers, family + 'Config')(**HUB_CONFIGS[name])
+    theirs = getattr(transformers, family + 'ForCausalLM')(config).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():           # away from the initial values, which hide mistakes
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    theirs.save_pretrained(tmp_path)
+    ours = models.from_pretrained(tmp_path)
+    tokens = torch.randint(0, 50, (2, 33))
+    with torch.no_grad():
+        assert (ours(tokens) - theirs(tokens).logits).abs().max() < 1e-4
+        expected = theirs.generate(tokens, max_new_tokens=20, min_new_tokens=20, do_sample=False, pad_token_id=0)
+        logits, state = ours.prefill(tokens, 60)
+        for t in range(33, 53):
+            logits[:, config.eos_token_id] = -torch.inf         # min_new_tokens forbids it
+            assert (logits.argmax(-1) == expected[:, t]).all()
+            logits = ours.step(expected[:, t], state)
+
+
+def test_what_a_checkpoint_asks_for_and_we_lack_is_refused_by_name():
+    llama = dict(HUB_CONFIGS['llama'], model_type='llama')
+    for change, word in (({'model_type': 'gpt2'}, 'gpt2'), ({'attention_bias': True}, 'attention_bias'),
+                         ({'rope_scaling': {'rope_type': 'yarn'}}, 'yarn'), ({'hidden_act': 'gelu'}, 'hidden_act')):
+        with pytest.raises(ValueError, match=word):
+            models.pretrained_config(llama | change)
+    with pytest.raises(ValueError, match='arch'):
+        models.make_model('lstm', 'tiny', 30)
+    with pytest.raises(ValueError, match='size'):
+        models.make_model('mamba', '3M', 30)
+
+
+def test_linear_through_onednn_has_the_gradients_of_float64():
+    torch.manual_seed(0)
+    ours = models.Linear(24, 40)
+    exact = torch.nn.Linear(24, 40).double()
+    exact.load_state_dict(ours.state_dict())
+    x = torch.randn(3, 7, 24, requires_grad=True)
+    y, weights = ours(x), torch.randn(3, 7, 40)
+    x64 = x.detach().double().requires_grad_()
+    (y * weights).sum().backward()
+    (exact(x64) * weights).sum().backward()
+    for a, b in ((x, x64), (ours.weight, exact.weight), (ours.bias, exact.bias)):
+        assert torch.allclose(a.grad.double(), b.grad, atol=1e-5)
