@@ -4,7 +4,16 @@ float64, networkx, the official metrics, the `transformers` library. Run:  pytes
 Tests of what needs a compiler, a GPU, networkx or transformers skip themselves where there is none.
 Order: data.py, scan_cuda/, models.py, train.py.
 """
+import dataclasses
+import json
+import os
 import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +23,7 @@ import data
 import models
 import train
 
+HERE = Path(__file__).parent
 N_NODES = (4, 5, 8, 16, 33, 256)
 GRAPHS = [(n, distribution) for n in N_NODES for distribution in data.DISTRIBUTIONS]
 
@@ -354,3 +364,191 @@ def test_linear_through_onednn_has_the_gradients_of_float64():
     (exact(x64) * weights).sum().backward()
     for a, b in ((x, x64), (ours.weight, exact.weight), (ours.bias, exact.bias)):
         assert torch.allclose(a.grad.double(), b.grad, atol=1e-5)
+
+
+# --- train.py --------------------------------------------------------------------------------------
+
+SMALL = ['--archs=hybrid', '--setups=cot', '--n_nodes=5', '--samples=1280', '--n_val=40', '--device=cpu',
+         '--eval_every=320', '--processes=1', '--checkpoint_seconds=0']
+
+
+def run(*arguments, env=None, **options):
+    """train.py as a user starts it -> CompletedProcess with text output."""
+    return subprocess.run([sys.executable, 'train.py', *arguments], cwd=HERE, text=True, capture_output=True,
+                          env=os.environ | {'OMP_NUM_THREADS': '1'} | (env or {}), **options)
+
+
+def cell_folder(out):
+    return out / 'istree-hybrid-cot-tiny-n5-s0'
+
+
+def final_weights(out):
+    return torch.load(cell_folder(out) / 'checkpoint.pt', weights_only=True)['model']
+
+
+def log_without_times(out):
+    return [{k: v for k, v in json.loads(line).items() if k != 'seconds'}
+            for line in (cell_folder(out) / 'log.jsonl').read_text().splitlines()]
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+    """A small cell, trained once for the tests below."""
+    out = tmp_path_factory.mktemp('finished')
+    assert run(*SMALL, f'--out={out}').returncode == 0
+    return out
+
+
+def test_a_cell_reports_what_was_promised(finished):
+    result = json.loads((cell_folder(finished) / 'result.json').read_text())
+    for name in ('arch setup size n_nodes seed distribution params state_floats samples accuracy accuracy_se exact_trace '
+                 'well_formed_queries seconds samples_per_second device torch').split():
+        assert name in result
+    assert result['samples'] == 1280 and len(log_without_times(finished)) == 3
+    assert abs(result['accuracy_se'] - (result['accuracy'] * (1 - result['accuracy']) / 40) ** 0.5) < 1e-12
+
+
+def test_killed_at_random_moments_it_ends_with_the_same_weights_bit_for_bit(finished, tmp_path):
+    rng, kills = np.random.default_rng(int.from_bytes(os.urandom(4), 'little')), 0
+    while kills < 5:
+        process = subprocess.Popen([sys.executable, 'train.py', *SMALL, f'--out={tmp_path}'], cwd=HERE,
+                                   env=os.environ | {'OMP_NUM_THREADS': '1'}, stderr=subprocess.DEVNULL)
+        try:            # counted from its first checkpoint, so that slow imports use up no kills
+            while not (cell_folder(tmp_path) / 'checkpoint.pt').exists() and process.poll() is None:
+                time.sleep(0.01)
+            process.wait(timeout=rng.uniform(0, 3))
+        except subprocess.TimeoutExpired:
+            pass
+        process.kill()
+        process.wait()
+        kills += 1
+    assert run(*SMALL, f'--out={tmp_path}').returncode == 0
+    one, two = final_weights(finished), final_weights(tmp_path)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert log_without_times(finished) == log_without_times(tmp_path)
+
+
+def test_a_finished_cell_is_not_run_again(finished):
+    before = {file.name: file.stat().st_mtime_ns for file in cell_folder(finished).iterdir() if file.name != 'lock'}
+    again = run(*SMALL, f'--out={finished}')
+    assert again.returncode == 0 and 'hybrid' in again.stdout
+    assert before == {file.name: file.stat().st_mtime_ns for file in cell_folder(finished).iterdir() if file.name != 'lock'}
+
+
+def test_two_processes_share_a_grid_and_do_no_cell_twice(tmp_path):
+    grid = [*SMALL, '--archs=mamba,hybrid', '--setups=direct,cot', '--samples=320', '--seeds=0,1', f'--out={tmp_path}']
+    both = [subprocess.Popen([sys.executable, 'train.py', *grid], cwd=HERE, text=True, stdout=subprocess.PIPE,
+                             stderr=subprocess.STDOUT, env=os.environ | {'OMP_NUM_THREADS': '1'}) for _ in range(2)]
+    printed = [process.communicate()[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    tables = [text[text.index('task  '):] for text in printed]
+    assert tables[0] == tables[1] and tables[0].count('istree') == 8
+    # every cell was trained by exactly one of the two: its progress is in one output
+    for folder in tmp_path.iterdir():
+        assert sum(f'{folder.name}: 100%' in text for text in printed) == 1, folder.name
+
+
+@pytest.mark.parametrize('override, words', [
+    ('--archs=lstm', 'transformer, mamba, hybrid'), ('--setups=chain', 'direct, cot, retrieval'),
+    ('--sizes=3M', '0.5M'), ('--learning_rate=1', 'no such constant'), ('--n_nodes=3', 'n_nodes=3'),
+    ('--n_nodes=abc', 'expected int'), ('--lr=rnn:1', 'transformer, mamba, hybrid'), ('--preset=big', 'paper'),
+    ('--lr=-1', 'negative'), ('archs=mamba', '--name=value'), ('--frozen_embedding=maybe', 'True or False'),
+    ('--distribution=star', 'two_star'), ('--n_nodes=4 --n_val=5000', 'validation set'),
+    ('--device=cuda', 'no such device'), ('--out=test_all.py', 'test_all.py')])
+def test_bad_constants_get_one_line_and_exit_code_2(override, words, tmp_path, capsys):
+    if override == '--device=cuda' and torch.cuda.is_available():
+        pytest.skip('there is a GPU')
+    assert train.cli(train.main, 'train.py', [*SMALL, f'--out={tmp_path}', *override.split()]) == 2
+    line = capsys.readouterr().err.split('\r')[-1].strip()
+    assert line.startswith('train.py: ') and words in line and '\n' not in line
+
+
+def test_another_configuration_in_the_same_folder_is_refused_and_nothing_is_touched(finished, capsys):
+    before = (cell_folder(finished) / 'result.json').read_bytes()
+    assert train.cli(train.main, 'train.py', [*SMALL, '--d_state=8', f'--out={finished}']) == 2
+    assert 'd_state=16 there, 8 here' in capsys.readouterr().err
+    assert (cell_folder(finished) / 'result.json').read_bytes() == before
+
+
+@pytest.mark.parametrize('damage, words', [('truncate', 'cannot be read'), ('foreign', 'another configuration')])
+def test_a_damaged_or_foreign_checkpoint_is_refused(finished, tmp_path, damage, words, capsys):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    path = cell_folder(tmp_path)
+    (path / 'result.json').unlink()
+    if damage == 'truncate':
+        (path / 'checkpoint.pt').write_bytes((path / 'checkpoint.pt').read_bytes()[:5000])
+    else:
+        checkpoint = torch.load(path / 'checkpoint.pt', weights_only=True)
+        checkpoint['cell']['lr'] = 1.0
+        torch.save(checkpoint, path / 'checkpoint.pt')
+    assert train.cli(train.main, 'train.py', [*SMALL, f'--out={tmp_path}']) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_stops_the_cell_and_says_so(tmp_path):
+    result = run(*SMALL, '--lr=1e30', '--grad_clip=0', f'--out={tmp_path}')
+    assert result.returncode == 2 and 'the loss is nan' in result.stderr and 'Traceback' not in result.stderr
+    assert not (cell_folder(tmp_path) / 'result.json').exists()
+
+
+def test_help_lists_every_constant_with_its_comment():
+    text = run('--help').stdout
+    for constant in dataclasses.fields(train.Constants):
+        assert f'--{constant.name} ' in text
+    assert "rises linearly, then falls as a cosine to 0" in text and "default ('istree',)" in text
+
+
+def test_the_papers_preset_is_the_papers_grid():
+    grid = train.cells(train.parse(['--preset=paper']))
+    assert len(grid) == 81 and {cell['n_nodes'] for cell in grid} == {16, 32, 64}
+    assert {(cell['arch'], cell['lr']) for cell in grid} == {('transformer', 1e-3), ('mamba', 3e-4), ('hybrid', 3e-4)}
+    cell = grid[0]
+    assert cell['batch_size'] == 64 and cell['samples'] == 1_000_000 and cell['n_val'] == 5000 and cell['frozen_embedding']
+    assert train.learning_rate(cell, 5_000) == cell['lr'] / 2 and train.learning_rate(cell, 1_000_000) < 1e-12
+
+
+class Recites:
+    """A model that knows the samples by heart and answers every position with the next token, except
+    that it never writes what the retriever must write."""
+
+    def __init__(self, tokens, spoil=None):
+        self.tokens, self.spoil = tokens, spoil
+
+    def logits(self, t):
+        logits = torch.zeros(len(self.tokens), data.NODE + 16)
+        wanted = self.tokens[:, min(t, self.tokens.shape[1] - 1)].copy()
+        wanted[self.tokens[:, t - 1] == data.END] = data.PAD
+        if self.spoil:
+            wanted[wanted == self.spoil[0]] = self.spoil[1]
+        logits[range(len(wanted)), wanted] = 1
+        return logits
+
+    def eval(self):
+        pass
+
+    train = eval
+
+    def prefill(self, prompts, max_length):
+        return self.logits(prompts.shape[1]), SimpleNamespace(t=prompts.shape[1], floats=lambda: 7)
+
+    def step(self, token, state):
+        state.t += 1
+        return self.logits(state.t)
+
+
+@pytest.mark.parametrize('setup', data.SETUPS)
+def test_evaluation_gives_a_perfect_model_everything_and_a_spoiled_one_nothing(setup):
+    tokens = data.validation_set('istree', 60, 16, setup)[0]
+    cell = dict(task='istree', n_nodes=16, setup=setup)
+    measured = train.evaluate(Recites(tokens), cell, tokens, 60, torch.device('cpu'))
+    assert measured['accuracy'] == measured['exact_trace'] == 1 and measured['state_floats'] == 7
+    assert measured['well_formed_queries'] == (1 if setup == 'retrieval' else None)
+    # answers turned around: always wrong; no [EOS]: no answer, which is wrong too; broken queries: counted
+    for spoil in ((data.TRUE, data.FALSE), (data.EOS, data.EDGE), (data.START, data.EDGE)):
+        spoiled = train.evaluate(Recites(tokens, spoil), cell, tokens, 60, torch.device('cpu'))
+        if spoil[0] == data.TRUE:
+            assert abs(spoiled['accuracy'] - (tokens == data.FALSE).any(1).mean()) < 1e-12
+        elif setup != 'direct' and spoil[0] == data.EOS:
+            assert spoiled['accuracy'] == spoiled['exact_trace'] == 0
+        elif setup == 'retrieval':
+            assert spoiled['well_formed_queries'] == 0 and spoiled['exact_trace'] == 0

@@ -328,44 +328,43 @@ def run_cell(c, cell, device):
     steps = -(-cell['samples'] // batch_size)
     eval_steps = max(1, c.eval_every // batch_size)
     batches = data.training_batches(cell['task'], batch_size, n, setup, cell['seed'], cell['distribution'], held_out, step)
-    progress = tqdm(total=steps * batch_size, initial=step * batch_size, unit='sample', unit_scale=True,
-                    desc=path.name, dynamic_ncols=True, leave=False, position=RANK)
     started = saved = time.monotonic()
-    while step < steps:
-        tokens, loss_mask = next(batches)
-        targets = torch.from_numpy(np.where(loss_mask, tokens, -100)[:, 1:]).to(device)
-        tokens = torch.from_numpy(tokens).to(device)
-        for group in optimizer.param_groups:
-            group['lr'] = learning_rate(cell, (step + 1) * batch_size)
-        with torch.autocast(device.type, torch.bfloat16, enabled=cell['dtype'] == 'bfloat16'):
-            logits = model(tokens[:, :-1])
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        if cell['grad_clip']:
-            torch.nn.utils.clip_grad_norm_(parameters, cell['grad_clip'])
-        optimizer.step()
-        step += 1
-        progress.update(batch_size)
-        now = time.monotonic()
-        saving, evaluating = now - saved > c.checkpoint_seconds or step == steps, step % eval_steps == 0 and step < steps
-        if step % 20 == 0 or saving or evaluating:              # seldom: on a GPU, loss.item() waits for it
-            if not math.isfinite(loss.item()):
-                raise Refused(f'{path.name}: the loss is {loss.item()} after {step * batch_size:,} samples, stopped: '
-                              f'try a learning rate below {cell["lr"]} (--lr={cell["arch"]}:...)')
-            progress.set_postfix_str(f'loss {loss.item():.3f}')
-        if evaluating:
-            line = evaluate(model, cell, held_out[:200], c.eval_batch, device, progress)
-            log.append(dict(samples=step * batch_size, loss=loss.item(), seconds=seconds + now - started,
-                            accuracy=line['accuracy'], exact_trace=line['exact_trace']))
-            tqdm.write(f'{path.name:42} {step * batch_size:>9,} samples   loss {loss.item():7.4f}   '
-                       f'accuracy {line["accuracy"]:6.1%}   exact {line["exact_trace"]:6.1%}')
-        if saving:
-            seconds, started = seconds + now - started, now
-            save()
-            saved = time.monotonic()
-    measured = evaluate(model, cell, held_out, c.eval_batch, device, progress)
-    progress.close()
+    with tqdm(total=steps * batch_size, initial=step * batch_size, unit='sample', unit_scale=True,
+              desc=path.name, dynamic_ncols=True, leave=False, position=RANK) as progress:
+        while step < steps:
+            tokens, loss_mask = next(batches)
+            targets = torch.from_numpy(np.where(loss_mask, tokens, -100)[:, 1:]).to(device)
+            tokens = torch.from_numpy(tokens).to(device)
+            for group in optimizer.param_groups:
+                group['lr'] = learning_rate(cell, (step + 1) * batch_size)
+            with torch.autocast(device.type, torch.bfloat16, enabled=cell['dtype'] == 'bfloat16'):
+                logits = model(tokens[:, :-1])
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            if cell['grad_clip']:
+                torch.nn.utils.clip_grad_norm_(parameters, cell['grad_clip'])
+            optimizer.step()
+            step += 1
+            progress.update(batch_size)
+            now = time.monotonic()
+            saving, evaluating = now - saved > c.checkpoint_seconds or step == steps, step % eval_steps == 0 and step < steps
+            if step % 20 == 0 or saving or evaluating:              # seldom: on a GPU, loss.item() waits for it
+                if not math.isfinite(loss.item()):
+                    raise Refused(f'{path.name}: the loss is {loss.item()} after {step * batch_size:,} samples, stopped: '
+                                  f'try a learning rate below {cell["lr"]} (--lr={cell["arch"]}:...)')
+                progress.set_postfix_str(f'loss {loss.item():.3f}')
+            if evaluating:
+                line = evaluate(model, cell, held_out[:200], c.eval_batch, device, progress)
+                log.append(dict(samples=step * batch_size, loss=loss.item(), seconds=seconds + now - started,
+                                accuracy=line['accuracy'], exact_trace=line['exact_trace']))
+                tqdm.write(f'{path.name:42} {step * batch_size:>9,} samples   loss {loss.item():7.4f}   '
+                           f'accuracy {line["accuracy"]:6.1%}   exact {line["exact_trace"]:6.1%}')
+            if saving:
+                seconds, started = seconds + now - started, now
+                save()
+                saved = time.monotonic()
+        measured = evaluate(model, cell, held_out, c.eval_batch, device, progress)
     write_json(path / 'result.json', cell | measured | dict(
         params=model.n_params(), seconds=seconds, samples_per_second=steps * batch_size / max(seconds, 1e-9),
         evaluation_seconds=time.monotonic() - started,
@@ -448,14 +447,20 @@ def main(argv):
         raise Refused(f'{len(complaints)} of {len(grid)} cells stopped without a result')
 
 
-if __name__ == '__main__':
+def cli(main, program, argv):
+    """Run main(argv) -> exit code; what the user can mend, or has asked for, is one line on stderr."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)      # like Ctrl-C: the last checkpoint stays
     try:
-        main(sys.argv[1:])
+        main(argv)
     except KeyboardInterrupt:
         if RANK == 0:
-            print('\ntrain.py: interrupted, run the same command again to continue', file=sys.stderr)
-        sys.exit(130)
+            print(f'{program}: interrupted, run the same command again to continue', file=sys.stderr)
+        return 130
     except (Refused, ValueError, OSError) as error:
-        print(f'train.py: {error}', file=sys.stderr)
-        sys.exit(2)
+        print(f'{program}: {error}', file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(cli(main, 'train.py', sys.argv[1:]))

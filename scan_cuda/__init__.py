@@ -26,10 +26,9 @@ from pathlib import Path
 
 import torch
 
-# Tokens between two saved states. The backward pass recomputes the states of one chunk from the
-# saved state before it, so a short chunk costs memory (d_state / CHUNK of u's) and a long one cache.
-CHUNK = {"cpu": 32}
-CHUNK_DEFAULT = 64
+# Tokens between two saved states. The backward pass recomputes the states of one chunk from the saved state before
+# it: a short chunk costs memory (d_state / CHUNK of u's), a long one cache.
+CHUNK = 64
 
 
 # ---------------------------------------------------------------------------------------------
@@ -124,6 +123,39 @@ def _fallback_backward(dy, dfinal, u, delta, A, B, C, D, initial_state, starts, 
         dA += torch.einsum("btdn,btd->dn", decay, d)
         dD += (e * x).sum((0, 1))
     return du, ddelta, dA, dB, dC, dD, g
+
+
+# ---------------------------------------------------------------------------------------------
+# The convolution before the scan
+
+def causal_conv1d_reference(x, weight, bias, initial_state=None):
+    """`causal_conv1d` in PyTorch: width shifted multiply-adds, any device, float64 too."""
+    _, z = _convolve(x, weight, bias, initial_state)
+    return torch.nn.functional.silu(z).to(x.dtype)
+
+
+def _convolve(x, weight, bias, initial_state):
+    width, L = weight.shape[1], x.shape[1]
+    before = x.new_zeros(x.shape[0], width - 1, x.shape[2]) if initial_state is None else initial_state
+    x = torch.cat([before, x], 1).to(weight.dtype)
+    return x, sum((weight[:, k] * x[:, k : k + L] for k in range(width)), bias)
+
+
+def _conv_forward(x, weight, bias, initial_state):
+    return causal_conv1d_reference(x, weight, bias, initial_state)
+
+
+def _conv_backward(dy, x, weight, bias, initial_state):
+    L, before = x.shape[1], weight.shape[1] - 1
+    padded, z = _convolve(x, weight, bias, initial_state)
+    s = torch.sigmoid(z)
+    dz = dy * s * (1 + z * (1 - s))
+    dpadded, dweight = torch.zeros_like(padded), torch.empty_like(weight)
+    for k in range(before + 1):
+        dpadded[:, k : k + L] += weight[:, k] * dz
+        dweight[:, k] = (dz * padded[:, k : k + L]).sum((0, 1))
+    dinitial, dx = dpadded.to(x.dtype).split([before, L], 1)
+    return dx.contiguous(), dweight, dz.sum((0, 1)), dinitial.contiguous()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -287,6 +319,26 @@ class _Fallback(torch.autograd.Function):
     backward = staticmethod(lambda ctx, *grads: _differentiate(ctx, *grads, backward=_fallback_backward))
 
 
+def _fake_conv_backward(dy, x, weight, bias, initial_state):
+    return (x.new_empty(x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape),
+            x.new_empty(x.shape[0], weight.shape[1] - 1, x.shape[2]))
+
+
+_define("conv_forward(Tensor x, Tensor weight, Tensor bias, Tensor? initial_state) -> Tensor",
+        _conv_forward, lambda x, *_: x.new_empty(x.shape))
+_define("conv_backward(Tensor dy, Tensor x, Tensor weight, Tensor bias, Tensor? initial_state) "
+        "-> (Tensor, Tensor, Tensor, Tensor)", _conv_backward, _fake_conv_backward)
+
+
+def _conv_differentiate(ctx, dy):
+    dx, dweight, dbias, dinitial = torch.ops.scan_cuda.conv_backward(dy, *ctx.saved_tensors)
+    return dx, dweight, dbias, None if ctx.saved_tensors[3] is None else dinitial
+
+
+torch.library.register_autograd("scan_cuda::conv_forward", _conv_differentiate, lib=_lib,
+                                setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+
+
 # ---------------------------------------------------------------------------------------------
 # What the model calls
 
@@ -294,8 +346,7 @@ def selective_scan_fallback(u, delta, A, B, C, D=None, initial_state=None):
     """`selective_scan` in pure PyTorch on any device, float64 too: chunks one after the other, the tokens of a
     chunk in parallel. Needs memory for the states of one chunk and for one state per chunk."""
     _check(u, delta, A, B, C, D, initial_state)
-    chunk = CHUNK.get(u.device.type, CHUNK_DEFAULT)
-    return _Fallback.apply(u, delta, A, B, C, D, initial_state, chunk)[:2]
+    return _Fallback.apply(u, delta, A, B, C, D, initial_state, CHUNK)[:2]
 
 
 def selective_scan(u, delta, A, B, C, D=None, initial_state=None):
@@ -310,8 +361,7 @@ def selective_scan(u, delta, A, B, C, D=None, initial_state=None):
     _check(u, delta, A, B, C, D, initial_state)
     if u.dtype == torch.float64:
         return selective_scan_reference(u, delta, A, B, C, D, initial_state)
-    chunk = CHUNK.get(u.device.type, CHUNK_DEFAULT)
-    return torch.ops.scan_cuda.scan_forward(u, delta, A, B, C, D, initial_state, chunk)[:2]
+    return torch.ops.scan_cuda.scan_forward(u, delta, A, B, C, D, initial_state, CHUNK)[:2]
 
 
 def _check(u, delta, A, B, C, D, initial_state):
@@ -330,3 +380,23 @@ def _check(u, delta, A, B, C, D, initial_state):
         if t is not None and (t.shape != shape or t.dtype != dtype or t.device != u.device):
             raise ValueError(f"selective_scan: {name} must be {dtype} of shape {tuple(shape)} on {u.device} to go with "
                              f"u {tuple(u.shape)} and A {tuple(A.shape)}, got {t.dtype} {tuple(t.shape)} on {t.device}")
+
+
+def causal_conv1d(x, weight, bias, initial_state=None):
+    """y_t = silu(bias + sum over k of weight[:, k] * x_{t - width + 1 + k}): each channel by itself, never ahead.
+
+    x, y (batch, L, d), initial_state the width - 1 inputs before the first, (batch, width - 1, d), or None (zeros): fp32
+    or bf16; weight (d, width), bias (d,): fp32; float64 everywhere for checks. Gradients for every input.
+    On the CPU width 4 (Mamba's) is one fused kernel; the rest is PyTorch. Raises ValueError, one line, for wrong inputs.
+    """
+    batch, L, d = x.shape if x.dim() == 3 else (0, 0, 0)
+    exact = torch.float64 if x.dtype == torch.float64 else torch.float32
+    before = (batch, weight.shape[-1] - 1, d)
+    for name, t, shape, dtype in (("x", x, (batch, L, d), x.dtype), ("weight", weight, (d, weight.shape[-1]), exact),
+                                  ("bias", bias, (d,), exact), ("initial_state", initial_state, before, x.dtype)):
+        if t is not None and (t.shape != shape or t.dtype != dtype or t.device != x.device):
+            raise ValueError(f"causal_conv1d: {name} must be {dtype} of shape {tuple(shape)} on {x.device} to go with "
+                             f"x {tuple(x.shape)}, got {t.dtype} {tuple(t.shape)} on {t.device}")
+    if x.device.type == "cpu" and weight.shape[1] == 4 and x.dtype != torch.float64:
+        return torch.ops.scan_cuda.conv_forward(x, weight, bias, initial_state)
+    return causal_conv1d_reference(x, weight, bias, initial_state)

@@ -19,6 +19,7 @@
 #include <cstring>
 #include <optional>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -37,11 +38,24 @@ constexpr int LANES = 4;
 typedef float V __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef int I __attribute__((vector_size(LANES * 4)));
 
+constexpr int J = 2, W = J * LANES;  // a thread works on J vectors, W channels, at a time
 constexpr int MAX_STATE = 64;
 constexpr float LOG2E = 1.44269504f;  // exp(x) = 2^(x log2 e); A is multiplied by it once
 
 inline V& vec(float* p) { return *reinterpret_cast<V*>(p); }
 inline const V& vec(const float* p) { return *reinterpret_cast<const V*>(p); }
+
+// The first `count` floats (all, if there are LANES or more); zeros are read for the rest, nothing is written.
+inline V load_some(const float* from, int count) {
+  if (count >= LANES) return vec(from);
+  V v = {};
+  if (count > 0) std::memcpy(&v, from, count * 4);
+  return v;
+}
+inline void store_some(float* to, V v, int count) {
+  if (count >= LANES) vec(to) = v;
+  else if (count > 0) std::memcpy(to, &v, count * 4);
+}
 
 // 2^x to 1.7e-7 relative: 2^round(x) put together in the exponent bits, times a polynomial (minimax, p(0) = 1) for the
 // rest in [-1/2, 1/2]. Below 2^-126.5 the result is 0, above 2^127.5 infinity.
@@ -63,12 +77,44 @@ inline V exp2(V x) {
   return (p * f + 1.f) * scale;
 }
 
-inline float sum(V v) {
-  float s[LANES];
-  std::memcpy(s, &v, sizeof s);
-  for (int half = LANES / 2; half; half /= 2)
-    for (int i = 0; i < half; ++i) s[i] += s[i + half];
-  return s[0];
+// The one shuffle: exchange the lanes of x and y that are S apart. For S = 1 and four lanes
+//     x0 x1 x2 x3 , y0 y1 y2 y3   ->   x0 y0 x2 y2 , x1 y1 x3 y3
+template <int S, int... i>
+inline void exchange(V& x, V& y, std::integer_sequence<int, i...>) {
+  const V p = x, q = y;
+#ifdef __clang__
+  x = __builtin_shufflevector(p, q, (i & S ? LANES + i - S : i)...);
+  y = __builtin_shufflevector(p, q, (i & S ? LANES + i : i + S)...);
+#else
+  x = __builtin_shuffle(p, q, I{(i & S ? LANES + i - S : i)...});
+  y = __builtin_shuffle(p, q, I{(i & S ? LANES + i : i + S)...});
+#endif
+}
+using Lanes = std::make_integer_sequence<int, LANES>;
+
+template <int S = 1>
+inline void transpose(V* v) {  // LANES vectors: each bit of the row number changes places with that of the lane
+  if constexpr (S < LANES) {
+    for (int i = 0; i < LANES; ++i)
+      if (!(i & S)) exchange<S>(v[i], v[i + S], Lanes());
+    transpose<2 * S>(v);
+  }
+}
+
+template <int S = 1>
+inline V sums(V* v) {  // lane i of the result is the sum of the lanes of v[i]: the same, adding as it goes
+  if constexpr (S == LANES) return v[0];
+  else {
+    for (int i = 0; i < LANES / S; i += 2) {
+      exchange<S>(v[i], v[i + 1], Lanes());
+      v[i / 2] = v[i] + v[i + 1];
+    }
+    return sums<2 * S>(v);
+  }
+}
+
+inline void store_sums(float* to, V* v, int N) {  // to[n] = sum of the lanes of v[n]
+  for (int n = 0; n < N; n += LANES) store_some(to + n, sums(v + n), N - n);
 }
 
 // A (batch, L, *) tensor as fp32 rows; slices of wider rows (B and C are) are read where they lie.
@@ -101,40 +147,46 @@ struct Problem {
   int64_t start(int64_t b, int64_t k, int64_t n) const { return ((b * (chunks - 1) + k - 1) * N + n) * d_inner; }
 };
 
-// The J * LANES channels from c0 on that a thread works on; past d_inner zeros are read and nothing is written.
-template <int J>
+// The W channels from c0 on that a thread works on; zeros where they reach past d_inner.
 struct Block {
-  static constexpr int W = J * LANES;
   int width;
-  void load(float* to, const float* from) const {
-    if (width < W) std::memset(to, 0, W * 4);
-    std::memcpy(to, from, (width < W ? width : W) * 4);
-  }
   void load(V (&to)[J], const float* from) const {
-    if (width < W) return load(reinterpret_cast<float*>(to), from);
-    for (int j = 0; j < J; ++j) to[j] = vec(from + j * LANES);
+    for (int j = 0; j < J; ++j) to[j] = load_some(from + j * LANES, width - j * LANES);
   }
   void store(float* to, const V (&from)[J]) const {
-    if (width < W) std::memcpy(to, from, width * 4);
-    else for (int j = 0; j < J; ++j) vec(to + j * LANES) = from[j];
+    for (int j = 0; j < J; ++j) store_some(to + j * LANES, from[j], width - j * LANES);
   }
-  void load_state(float (*h)[W], const float* from, int N) const {  // (d_inner, d_state) -> (d_state, W)
-    std::memset(h, 0, N * W * 4);
-    if (from)
-      for (int c = 0; c < width; ++c)
-        for (int n = 0; n < N; ++n) h[n][c] = from[c * N + n];
+  void load(float (&to)[W], const float* from) const {
+    for (int j = 0; j < J; ++j) vec(to + j * LANES) = load_some(from + j * LANES, width - j * LANES);
+  }
+  void store(float* to, const float (&from)[W]) const {
+    for (int j = 0; j < J; ++j) store_some(to + j * LANES, vec(from + j * LANES), width - j * LANES);
+  }
+  // A state, (channels, N) in memory, is turned into h (N, W), and back.
+  void load_state(float (*h)[W], const float* from, int N) const {
+    for (int n = 0; n < N; n += LANES)
+      for (int c = 0; c < W; c += LANES) {
+        V v[LANES] = {};
+        if (from)
+          for (int i = 0; i < std::min(LANES, width - c); ++i) v[i] = load_some(from + (c + i) * N + n, N - n);
+        transpose(v);
+        for (int i = 0; i < std::min(LANES, N - n); ++i) vec(h[n + i] + c) = v[i];
+      }
   }
   void store_state(float* to, const float (*h)[W], int N) const {
-    for (int c = 0; c < width; ++c)
-      for (int n = 0; n < N; ++n) to[c * N + n] = h[n][c];
+    for (int n = 0; n < N; n += LANES)
+      for (int c = 0; c < width; c += LANES) {
+        V v[LANES] = {};
+        for (int i = 0; i < std::min(LANES, N - n); ++i) v[i] = vec(h[n + i] + c);
+        transpose(v);
+        for (int i = 0; i < std::min(LANES, width - c); ++i) store_some(to + (c + i) * N + n, v[i], N - n);
+      }
   }
 };
 
-template <int J>
 void forward_block(const Problem& p, int64_t b, int64_t c0, const float* initial, float* y, float* final_state,
                    float* starts) {
-  constexpr int W = J * LANES;
-  const Block<J> block{int(std::min<int64_t>(W, p.d_inner - c0))};
+  const Block block{int(std::min<int64_t>(W, p.d_inner - c0))};
   const int N = p.N;
   alignas(64) float A[MAX_STATE][W], h[MAX_STATE][W];
   for (int n = 0; n < N; ++n) block.load(A[n], p.A + n * p.d_inner + c0);
@@ -144,7 +196,7 @@ void forward_block(const Problem& p, int64_t b, int64_t c0, const float* initial
   block.load_state(h, initial ? initial + state : nullptr, N);
   for (int64_t t = 0; t < p.L; ++t) {
     if (t && t % p.chunk == 0)
-      for (int n = 0; n < N; ++n) std::memcpy(starts + p.start(b, t / p.chunk, n) + c0, h[n], block.width * 4);
+      for (int n = 0; n < N; ++n) block.store(starts + p.start(b, t / p.chunk, n) + c0, h[n]);
     const int64_t row = b * p.L + t;
     V u[J], d[J], du[J], out[J];
     block.load(u, p.u[row] + c0);
@@ -168,16 +220,15 @@ struct Gradients {  // parts: dB, dC (blocks, batch, L, d_state), dA (batch, d_s
   float *u, *delta, *A, *B, *C, *D, *initial;
 };
 
-template <int J>
 void backward_block(const Problem& p, int64_t b, int64_t c0, const Rows& dy_rows, const float* dfinal,
                     const float* initial, const float* starts, const Gradients& to, std::vector<float>& scratch) {
-  constexpr int W = J * LANES;
-  const Block<J> block{int(std::min<int64_t>(W, p.d_inner - c0))};
+  const Block block{int(std::min<int64_t>(W, p.d_inner - c0))};
   const int N = p.N;
   alignas(64) float A[MAX_STATE][W], dA[MAX_STATE][W], g[MAX_STATE][W];  // g: a_{t+1} g_{t+1}, from the token behind
   for (int n = 0; n < N; ++n) block.load(A[n], p.A + n * p.d_inner + c0);
   std::memset(dA, 0, sizeof(dA[0]) * N);
   V D[J], dD[J] = {};
+  V sum_B[MAX_STATE] = {}, sum_C[MAX_STATE] = {};
   block.load(D, p.D + c0);
   const int64_t state = (b * p.d_inner + c0) * N;
   block.load_state(g, dfinal ? dfinal + state : nullptr, N);
@@ -213,25 +264,26 @@ void backward_block(const Problem& p, int64_t b, int64_t c0, const Rows& dy_rows
       block.load(dy, dy_rows[row] + c0);
       for (int j = 0; j < J; ++j) du[j] = d[j] * u[j], dD[j] += dy[j] * u[j];
       const float *B = p.B[row], *C = p.C[row];
-      float *dB = to.B + (part + first + t) * N, *dC = to.C + (part + first + t) * N;
       for (int n = 0; n < N; ++n) {
         const float Bn = B[n], Cn = C[n];
-        V sum_B = {}, sum_C = {};
+        V now_B = {}, now_C = {};
         for (int j = 0; j < J; ++j) {
           const int i = j * LANES;
           const V now = vec(g[n] + i) + dy[j] * Cn;
           const V before = now * vec(a[t * N + n] + i);
           vec(g[n] + i) = before;
           const V decay = before * vec(h[t * N + n] + i);  // gradient of delta_t A
-          sum_B += now * du[j];
-          sum_C += dy[j] * vec(h[(t + 1) * N + n] + i);
+          now_B += now * du[j];
+          now_C += dy[j] * vec(h[(t + 1) * N + n] + i);
           gB[j] += now * Bn;
           gA[j] += decay * vec(A[n] + i);
           vec(dA[n] + i) += decay * d[j];
         }
-        dB[n] = sum(sum_B);
-        dC[n] = sum(sum_C);
+        sum_B[n] = now_B;
+        sum_C[n] = now_C;
       }
+      store_sums(to.B + (part + first + t) * N, sum_B, N);
+      store_sums(to.C + (part + first + t) * N, sum_C, N);
       for (int j = 0; j < J; ++j) {
         d[j] = gB[j] * d[j] + D[j] * dy[j];
         u[j] = gB[j] * u[j] + gA[j] * (1 / LOG2E);
@@ -240,12 +292,12 @@ void backward_block(const Problem& p, int64_t b, int64_t c0, const Rows& dy_rows
       block.store(to.delta + row * p.d_inner + c0, u);
     }
   }
-  for (int n = 0; n < N; ++n) std::memcpy(to.A + (b * N + n) * p.d_inner + c0, dA[n], block.width * 4);
+  for (int n = 0; n < N; ++n) block.store(to.A + (b * N + n) * p.d_inner + c0, dA[n]);
   block.store(to.D + b * p.d_inner + c0, dD);
   block.store_state(to.initial + state, g, N);
 }
 
-constexpr int J = 4;  // vectors of channels per thread: 
+int threads(int64_t work) { return work < 200'000 ? 1 : at::get_num_threads(); }  // less is done before they are awake
 
 const float* pointer(const optional<Tensor>& t) { return t ? t->const_data_ptr<float>() : nullptr; }
 optional<Tensor> contiguous(const optional<Tensor>& t) { return t ? optional<Tensor>(t->contiguous()) : t; }
@@ -260,10 +312,10 @@ std::tuple<Tensor, Tensor, Tensor> scan_forward(const Tensor& u, const Tensor& d
   Tensor starts = at::empty({p.batch, p.chunks - 1, p.N, p.d_inner}, A.options());
   const float* from = pointer(initial);
   float *to_y = y.data_ptr<float>(), *to_final = final_state.data_ptr<float>(), *to_starts = starts.data_ptr<float>();
-  const int64_t blocks = (p.d_inner + J * LANES - 1) / (J * LANES);
-#pragma omp parallel for num_threads(at::get_num_threads()) schedule(static)
+  const int64_t blocks = (p.d_inner + W - 1) / W;
+#pragma omp parallel for num_threads(threads(p.batch * p.L * p.d_inner * p.N)) schedule(static)
   for (int64_t item = 0; item < p.batch * blocks; ++item)
-    forward_block<J>(p, item / blocks, item % blocks * J * LANES, from, to_y, to_final, to_starts);
+    forward_block(p, item / blocks, item % blocks * W, from, to_y, to_final, to_starts);
   return {y.to(u.scalar_type()), final_state, starts};
 }
 
@@ -274,7 +326,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scan_backward
   const Problem p(u, delta, A, B, C, D, chunk);
   const Rows dy_rows(dy);
   const auto initial = contiguous(initial_state), dfinal = contiguous(dfinal_state);
-  const int64_t blocks = (p.d_inner + J * LANES - 1) / (J * LANES);
+  const int64_t blocks = (p.d_inner + W - 1) / W;
   const auto empty = [&](at::IntArrayRef shape) { return at::empty(shape, A.options()); };
   Tensor du = empty({p.batch, p.L, p.d_inner}), ddelta = empty({p.batch, p.L, p.d_inner});
   Tensor dB = empty({blocks, p.batch, p.L, p.N}), dC = empty({blocks, p.batch, p.L, p.N});
@@ -283,21 +335,130 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scan_backward
   const Gradients to{du.data_ptr<float>(), ddelta.data_ptr<float>(), dA.data_ptr<float>(), dB.data_ptr<float>(),
                      dC.data_ptr<float>(), dD.data_ptr<float>(), dinitial.data_ptr<float>()};
   const float *from = pointer(initial), *from_final = pointer(dfinal), *from_starts = starts.const_data_ptr<float>();
-#pragma omp parallel num_threads(at::get_num_threads())
+#pragma omp parallel num_threads(threads(p.batch * p.L * p.d_inner * p.N))
   {
     std::vector<float> scratch;
 #pragma omp for schedule(static)
     for (int64_t item = 0; item < p.batch * blocks; ++item)
-      backward_block<J>(p, item / blocks, item % blocks * J * LANES, dy_rows, from_final, from, from_starts, to, scratch);
+      backward_block(p, item / blocks, item % blocks * W, dy_rows, from_final, from, from_starts, to, scratch);
   }
   const auto type = u.scalar_type();
   return {du.to(type), ddelta.to(type), dA.sum(0).t().contiguous(), dB.sum(0).to(type), dC.sum(0).to(type), dD.sum(0),
           dinitial};
 }
 
+// ---------------------------------------------------------------------------------------------
+// The convolution before the scan: y_t = silu(z_t), z_t = bias + sum over k of weight_k x_{t-K+1+k}, per channel.
+
+constexpr int K = 4;
+
+struct Convolution {
+  int64_t batch, L, d;
+  Rows x;
+  Tensor weight_tensor, bias_tensor, initial_tensor;
+  const float *weight, *bias, *initial;
+  Convolution(const Tensor& x, const Tensor& w, const Tensor& bias, const optional<Tensor>& initial_state)
+      : batch(x.size(0)), L(x.size(1)), d(x.size(2)), x(x), weight_tensor(w.t().contiguous()),
+        bias_tensor(bias.contiguous()),
+        initial_tensor(initial_state ? initial_state->to(at::kFloat).contiguous() : at::zeros({batch, K - 1, d}, w.options())),
+        weight(weight_tensor.const_data_ptr<float>()), bias(bias_tensor.const_data_ptr<float>()),
+        initial(initial_tensor.const_data_ptr<float>()) {
+    TORCH_CHECK(w.size(1) == K && w.scalar_type() == at::kFloat, "scan_cuda: weight must be fp32, (d, ", K, ")");
+  }
+  const float* row(int64_t b, int64_t t) const { return t < 0 ? initial + (b * (K - 1) + t + K - 1) * d : x[b * L + t]; }
+};
+
+inline V sigmoid(V z) { return 1.f / (1.f + exp2(z * -LOG2E)); }
+
+// Forward (y) and backward (dy to dx, and the parts dweight (batch, K, d), dbias (batch, d), dinitial) of W channels.
+// The last K inputs or, from the last token to the first, the next K gradients of z stay in registers.
+void convolve_block(const Convolution& p, int64_t b, int64_t c0, float* y) {
+  const Block block{int(std::min<int64_t>(W, p.d - c0))};
+  V w[K][J], bias[J], x[K][J];
+  block.load(bias, p.bias + c0);
+  for (int k = 0; k < K; ++k) block.load(w[k], p.weight + k * p.d + c0);
+  for (int k = 1; k < K; ++k) block.load(x[k], p.row(b, k - K) + c0);
+  for (int64_t t = 0; t < p.L; ++t) {
+    for (int k = 1; k < K; ++k)
+      for (int j = 0; j < J; ++j) x[k - 1][j] = x[k][j];
+    block.load(x[K - 1], p.row(b, t) + c0);
+    V out[J];
+    for (int j = 0; j < J; ++j) {
+      V z = bias[j];
+      for (int k = 0; k < K; ++k) z += w[k][j] * x[k][j];
+      out[j] = z * sigmoid(z);
+    }
+    block.store(y + (b * p.L + t) * p.d + c0, out);
+  }
+}
+
+void convolve_backward_block(const Convolution& p, int64_t b, int64_t c0, const Rows& dy, float* dx, float* dweight,
+                             float* dbias, float* dinitial) {
+  const Block block{int(std::min<int64_t>(W, p.d - c0))};
+  V w[K][J], bias[J], x[K][J], dz[K][J] = {}, dw[K][J] = {}, db[J] = {};  // x[k]: input t-K+1+k; dz[k]: of z_{t+k}
+  block.load(bias, p.bias + c0);
+  for (int k = 0; k < K; ++k) block.load(w[k], p.weight + k * p.d + c0);
+  for (int k = 0; k < K - 1; ++k) block.load(x[k], p.row(b, p.L - K + 1 + k) + c0);
+  for (int64_t t = p.L - 1; t > -K; --t) {
+    for (int k = K - 1; k > 0; --k)
+      for (int j = 0; j < J; ++j) dz[k][j] = dz[k - 1][j], x[k][j] = x[k - 1][j];
+    if (t >= 0) {
+      block.load(x[0], p.row(b, t - K + 1) + c0);
+      block.load(dz[0], dy[b * p.L + t] + c0);
+    }
+    V out[J];
+    for (int j = 0; j < J; ++j) {
+      if (t >= 0) {
+        V z = bias[j];
+        for (int k = 0; k < K; ++k) z += w[k][j] * x[k][j];
+        const V s = sigmoid(z);
+        dz[0][j] *= s * (1.f + z * (1.f - s));
+        db[j] += dz[0][j];
+        for (int k = 0; k < K; ++k) dw[k][j] += dz[0][j] * x[k][j];
+      } else {
+        dz[0][j] = V{};  // before the first token there is only the initial state
+      }
+      out[j] = V{};
+      for (int k = 0; k < K; ++k) out[j] += w[K - 1 - k][j] * dz[k][j];
+    }
+    block.store((t < 0 ? dinitial + (b * (K - 1) + t + K - 1) * p.d : dx + (b * p.L + t) * p.d) + c0, out);
+  }
+  for (int k = 0; k < K; ++k) block.store(dweight + (b * K + k) * p.d + c0, dw[k]);
+  block.store(dbias + b * p.d + c0, db);
+}
+
+Tensor conv_forward(const Tensor& x, const Tensor& weight, const Tensor& bias, const optional<Tensor>& initial_state) {
+  const Convolution p(x, weight, bias, initial_state);
+  Tensor y = at::empty({p.batch, p.L, p.d}, weight.options());
+  float* to = y.data_ptr<float>();
+  const int64_t blocks = (p.d + W - 1) / W;
+#pragma omp parallel for num_threads(threads(p.batch * p.L * p.d)) schedule(static)
+  for (int64_t item = 0; item < p.batch * blocks; ++item) convolve_block(p, item / blocks, item % blocks * W, to);
+  return y.to(x.scalar_type());
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> conv_backward(const Tensor& dy, const Tensor& x, const Tensor& weight,
+                                                         const Tensor& bias, const optional<Tensor>& initial_state) {
+  const Convolution p(x, weight, bias, initial_state);
+  const Rows dy_rows(dy);
+  const auto empty = [&](at::IntArrayRef shape) { return at::empty(shape, weight.options()); };
+  Tensor dx = empty({p.batch, p.L, p.d}), dweight = empty({p.batch, K, p.d}), dbias = empty({p.batch, p.d});
+  Tensor dinitial = empty({p.batch, K - 1, p.d});
+  float *to_x = dx.data_ptr<float>(), *to_weight = dweight.data_ptr<float>(), *to_bias = dbias.data_ptr<float>(),
+        *to_initial = dinitial.data_ptr<float>();
+  const int64_t blocks = (p.d + W - 1) / W;
+#pragma omp parallel for num_threads(threads(p.batch * p.L * p.d)) schedule(static)
+  for (int64_t item = 0; item < p.batch * blocks; ++item)
+    convolve_backward_block(p, item / blocks, item % blocks * W, dy_rows, to_x, to_weight, to_bias, to_initial);
+  const auto type = x.scalar_type();
+  return {dx.to(type), dweight.sum(0).t().contiguous(), dbias.sum(0), dinitial.to(type)};
+}
+
 TORCH_LIBRARY_IMPL(scan_cuda, CPU, m) {
   m.impl("scan_forward", scan_forward);
   m.impl("scan_backward", scan_backward);
+  m.impl("conv_forward", conv_forward);
+  m.impl("conv_backward", conv_backward);
 }
 
 }  // namespace
