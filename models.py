@@ -24,14 +24,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from scan_cuda import selective_scan
-try:
-    from scan_cuda import causal_conv1d
-except ImportError:
-    def causal_conv1d(x, weight, bias, initial_state=None):
-        K, L = weight.shape[1], x.shape[1]
-        x = F.pad(x, (0, 0, K - 1, 0)) if initial_state is None else torch.cat((initial_state, x), 1)
-        return F.silu(sum(x[:, k:k + L] * weight[:, k] for k in range(K)) + bias)
+from scan_cuda import causal_conv1d, selective_scan
 
 ARCHS = ('transformer', 'mamba', 'hybrid')
 #          transformer                       mamba            hybrid
@@ -103,19 +96,18 @@ class Linear(nn.Linear):
 
 # --- the LLaMA layer -------------------------------------------------------------------------------
 
-def rotary(positions, d_head, theta, device):
-    """cos and sin (L, d_head/2) of rotary position embeddings (Su et al. 2021), for positions
-    positions..."""
-    frequencies = theta ** (-torch.arange(0, d_head, 2, device=device, dtype=torch.float32) / d_head)
-    angles = positions[:, None].float() * frequencies
-    return angles.cos(), angles.sin()
+def rotary(positions, d_head, theta):
+    """Rotary position embeddings (Su et al. 2021): unit complex numbers (L, 1, d_head/2) for positions (L,)."""
+    frequencies = theta ** (-torch.arange(0, d_head, 2, device=positions.device) / d_head)
+    angles = positions[:, None] * frequencies
+    return torch.polar(torch.ones_like(angles), angles)[:, None]
 
 
-def rotate(x, cos, sin):
-    """Rotate the pairs (i, i + d_head/2) of x (B, L, heads, d_head) by the angles of its position."""
-    a, b = x.chunk(2, -1)
-    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+def rotate(x, rope):
+    """Rotate the pairs (2i, 2i+1) of x (B, L, heads, d_head), read as complex numbers: one pass over
+    memory where the usual sines, cosines, halves and concatenations take seven."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rope).flatten(-2).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -129,12 +121,12 @@ class Attention(nn.Module):
         self.o_proj = Linear(c.d_model, c.d_model, bias=False)
 
     def forward(self, x, rope, cache=None, seen=0):
-        """x (B, L, d_model), rope: cos and sin of the L positions. cache: keys and values
+        """x (B, L, d_model), rope: rotary() of the L positions. cache: keys and values
         (B, n_kv_heads, max_length, d_head) of the `seen` tokens before, written to in place."""
         B, L, _ = x.shape
         qkv = self.qkv_proj(x).view(B, L, -1, self.d_head)
         qk, v = qkv.split((self.n_heads + self.n_kv_heads, self.n_kv_heads), 2)
-        q, k = rotate(qk, *rope).split((self.n_heads, self.n_kv_heads), 2)
+        q, k = rotate(qk, rope).split((self.n_heads, self.n_kv_heads), 2)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)       # (B, heads, L, d_head)
         mask = None
         if cache is not None:
@@ -156,7 +148,8 @@ class LlamaLayer(nn.Module):
         self.config = c
         self.norm1, self.norm2 = nn.RMSNorm(c.d_model, c.norm_eps), nn.RMSNorm(c.d_model, c.norm_eps)
         self.attention = Attention(c)
-        self.gate_up_proj = Linear(c.d_model, 2 * c.d_mlp, bias=False)
+        self.gate_proj = Linear(c.d_model, c.d_mlp, bias=False)
+        self.up_proj = Linear(c.d_model, c.d_mlp, bias=False)
         self.down_proj = Linear(c.d_mlp, c.d_model, bias=False)
 
     def init_state(self, batch_size, max_length, device, dtype):
@@ -166,8 +159,8 @@ class LlamaLayer(nn.Module):
 
     def forward(self, x, rope, state=None, seen=0):
         x = x + self.attention(self.norm1(x), rope, state, seen)
-        gate, up = self.gate_up_proj(self.norm2(x)).chunk(2, -1)
-        return x + self.down_proj(F.silu(gate) * up)
+        inside = self.norm2(x)
+        return x + self.down_proj(F.silu(self.gate_proj(inside)) * self.up_proj(inside))
 
 
 # --- the Mamba layer -------------------------------------------------------------------------------
@@ -282,7 +275,7 @@ class Model(nn.Module):
         c, rope = self.config, None
         if c.n_llama:
             positions = torch.arange(seen, seen + tokens.shape[1], device=tokens.device)
-            rope = rotary(positions, c.d_model // c.n_heads, c.rope_theta, tokens.device)
+            rope = rotary(positions, c.d_model // c.n_heads, c.rope_theta)
         x = self.embedding(tokens)
         for i, layer in enumerate(self.layers):
             x = layer(x, rope, state.layers[i] if state else None, seen)
@@ -339,8 +332,8 @@ LLAMA_NAMES = {
     'layers.#.norm2.weight': ['model.layers.#.post_attention_layernorm.weight'],
     'layers.#.attention.qkv_proj.weight': [f'model.layers.#.self_attn.{x}_proj.weight' for x in 'qkv'],
     'layers.#.attention.o_proj.weight': ['model.layers.#.self_attn.o_proj.weight'],
-    'layers.#.gate_up_proj.weight': [f'model.layers.#.mlp.{x}_proj.weight' for x in ('gate', 'up')],
-    'layers.#.down_proj.weight': ['model.layers.#.mlp.down_proj.weight'], 'lm_head.weight': ['lm_head.weight']}
+    **{f'layers.#.{x}_proj.weight': [f'model.layers.#.mlp.{x}_proj.weight'] for x in ('gate', 'up', 'down')},
+    'lm_head.weight': ['lm_head.weight']}
 MAMBA_NAMES = {
     'embedding.weight': ['backbone.embeddings.weight'], 'norm.weight': ['backbone.norm_f.weight'],
     'layers.#.norm.weight': ['backbone.layers.#.norm.weight'], 'lm_head.weight': ['lm_head.weight'],
@@ -413,7 +406,12 @@ def from_pretrained(name_or_dir, dtype=torch.float32):
         if missing := [name for name in names if name not in theirs]:
             raise ValueError(f'{name_or_dir}: the checkpoint lacks {missing[0]}')
         weights[ours] = torch.cat([theirs[name] for name in names]).to(dtype)
-    weights = {name: w.squeeze(1) if name.endswith('conv_weight') else w for name, w in weights.items()}
+        if ours.endswith('conv_weight'):
+            weights[ours] = weights[ours].squeeze(1)
+        if ours.endswith('qkv_proj.weight'):    # the hub rotates the pairs (i, i + d_head/2), we (2i, 2i+1)
+            rotated = config.d_model + (config.n_kv_heads or config.n_heads) * config.d_model // config.n_heads
+            pairs = weights[ours][:rotated].view(-1, 2, config.d_model // config.n_heads // 2, config.d_model)
+            weights[ours][:rotated] = pairs.transpose(1, 2).reshape(rotated, config.d_model)
     try:
         model.load_state_dict(weights, assign=True)
     except RuntimeError as error:
