@@ -167,7 +167,7 @@ def depth_first_search(edges):
         walked[cycle], node[cycle], above[cycle] = NONE, SINK, NONE
         parent[node] = np.where(enters, walked ^ 1, above)
         onward = np.where(enters, first[node], following[walked ^ 1])
-    return Search(visit.T, via.T, parent, first, following, target)
+    return Search(visit.T.copy(), via.T.copy(), parent, first, following, target)
 
 
 def cot_trace(edges):

@@ -42,11 +42,11 @@ import models
 class Constants:
     # the grid: each a value or several, separated by commas
     tasks: tuple = ('istree',)              # what is learned (data.TASKS)
-    archs: tuple = ('transformer', 'mamba', 'hybrid')
-    setups: tuple = ('direct', 'cot', 'retrieval')
+    archs: tuple = ('transformer', 'mamba', 'hybrid')   # models.ARCHS
+    setups: tuple = ('direct', 'cot', 'retrieval')      # answer at once, after a chain of thought, with a retriever
     sizes: tuple = ('tiny',)                # models.SIZES: tiny, 0.5M, 1M, 2M
     n_nodes: tuple = (12,)                  # size of the task: nodes of the graph
-    seeds: tuple = (0,)
+    seeds: tuple = (0,)                     # of the initial weights and the training data
     # the task
     distribution: str = 'two_star'          # of the graphs: two_star or random
     n_val: int = 1000                       # held-out samples for the result
@@ -54,16 +54,16 @@ class Constants:
     d_state: int = 16                       # size of Mamba's state per inner channel
     frozen_embedding: bool = False          # sinusoids that are not trained (the paper), or learned
     # training: a constant with names in it takes one value for all, or name:value,name:value
-    samples: dict = field(default_factory=lambda: {'direct': 50_000, 'cot': 150_000, 'retrieval': 30_000})
-    batch_size: dict = field(default_factory=lambda: {'direct': 64, 'cot': 64, 'retrieval': 32})
-    lr: dict = field(default_factory=lambda: {'transformer': 3e-3, 'mamba': 3e-3, 'hybrid': 3e-3})
+    samples: dict = field(default_factory=lambda: {'direct': 30_000, 'cot': 120_000, 'retrieval': 10_000})  # trained on
+    batch_size: dict = field(default_factory=lambda: {'direct': 32, 'cot': 32, 'retrieval': 8})  # samples per step
+    lr: dict = field(default_factory=lambda: {'transformer': 2e-3, 'mamba': 6e-3, 'hybrid': 6e-3})  # highest learning rate
+    eval_every: dict = field(default_factory=lambda: {'direct': 10_000, 'cot': 20_000, 'retrieval': 5_000})  # samples between two lines of the log
     warmup_samples: int = 2000              # learning rate rises linearly, then falls as a cosine to 0
     grad_clip: float = 1.0                  # largest norm of the gradient, 0: no limit
     dtype: str = 'float32'                  # or bfloat16: autocast
     # running
     out: str = 'out'                        # folder of the results
     device: str = 'auto'                    # auto, cpu, cuda or mps
-    eval_every: int = 20_000                # training samples between two lines of the log
     eval_batch: int = 500                   # samples generated at a time
     checkpoint_seconds: int = 30            # between two checkpoints
     processes: int = 0                      # cells run at once, 0: one per CPU core; one per GPU by torchrun
@@ -73,7 +73,8 @@ PAPER = dict(sizes=('0.5M', '1M', '2M'), n_nodes=(16, 32, 64), n_val=5000, froze
              samples={'direct': 1_000_000, 'cot': 1_000_000, 'retrieval': 1_000_000},
              batch_size={'direct': 64, 'cot': 64, 'retrieval': 64},
              lr={'transformer': 1e-3, 'mamba': 3e-4, 'hybrid': 3e-4},
-             warmup_samples=10_000, grad_clip=0.0, eval_every=100_000)
+             eval_every={'direct': 100_000, 'cot': 100_000, 'retrieval': 100_000},
+             warmup_samples=10_000, grad_clip=0.0)
 PRESETS = {'default': {}, 'paper': PAPER}
 CHOICES = dict(tasks=data.TASKS, archs=models.ARCHS, setups=data.SETUPS, sizes=models.SIZES,
                distribution=[d for task in data.TASKS.values() for d in task.distributions],
@@ -326,7 +327,7 @@ def run_cell(c, cell, device):
         write(path / 'checkpoint.pt', lambda file: torch.save(checkpoint, file))
 
     steps = -(-cell['samples'] // batch_size)
-    eval_steps = max(1, c.eval_every // batch_size)
+    eval_steps = max(1, c.eval_every[setup] // batch_size)
     batches = data.training_batches(cell['task'], batch_size, n, setup, cell['seed'], cell['distribution'], held_out, step)
     started = saved = time.monotonic()
     with tqdm(total=steps * batch_size, initial=step * batch_size, unit='sample', unit_scale=True,

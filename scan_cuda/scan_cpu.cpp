@@ -370,70 +370,57 @@ struct Convolution {
 
 inline V sigmoid(V z) { return 1.f / (1.f + exp2(z * -LOG2E)); }
 
-// Forward (y) and backward (dy to dx, and the parts dweight (batch, K, d), dbias (batch, d), dinitial) of W channels.
-// The last K inputs or, from the last token to the first, the next K gradients of z stay in registers.
+// Forward (y) and backward (dy to dx, and the parts dweight (batch, K, d), dbias (batch, d), dinitial) of LANES channels.
+// The last K inputs and, from the last token to the first, the next K gradients of z stay in registers.
 void convolve_block(const Convolution& p, int64_t b, int64_t c0, float* y) {
-  const Block block{int(std::min<int64_t>(W, p.d - c0))};
-  V w[K][J], bias[J], x[K][J];
-  block.load(bias, p.bias + c0);
-  for (int k = 0; k < K; ++k) block.load(w[k], p.weight + k * p.d + c0);
-  for (int k = 1; k < K; ++k) block.load(x[k], p.row(b, k - K) + c0);
+  const int width = std::min<int64_t>(LANES, p.d - c0);
+  const V bias = load_some(p.bias + c0, width);
+  V w[K], x[K];
+  for (int k = 0; k < K; ++k) w[k] = load_some(p.weight + k * p.d + c0, width);
+  for (int k = 1; k < K; ++k) x[k] = load_some(p.row(b, k - K) + c0, width);
   for (int64_t t = 0; t < p.L; ++t) {
-    for (int k = 1; k < K; ++k)
-      for (int j = 0; j < J; ++j) x[k - 1][j] = x[k][j];
-    block.load(x[K - 1], p.row(b, t) + c0);
-    V out[J];
-    for (int j = 0; j < J; ++j) {
-      V z = bias[j];
-      for (int k = 0; k < K; ++k) z += w[k][j] * x[k][j];
-      out[j] = z * sigmoid(z);
-    }
-    block.store(y + (b * p.L + t) * p.d + c0, out);
+    for (int k = 1; k < K; ++k) x[k - 1] = x[k];
+    x[K - 1] = load_some(p.row(b, t) + c0, width);
+    V z = bias;
+    for (int k = 0; k < K; ++k) z += w[k] * x[k];
+    store_some(y + (b * p.L + t) * p.d + c0, z * sigmoid(z), width);
   }
 }
 
 void convolve_backward_block(const Convolution& p, int64_t b, int64_t c0, const Rows& dy, float* dx, float* dweight,
                              float* dbias, float* dinitial) {
-  const Block block{int(std::min<int64_t>(W, p.d - c0))};
-  V w[K][J], bias[J], x[K][J], dz[K][J] = {}, dw[K][J] = {}, db[J] = {};  // x[k]: input t-K+1+k; dz[k]: of z_{t+k}
-  block.load(bias, p.bias + c0);
-  for (int k = 0; k < K; ++k) block.load(w[k], p.weight + k * p.d + c0);
-  for (int k = 0; k < K - 1; ++k) block.load(x[k], p.row(b, p.L - K + 1 + k) + c0);
+  const int width = std::min<int64_t>(LANES, p.d - c0);
+  const V bias = load_some(p.bias + c0, width);
+  V w[K], x[K] = {}, dz[K] = {}, dw[K] = {}, db = {};  // x[k]: input t - K + 1 + k; dz[k]: gradient of z_{t+k}
+  for (int k = 0; k < K; ++k) w[k] = load_some(p.weight + k * p.d + c0, width);
+  for (int k = 0; k < K - 1; ++k) x[k] = load_some(p.row(b, p.L - K + 1 + k) + c0, width);
   for (int64_t t = p.L - 1; t > -K; --t) {
-    for (int k = K - 1; k > 0; --k)
-      for (int j = 0; j < J; ++j) dz[k][j] = dz[k - 1][j], x[k][j] = x[k - 1][j];
+    for (int k = K - 1; k > 0; --k) dz[k] = dz[k - 1], x[k] = x[k - 1];
+    dz[0] = V{};  // before the first token there is only the initial state
     if (t >= 0) {
-      block.load(x[0], p.row(b, t - K + 1) + c0);
-      block.load(dz[0], dy[b * p.L + t] + c0);
+      x[0] = load_some(p.row(b, t - K + 1) + c0, width);
+      V z = bias;
+      for (int k = 0; k < K; ++k) z += w[k] * x[k];
+      const V s = sigmoid(z);
+      dz[0] = load_some(dy[b * p.L + t] + c0, width) * s * (1.f + z * (1.f - s));
+      db += dz[0];
+      for (int k = 0; k < K; ++k) dw[k] += dz[0] * x[k];
     }
-    V out[J];
-    for (int j = 0; j < J; ++j) {
-      if (t >= 0) {
-        V z = bias[j];
-        for (int k = 0; k < K; ++k) z += w[k][j] * x[k][j];
-        const V s = sigmoid(z);
-        dz[0][j] *= s * (1.f + z * (1.f - s));
-        db[j] += dz[0][j];
-        for (int k = 0; k < K; ++k) dw[k][j] += dz[0][j] * x[k][j];
-      } else {
-        dz[0][j] = V{};  // before the first token there is only the initial state
-      }
-      out[j] = V{};
-      for (int k = 0; k < K; ++k) out[j] += w[K - 1 - k][j] * dz[k][j];
-    }
-    block.store((t < 0 ? dinitial + (b * (K - 1) + t + K - 1) * p.d : dx + (b * p.L + t) * p.d) + c0, out);
+    V out = {};
+    for (int k = 0; k < K; ++k) out += w[K - 1 - k] * dz[k];
+    store_some((t < 0 ? dinitial + (b * (K - 1) + t + K - 1) * p.d : dx + (b * p.L + t) * p.d) + c0, out, width);
   }
-  for (int k = 0; k < K; ++k) block.store(dweight + (b * K + k) * p.d + c0, dw[k]);
-  block.store(dbias + b * p.d + c0, db);
+  for (int k = 0; k < K; ++k) store_some(dweight + (b * K + k) * p.d + c0, dw[k], width);
+  store_some(dbias + b * p.d + c0, db, width);
 }
 
 Tensor conv_forward(const Tensor& x, const Tensor& weight, const Tensor& bias, const optional<Tensor>& initial_state) {
   const Convolution p(x, weight, bias, initial_state);
   Tensor y = at::empty({p.batch, p.L, p.d}, weight.options());
   float* to = y.data_ptr<float>();
-  const int64_t blocks = (p.d + W - 1) / W;
+  const int64_t blocks = (p.d + LANES - 1) / LANES;
 #pragma omp parallel for num_threads(threads(p.batch * p.L * p.d)) schedule(static)
-  for (int64_t item = 0; item < p.batch * blocks; ++item) convolve_block(p, item / blocks, item % blocks * W, to);
+  for (int64_t item = 0; item < p.batch * blocks; ++item) convolve_block(p, item / blocks, item % blocks * LANES, to);
   return y.to(x.scalar_type());
 }
 
@@ -446,10 +433,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_backward(const Tensor& dy, const
   Tensor dinitial = empty({p.batch, K - 1, p.d});
   float *to_x = dx.data_ptr<float>(), *to_weight = dweight.data_ptr<float>(), *to_bias = dbias.data_ptr<float>(),
         *to_initial = dinitial.data_ptr<float>();
-  const int64_t blocks = (p.d + W - 1) / W;
+  const int64_t blocks = (p.d + LANES - 1) / LANES;
 #pragma omp parallel for num_threads(threads(p.batch * p.L * p.d)) schedule(static)
   for (int64_t item = 0; item < p.batch * blocks; ++item)
-    convolve_backward_block(p, item / blocks, item % blocks * W, dy_rows, to_x, to_weight, to_bias, to_initial);
+    convolve_backward_block(p, item / blocks, item % blocks * LANES, dy_rows, to_x, to_weight, to_bias, to_initial);
   const auto type = x.scalar_type();
   return {dx.to(type), dweight.sum(0).t().contiguous(), dbias.sum(0), dinitial.to(type)};
 }
