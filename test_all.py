@@ -304,7 +304,7 @@ def test_mamba_starts_with_the_time_scales_of_its_paper():
     for layer in small_model('mamba').layers:
         delta = torch.nn.functional.softplus(layer.dt_proj.bias)
         assert 0.001 * 0.99 < delta.min() < 0.002 and 0.05 < delta.max() < 0.1 * 1.01
-        assert torch.allclose(layer.A_log.exp(), torch.arange(1, 17.).expand(96, -1))
+        assert torch.allclose(layer.A_log.exp(), torch.arange(1, 17.).expand(128, -1))
 
 
 HUB_CONFIGS = {

@@ -45,7 +45,7 @@ class Constants:
     archs: tuple = ('transformer', 'mamba', 'hybrid')   # models.ARCHS
     setups: tuple = ('direct', 'cot', 'retrieval')      # answer at once, after a chain of thought, with a retriever
     sizes: tuple = ('tiny',)                # models.SIZES: tiny, 0.5M, 1M, 2M
-    n_nodes: tuple = (12,)                  # size of the task: nodes of the graph
+    n_nodes: tuple = (16,)                  # size of the task: nodes of the graph
     seeds: tuple = (0,)                     # of the initial weights and the training data
     # the task
     distribution: str = 'two_star'          # of the graphs: two_star or random
@@ -53,11 +53,12 @@ class Constants:
     # the model
     d_state: int = 16                       # size of Mamba's state per inner channel
     frozen_embedding: bool = False          # sinusoids that are not trained (the paper), or learned
-    # training: a constant with names in it takes one value for all, or name:value,name:value
-    samples: dict = field(default_factory=lambda: {'direct': 30_000, 'cot': 120_000, 'retrieval': 10_000})  # trained on
+    # training: where there are names, give one value for all or name:value,... (retrieval: both of its names)
+    samples: dict = field(default_factory=lambda: {'direct': 20_000, 'cot': 150_000, 'retrieval': 5_000,  # trained on
+                                                   'transformer-retrieval': 10_000})
     batch_size: dict = field(default_factory=lambda: {'direct': 32, 'cot': 32, 'retrieval': 8})  # samples per step
-    lr: dict = field(default_factory=lambda: {'transformer': 2e-3, 'mamba': 6e-3, 'hybrid': 6e-3})  # highest learning rate
-    eval_every: dict = field(default_factory=lambda: {'direct': 10_000, 'cot': 20_000, 'retrieval': 5_000})  # samples between two lines of the log
+    lr: dict = field(default_factory=lambda: {'transformer': 2e-3, 'mamba': 5e-3, 'hybrid': 4e-3})  # highest learning rate
+    eval_every: dict = field(default_factory=lambda: {'direct': 10_000, 'cot': 25_000, 'retrieval': 2_500})  # samples between two lines of the log
     warmup_samples: int = 2000              # learning rate rises linearly, then falls as a cosine to 0
     grad_clip: float = 1.0                  # largest norm of the gradient, 0: no limit
     dtype: str = 'float32'                  # or bfloat16: autocast
@@ -70,10 +71,10 @@ class Constants:
 
 
 PAPER = dict(sizes=('0.5M', '1M', '2M'), n_nodes=(16, 32, 64), n_val=5000, frozen_embedding=True,
-             samples={'direct': 1_000_000, 'cot': 1_000_000, 'retrieval': 1_000_000},
-             batch_size={'direct': 64, 'cot': 64, 'retrieval': 64},
+             samples=dict.fromkeys(data.SETUPS, 1_000_000),
+             batch_size=dict.fromkeys(data.SETUPS, 64),
              lr={'transformer': 1e-3, 'mamba': 3e-4, 'hybrid': 3e-4},
-             eval_every={'direct': 100_000, 'cot': 100_000, 'retrieval': 100_000},
+             eval_every=dict.fromkeys(data.SETUPS, 100_000),
              warmup_samples=10_000, grad_clip=0.0)
 PRESETS = {'default': {}, 'paper': PAPER}
 CHOICES = dict(tasks=data.TASKS, archs=models.ARCHS, setups=data.SETUPS, sizes=models.SIZES,
@@ -94,9 +95,8 @@ def help_text(program, constants):
     """The constants with their comments, read from this file."""
     lines = [f'usage: python {program} [--preset={"|".join(PRESETS)}] [--name=value ...]\n']
     for line in inspect.getsource(constants).splitlines():
-        if m := re.match(r'    (\w+): (\w+) = (.*?)(?:  +# (.*))?$', line):
-            value = m[3].removeprefix('field(default_factory=lambda: ').removesuffix(')') if m[2] == 'dict' else m[3]
-            lines.append(f'  --{m[1]:<20} {m[4] or ""}\n{"":25}default {value}')
+        if m := re.match(r'    (\w+): \w+ = .*?(?:  +# (.*))?$', line):
+            lines.append(f'  --{m[1]:<20} {m[2]}\n{"":25}default {getattr(constants(), m[1])}')
         elif m := re.match(r'    # (.*)', line):
             lines.append(f'\n{m[1]}:')
     return '\n'.join(lines)
@@ -123,7 +123,8 @@ def parse_value(name, text, default):
         if len(pairs) == 1 and len(pairs[0]) == 1:
             value = dict.fromkeys(default, one(text, kind))
         elif all(len(pair) == 2 and pair[0] in default for pair in pairs):
-            value = default | {key: one(part, kind) for key, part in pairs}
+            value = default | {key: one(part, kind) for end, part in pairs for key in default
+                               if key == end or key.endswith('-' + end)}
         else:
             raise Refused(f'--{name}={text}: give one value for all, or name:value with names out of {", ".join(default)}')
     else:
@@ -159,14 +160,14 @@ def parse(argv, constants=Constants, program='train.py'):
 def cells(c):
     """The grid as a list of dicts, each all that a cell's result depends on."""
     grid = []
-    for task, arch, setup, size, n, seed in itertools.product(c.tasks, c.archs, c.setups, c.sizes, c.n_nodes, c.seeds):
+    for task, setup, size, n, arch, seed in itertools.product(c.tasks, c.setups, c.sizes, c.n_nodes, c.archs, c.seeds):
         made = data.TASKS[task]
         if setup not in made.setups:
             raise Refused(f'--setups={setup}: {task} has {", ".join(made.setups)}')
         made.generate(1, n, setup, 0, c.distribution)           # an impossible n is refused before anything runs
         grid.append(dict(task=task, arch=arch, setup=setup, size=size, n_nodes=n, seed=seed,
                          distribution=c.distribution, d_state=c.d_state, frozen_embedding=c.frozen_embedding,
-                         samples=c.samples[setup], batch_size=c.batch_size[setup], lr=c.lr[arch],
+                         samples=c.samples.get(f'{arch}-{setup}', c.samples[setup]), batch_size=c.batch_size[setup], lr=c.lr[arch],
                          warmup_samples=c.warmup_samples, grad_clip=c.grad_clip, dtype=c.dtype, n_val=c.n_val))
     return grid
 
@@ -369,7 +370,7 @@ def run_cell(c, cell, device):
     write_json(path / 'result.json', cell | measured | dict(
         params=model.n_params(), seconds=seconds, samples_per_second=steps * batch_size / max(seconds, 1e-9),
         evaluation_seconds=time.monotonic() - started,
-        device=torch.cuda.get_device_name() if device.type == 'cuda' else device.type,
+        device=torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type,
         threads=torch.get_num_threads(), torch=torch.__version__))
 
 
@@ -395,7 +396,7 @@ def pick_device(name):
         name = next(device for device in there if there[device])
     if not there[name]:
         raise Refused(f'--device={name}: torch finds no such device here, leave it out to use another')
-    return torch.device(name)
+    return torch.device(name, int(os.environ.get('LOCAL_RANK', 0)) if name == 'cuda' else None)    # torchrun: a GPU each
 
 
 def work(c, grid, device, wait):

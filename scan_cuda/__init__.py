@@ -16,8 +16,10 @@ in the environment asks for 2 without trying. `python -m scan_cuda.bench` compar
 """
 
 import hashlib
+import itertools
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -27,7 +29,7 @@ from pathlib import Path
 import torch
 
 # Tokens between two saved states. The backward pass recomputes the states of one chunk from the saved state before
-# it: a short chunk costs memory (d_state / CHUNK of u's), a long one cache.
+# it: a short chunk costs memory (d_state / CHUNK of u's), a long one cache. scan_kernels.cu is written for this one.
 CHUNK = 64
 
 
@@ -80,9 +82,19 @@ def _chunk_states(x, d, A, B, h):
     return a, _scan(a, b)
 
 
+def _split_batch(u, A, chunk, tensors):
+    """The tensors in parts of so many batch elements that the states of a chunk fit the cache (on a GPU: its memory)."""
+    step = max(1, (2**20 if u.device.type == "cpu" else 2**26) // (chunk * A.numel()))
+    return list(zip(*(itertools.repeat(None) if t is None else t.split(step) for t in tensors)))
+
+
 def _fallback_forward(u, delta, A, B, C, D, initial_state, chunk):
     """Returns (y, final_state, starts): starts (batch, chunks - 1, d_state, d_inner) are the states before
     each chunk but the first, all that the backward pass keeps."""
+    parts = _split_batch(u, A, chunk, (u, delta, B, C, initial_state))
+    if len(parts) > 1:
+        done = [_fallback_forward(x, d, A, b, c, D, h, chunk) for x, d, b, c, h in parts]
+        return tuple(torch.cat(part) for part in zip(*done))
     h = A.new_zeros(u.shape[0], *A.shape) if initial_state is None else initial_state
     y, starts = [], []
     for x, d, b, c in zip(*(t.split(chunk, 1) for t in (u, delta, B, C))):
@@ -99,6 +111,11 @@ def _fallback_forward(u, delta, A, B, C, D, initial_state, chunk):
 def _fallback_backward(dy, dfinal, u, delta, A, B, C, D, initial_state, starts, chunk):
     """Gradients of u, delta, A, B, C, D, initial_state. With g_t = dLoss/dh_t the recurrence runs backwards:
     g_t = C_t dy_t + a_{t+1} g_{t+1}, the same scan on the reversed chunk."""
+    parts = _split_batch(u, A, chunk, (dy, dfinal, u, delta, B, C, initial_state, starts))
+    if len(parts) > 1:
+        du, ddelta, dA, dB, dC, dD, dinitial = zip(*(_fallback_backward(e, g, x, d, A, b, c, D, h, s, chunk)
+                                                     for e, g, x, d, b, c, h, s in parts))
+        return (*map(torch.cat, (du, ddelta)), sum(dA), *map(torch.cat, (dB, dC)), sum(dD), torch.cat(dinitial))
     if initial_state is None:
         initial_state = A.new_zeros(u.shape[0], *A.shape)
     g = torch.zeros_like(initial_state) if dfinal is None else dfinal  # a_{t+1} g_{t+1} from the chunk behind
@@ -184,27 +201,28 @@ def _load(device_type):
 
 
 def _build(device_type):
-    sources = [_HERE / name for name in _SOURCES[device_type]]
     try:
         from torch.utils import cpp_extension
     except ImportError as error:
         raise _Unbuildable(f"{error}; remedy: pip install setuptools")
     # The cache may be shared between machines: a kernel is for one source, torch and processor.
-    target = _cpu_model() if device_type == "cpu" else f"{torch.version.cuda} {torch.cuda.get_device_capability()}"
-    key = hashlib.sha256("\n".join([torch.__version__, sys.platform, target, *(s.read_text() for s in sources)]).encode())
+    sources = [_HERE / name for name in _SOURCES[device_type]]
+    target = _cpu_model() if device_type == "cpu" else "sm_%d%d" % torch.cuda.get_device_capability()
+    key = hashlib.sha256("\n".join([torch.__version__, target, *(s.read_text() for s in sources)]).encode())
     name = f"scan_{device_type}"
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
     folder = root / f"{name}_{key.hexdigest()[:12]}"
-    library, ready = folder / (name + cpp_extension.LIB_EXT), folder / "ready"
+    ready = folder / "ready"  # written last: a killed build does not leave half a library to be loaded
     if not ready.exists():
+        os.environ["PATH"] += os.pathsep + str(Path(sys.executable).parent)  # ninja of a venv that is not activated
         cxx = os.environ.get("CXX") or ("cl" if sys.platform == "win32" else "c++")
         if not shutil.which(cxx.split()[0]):
             raise _Unbuildable(f"no C++ compiler ({cxx}); remedy: install one (Debian, Ubuntu, Colab: apt install g++; "
                                "Mac: xcode-select --install) or name it in CXX")
         if not cpp_extension.is_ninja_available():
             raise _Unbuildable("no ninja; remedy: pip install ninja")
-        if device_type == "cuda" and not (cpp_extension.CUDA_HOME and shutil.which(f"{cpp_extension.CUDA_HOME}/bin/nvcc")):
-            raise _Unbuildable(f"no nvcc; remedy: install the CUDA toolkit {torch.version.cuda} and set CUDA_HOME to it")
+        if device_type == "cuda":
+            _check_nvcc(cpp_extension.CUDA_HOME)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             lock = open(folder / "building", "w")
@@ -217,28 +235,35 @@ def _build(device_type):
                 fcntl.flock(lock, fcntl.LOCK_EX)  # one process builds, the others wait; a killed one lets go
             if not ready.exists():
                 (folder / "lock").unlink(missing_ok=True)  # torch's own lock, which a killed build leaves behind
-                cpp_extension.load(name, [str(s) for s in sources], extra_cflags=_cpu_flags(cxx, device_type),
-                                   extra_cuda_cflags=["-O3", "--use_fast_math"], build_directory=str(folder),
-                                   is_python_module=False)
+                cpp_extension.load(name, [str(s) for s in sources], build_directory=str(folder), is_python_module=False,
+                                   extra_cflags=_cpu_flags(cxx) if device_type == "cpu" else ["-O3"],
+                                   extra_cuda_cflags=["-O3", f"-arch={target}"])
                 ready.touch()
                 return
-    torch.ops.load_library(str(library))
+    torch.ops.load_library(str(folder / (name + cpp_extension.LIB_EXT)))
 
 
 class _Unbuildable(Exception):
     """A reason with its remedy, to be shown as it is."""
 
 
+def _check_nvcc(home):
+    wanted = torch.version.cuda
+    remedy = f"remedy: install the CUDA toolkit {wanted} and set CUDA_HOME to it"
+    nvcc = shutil.which("nvcc", path=f"{home}/bin") if home else None
+    if not nvcc:
+        raise _Unbuildable(f"no nvcc; {remedy}")
+    found = re.search(r"release (\d+)\.(\d+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)
+    if found and found[1] != wanted.split(".")[0]:
+        raise _Unbuildable(f"nvcc is of CUDA {found[1]}.{found[2]}, torch of CUDA {wanted}; {remedy}")
+
+
 def _explain(error):
-    text = str(error)
     if isinstance(error, _Unbuildable):
-        return text
-    if "mismatches the version" in text:
-        return (f"nvcc's CUDA version is not torch's ({torch.version.cuda}); remedy: install the CUDA toolkit "
-                f"{torch.version.cuda} and set CUDA_HOME to it, or a torch built for your toolkit (pytorch.org)")
-    lines = [line.strip() for line in text.splitlines() if line.strip()] or [repr(error)]
-    line = next((line for line in lines if "error:" in line), lines[0])
-    return f"{line[:300]}; remedy: a compiler with C++17 and, on Debian or Ubuntu, apt install g++"
+        return str(error)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
+    line = next((line for line in lines[1:] if re.search(r"\b(fatal )?error\b", line, re.IGNORECASE)), lines[0])
+    return f"{line[:300]}; remedy: a C++ compiler that torch {torch.__version__} accepts, named in CXX, or SCAN_CUDA_BUILD=0"
 
 
 def _cpu_model():
@@ -249,15 +274,16 @@ def _cpu_model():
         return platform.platform() + platform.processor()
 
 
-def _cpu_flags(cxx, device_type):
+def _cpu_flags(cxx):
     if sys.platform == "win32":
         return ["/O2"]
-    if device_type != "cpu":
-        return ["-O3"]
-    accepts = lambda flag: subprocess.run([*cxx.split(), flag, "-x", "c++", "-fsyntax-only", os.devnull],
-                                          capture_output=True).returncode == 0
-    wanted = ["-march=native", "-fopenmp", "-fopenmp-simd", "-fno-math-errno", "-mprefer-vector-width=512"]
-    return ["-O3", *filter(accepts, wanted)]
+    run = lambda *flags: subprocess.run([*cxx.split(), *flags], capture_output=True, text=True)
+    flags = ["-O3"]
+    if run("-march=native", "-x", "c++", "-fsyntax-only", os.devnull).returncode == 0:
+        flags += ["-march=native"]
+    if sys.platform == "linux" and "clang" not in run("--version").stdout:
+        flags += ["-fopenmp"]  # gcc's: torch brings its runtime. clang's would need libomp: one thread there
+    return flags
 
 
 # ---------------------------------------------------------------------------------------------
