@@ -466,7 +466,7 @@ def test_bad_constants_get_one_line_and_exit_code_2(override, words, tmp_path, c
 def test_another_configuration_in_the_same_folder_is_refused_and_nothing_is_touched(finished, capsys):
     before = (cell_folder(finished) / 'result.json').read_bytes()
     assert train.cli(train.main, 'train.py', [*SMALL, '--d_state=8', f'--out={finished}']) == 2
-    assert 'd_state=16 there, 8 here' in capsys.readouterr().err
+    assert 'd_state=1 there, 8 here' in capsys.readouterr().err
     assert (cell_folder(finished) / 'result.json').read_bytes() == before
 
 
@@ -503,7 +503,7 @@ def test_the_papers_preset_is_the_papers_grid():
     assert len(grid) == 81 and {cell['n_nodes'] for cell in grid} == {16, 32, 64}
     assert {(cell['arch'], cell['lr']) for cell in grid} == {('transformer', 1e-3), ('mamba', 3e-4), ('hybrid', 3e-4)}
     cell = grid[0]
-    assert cell['batch_size'] == 64 and cell['samples'] == 1_000_000 and cell['n_val'] == 5000 and cell['frozen_embedding']
+    assert cell['batch_size'] == 64 and cell['d_state'] == 16 and cell['samples'] == 1_000_000 and cell['n_val'] == 5000 and cell['frozen_embedding']
     assert train.learning_rate(cell, 5_000) == cell['lr'] / 2 and train.learning_rate(cell, 1_000_000) < 1e-12
 
 
