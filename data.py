@@ -238,6 +238,37 @@ def max_length(n_nodes, setup):
     return prompt_length(n_nodes) + trace[setup]
 
 
+def check(batch_size, n_nodes, limits, setup, setups, distribution, distributions):
+    """Raise ValueError, naming the argument, on what a task cannot generate."""
+    for name, value, known in (('setup', setup, setups), ('distribution', distribution, distributions)):
+        if value not in known:
+            raise ValueError(f'unknown {name} {value!r}: choose one of {", ".join(known)}')
+    for name, value, low, high in (('n_nodes', n_nodes, *limits), ('batch_size', batch_size, 1, None)):
+        if not isinstance(value, (int, np.integer)) or value < low or (high and value > high):
+            raise ValueError(f'{name}={value!r} is impossible: give a whole number '
+                             + (f'from {low} to {high}' if high else f'of at least {low}'))
+
+
+def assemble(prompt, trace, answer):
+    """What all tasks do last: join prompt (B, P) with its [EOS], trace (B, T), -1 where there is no token,
+    [EOS] and answer (B,); without a trace, prompt and answer. Returns tokens and loss_mask, see generate."""
+    batch_size, start = prompt.shape
+    if trace is None:
+        tokens = np.column_stack((prompt, answer))
+    else:
+        written = trace >= 0
+        end = start + written.sum(1)
+        tokens = np.full((batch_size, end.max() + 2), PAD, np.int64)
+        tokens[:, :start] = prompt
+        tokens[:, start:][np.arange(start, tokens.shape[1]) < end[:, None]] = trace[written]
+        tokens[np.arange(batch_size), end] = EOS
+        tokens[np.arange(batch_size), end + 1] = answer
+    loss_mask = tokens != PAD
+    loss_mask[:, :start] = False
+    loss_mask[:, 1:] &= tokens[:, :-1] != END
+    return tokens, loss_mask
+
+
 def generate(batch_size, n_nodes, setup, seed, distribution='two_star'):
     """A batch of IsTree samples, drawn as in the header of this file. Deterministic in its arguments.
 
@@ -245,40 +276,19 @@ def generate(batch_size, n_nodes, setup, seed, distribution='two_star'):
     sample of the batch; loss_mask (B, L) bool, True where the token is to be predicted: after the
     prompt, except padding and what the retriever writes (paper, section 6); is_tree (B,) bool.
     Raises ValueError on an unknown setup or distribution, or an impossible batch_size or n_nodes."""
-    for name, value, known in (('setup', setup, SETUPS), ('distribution', distribution, DISTRIBUTIONS)):
-        if value not in known:
-            raise ValueError(f'unknown {name} {value!r}: choose one of {", ".join(known)}')
-    for name, value, low, high in (('n_nodes', n_nodes, 4, MAX_NODES), ('batch_size', batch_size, 1, None)):
-        if not isinstance(value, (int, np.integer)) or value < low or (high and value > high):
-            raise ValueError(f'{name}={value!r} is impossible: give a whole number '
-                             + (f'from {low} to {high}' if high else f'of at least {low}'))
+    check(batch_size, n_nodes, (4, MAX_NODES), setup, SETUPS, distribution, DISTRIBUTIONS)
     rng = np.random.default_rng(seed)
     edges, is_tree = DISTRIBUTIONS[distribution](rng, batch_size, n_nodes)
     order = permutations(rng, batch_size, n_nodes - 1)
     edges = np.take_along_axis(edges, order[:, :, None], 1)             # the order of the prompt
 
-    start = prompt_length(n_nodes)
-    answer = np.where(is_tree, TRUE, FALSE)
-    if setup == 'direct':
-        tokens = np.empty((batch_size, start + 1), np.int64)
-        tokens[:, start] = answer
-    else:
-        trace = cot_trace(edges) if setup == 'cot' else retrieval_trace(edges)
-        written = trace >= 0
-        end = start + written.sum(1)
-        tokens = np.full((batch_size, end.max() + 2), PAD, np.int64)
-        tokens[:, start:][np.arange(start, tokens.shape[1]) < end[:, None]] = trace[written]
-        tokens[np.arange(batch_size), end] = EOS
-        tokens[np.arange(batch_size), end + 1] = answer
-    tokens[:, 0], tokens[:, start - 1] = BOS, EOS
-    tokens[:, 1:start - 1:3] = edges.max(2) + NODE
-    tokens[:, 2:start - 1:3] = EDGE
-    tokens[:, 3:start - 1:3] = edges.min(2) + NODE
-
-    loss_mask = tokens != PAD
-    loss_mask[:, :start] = False
-    loss_mask[:, 1:] &= tokens[:, :-1] != END
-    return tokens, loss_mask, is_tree
+    prompt = np.full((batch_size, prompt_length(n_nodes)), EOS)
+    prompt[:, 0] = BOS
+    prompt[:, 1:-1:3] = edges.max(2) + NODE
+    prompt[:, 2:-1:3] = EDGE
+    prompt[:, 3:-1:3] = edges.min(2) + NODE
+    trace = {'cot': cot_trace, 'retrieval': retrieval_trace}[setup](edges) if setup != 'direct' else None
+    return *assemble(prompt, trace, np.where(is_tree, TRUE, FALSE)), is_tree
 
 
 # --- the retriever -------------------------------------------------------------------------------
