@@ -311,7 +311,7 @@ def index(rng, batch_size, n):
     """Index (paper, section 4): token number i, from 0, of a sequence, a random order of 0..n-1. n=5:
 
         direct     inputs   [BOS] 3 0 4 1 2 ~ 2 [EOS]
-                   targets                        4
+                   targets                      4
 
         retrieval  inputs   [BOS] 3 0 4 1 2 ~ 2 [EOS]         [STARTSEARCH] - 2           [ENDSEARCH] 4     [EOS]
                    targets                      [STARTSEARCH] -             2 [ENDSEARCH]             [EOS] 4
@@ -328,7 +328,7 @@ def recall(rng, batch_size, n):
     (0..n-1, each once) and its value (n..2n-1, each once), in random order. n=3:
 
         direct     inputs   [BOS] 1 5 0 3 2 4 ~ 0 [EOS]
-                   targets                          3
+                   targets                        3
 
         retrieval  inputs   [BOS] 1 5 0 3 2 4 ~ 0 [EOS]         [STARTSEARCH] 0           [ENDSEARCH] 3     [EOS]
                    targets                        [STARTSEARCH] 0             [ENDSEARCH]             [EOS] 3
@@ -345,7 +345,7 @@ def cgram(rng, batch_size, n):
     once), in random order. Knowing what follows the last token alone leaves two answers. n=8:
 
         direct     inputs   [BOS] 0 3 1 3 2 1 0 2 ~ 3 2 [EOS]
-                   targets                                1
+                   targets                              1
 
         retrieval  inputs   [BOS] 0 3 1 3 2 1 0 2 ~ 3 2 [EOS]         [STARTSEARCH] 3 2           [ENDSEARCH] 1     [EOS]
                    targets                              [STARTSEARCH] 3             2 [ENDSEARCH]             [EOS] 1
@@ -364,7 +364,7 @@ def counting(rng, batch_size, n):
     numbers below n. The model asks for a first, second, ... occurrence until there is none. n=6:
 
         direct     inputs   [BOS] 4 2 0 4 1 5 ~ 4 [EOS]
-                   targets                          2
+                   targets                        2
 
         retrieval  inputs   [BOS] 4 2 0 4 1 5 ~ 4 [EOS]         [STARTSEARCH] 4 ~ 1           [ENDSEARCH] 4
                    targets                        [STARTSEARCH] 4             ~ 1 [ENDSEARCH]             [STARTSEARCH]
