@@ -1,4 +1,4 @@
-"""The data: graphs, vocabulary, traces, batches and the retriever. Knows nothing about models.
+"""The data: tasks, vocabulary, traces, batches and the retriever. Knows nothing about models.
 
 IsTree (paper, sections 5 and 6): is a graph with n nodes and n-1 edges, given as a list of edges,
 a tree? One token per node, so `14` is one token. For n_nodes=5 and the edges 2-1 4-0 4-3 4-1,
@@ -19,9 +19,13 @@ each setup writes after the prompt:
              [STARTSEARCH] 4 - 0 [ENDSEARCH] *3              edge {4,0}: 3, unvisited ...
              [STARTSEARCH] 3 ~ [ENDSEARCH] *[FAILED] 3 ~ 4 3 ... [EOS] [TRUE]
 
-Try it:  python data.py          prints one sample of each setup
+The four retrieval primitives (section 4) are nothing but a look-up in the context: index, recall, cgram
+and counting, each drawn at its function below. They have the setups direct and retrieval.
+
+Try it:  python data.py          prints one sample of each task and setup
 """
 import re
+from functools import partial
 from typing import Callable, NamedTuple
 
 import numpy as np
@@ -29,11 +33,12 @@ import numpy as np
 SPECIALS = ('-', '~', '[PAD]', '[BOS]', '[EOS]', '[TRUE]', '[FALSE]',
             '[STARTSEARCH]', '[ENDSEARCH]', '[FAILED]')
 EDGE, RECORD, PAD, BOS, EOS, TRUE, FALSE, START, END, FAILED = range(len(SPECIALS))
-NODE = len(SPECIALS)                                # node k is token NODE + k
+NODE = len(SPECIALS)                                # number k, or node k of a graph, is token NODE + k
 MAX_NODES = 4096
 WORDS = SPECIALS + tuple(map(str, range(MAX_NODES)))
 TOKENS = {word: token for token, word in enumerate(WORDS)}
 SETUPS = ('direct', 'cot', 'retrieval')
+MAX_COUNT = 3                                       # of the task counting
 VALIDATION_SEED = (2402, 18510)                     # never a training seed: those have three numbers
 CHUNK = 1024                                        # training samples made at a time
 
@@ -52,7 +57,7 @@ def encode(text):
     """The inverse of decode: text -> list of token ids. Raises ValueError on an unknown word."""
     words = text.split()
     if unknown := [word for word in words if word not in TOKENS]:
-        raise ValueError(f'unknown word {unknown[0]!r}: a token is one of {" ".join(SPECIALS)} or a node')
+        raise ValueError(f'unknown word {unknown[0]!r}: a token is one of {" ".join(SPECIALS)} or a number')
     return [TOKENS[word] for word in words]
 
 
@@ -238,6 +243,37 @@ def max_length(n_nodes, setup):
     return prompt_length(n_nodes) + trace[setup]
 
 
+def check(batch_size, n_nodes, limits, setup, setups, distribution, distributions):
+    """Raise ValueError, naming the argument, on what a task cannot generate."""
+    for name, value, known in (('setup', setup, setups), ('distribution', distribution, distributions)):
+        if value not in known:
+            raise ValueError(f'unknown {name} {value!r}: choose one of {", ".join(known)}')
+    for name, value, low, high in (('n_nodes', n_nodes, *limits), ('batch_size', batch_size, 1, None)):
+        if not isinstance(value, (int, np.integer)) or value < low or (high and value > high):
+            raise ValueError(f'{name}={value!r} is impossible: give a whole number '
+                             + (f'from {low} to {high}' if high else f'of at least {low}'))
+
+
+def assemble(prompt, trace, answer):
+    """What all tasks do last: join prompt (B, P) with its [EOS], trace (B, T), -1 where there is no token,
+    [EOS] and answer (B,); without a trace, prompt and answer. Returns tokens and loss_mask, see generate."""
+    batch_size, start = prompt.shape
+    if trace is None:
+        tokens = np.column_stack((prompt, answer))
+    else:
+        written = trace >= 0
+        end = start + written.sum(1)
+        tokens = np.full((batch_size, end.max() + 2), PAD, np.int64)
+        tokens[:, :start] = prompt
+        tokens[:, start:][np.arange(start, tokens.shape[1]) < end[:, None]] = trace[written]
+        tokens[np.arange(batch_size), end] = EOS
+        tokens[np.arange(batch_size), end + 1] = answer
+    loss_mask = tokens != PAD
+    loss_mask[:, :start] = False
+    loss_mask[:, 1:] &= tokens[:, :-1] != END
+    return tokens, loss_mask
+
+
 def generate(batch_size, n_nodes, setup, seed, distribution='two_star'):
     """A batch of IsTree samples, drawn as in the header of this file. Deterministic in its arguments.
 
@@ -245,40 +281,120 @@ def generate(batch_size, n_nodes, setup, seed, distribution='two_star'):
     sample of the batch; loss_mask (B, L) bool, True where the token is to be predicted: after the
     prompt, except padding and what the retriever writes (paper, section 6); is_tree (B,) bool.
     Raises ValueError on an unknown setup or distribution, or an impossible batch_size or n_nodes."""
-    for name, value, known in (('setup', setup, SETUPS), ('distribution', distribution, DISTRIBUTIONS)):
-        if value not in known:
-            raise ValueError(f'unknown {name} {value!r}: choose one of {", ".join(known)}')
-    for name, value, low, high in (('n_nodes', n_nodes, 4, MAX_NODES), ('batch_size', batch_size, 1, None)):
-        if not isinstance(value, (int, np.integer)) or value < low or (high and value > high):
-            raise ValueError(f'{name}={value!r} is impossible: give a whole number '
-                             + (f'from {low} to {high}' if high else f'of at least {low}'))
+    check(batch_size, n_nodes, (4, MAX_NODES), setup, SETUPS, distribution, DISTRIBUTIONS)
     rng = np.random.default_rng(seed)
     edges, is_tree = DISTRIBUTIONS[distribution](rng, batch_size, n_nodes)
     order = permutations(rng, batch_size, n_nodes - 1)
     edges = np.take_along_axis(edges, order[:, :, None], 1)             # the order of the prompt
 
-    start = prompt_length(n_nodes)
-    answer = np.where(is_tree, TRUE, FALSE)
-    if setup == 'direct':
-        tokens = np.empty((batch_size, start + 1), np.int64)
-        tokens[:, start] = answer
-    else:
-        trace = cot_trace(edges) if setup == 'cot' else retrieval_trace(edges)
-        written = trace >= 0
-        end = start + written.sum(1)
-        tokens = np.full((batch_size, end.max() + 2), PAD, np.int64)
-        tokens[:, start:][np.arange(start, tokens.shape[1]) < end[:, None]] = trace[written]
-        tokens[np.arange(batch_size), end] = EOS
-        tokens[np.arange(batch_size), end + 1] = answer
-    tokens[:, 0], tokens[:, start - 1] = BOS, EOS
-    tokens[:, 1:start - 1:3] = edges.max(2) + NODE
-    tokens[:, 2:start - 1:3] = EDGE
-    tokens[:, 3:start - 1:3] = edges.min(2) + NODE
+    prompt = np.full((batch_size, prompt_length(n_nodes)), EOS)
+    prompt[:, 0] = BOS
+    prompt[:, 1:-1:3] = edges.max(2) + NODE
+    prompt[:, 2:-1:3] = EDGE
+    prompt[:, 3:-1:3] = edges.min(2) + NODE
+    trace = {'cot': cot_trace, 'retrieval': retrieval_trace}[setup](edges) if setup != 'direct' else None
+    return *assemble(prompt, trace, np.where(is_tree, TRUE, FALSE)), is_tree
 
-    loss_mask = tokens != PAD
-    loss_mask[:, :start] = False
-    loss_mask[:, 1:] &= tokens[:, :-1] != END
-    return tokens, loss_mask, is_tree
+
+# --- the retrieval primitives ----------------------------------------------------------------------
+
+# Each draws (sequence (B, S), query (B, Q), trace (B, T) of the retrieval setup, answer (B,)), all token
+# ids. The number of bits one must carry past the sequence to answer any query grows with n, and every
+# number is as good a guess as any other: neither where it stands nor how often tells anything.
+
+def columns(*parts):
+    """Tokens and columns of tokens (B,) -> (B, number of parts)."""
+    return np.stack(np.broadcast_arrays(*parts), 1)
+
+
+def index(rng, batch_size, n):
+    """Index (paper, section 4): token number i, from 0, of a sequence, a random order of 0..n-1. n=5:
+
+        direct     inputs   [BOS] 3 0 4 1 2 ~ 2 [EOS]
+                   targets                      4
+
+        retrieval  inputs   [BOS] 3 0 4 1 2 ~ 2 [EOS]         [STARTSEARCH] - 2           [ENDSEARCH] 4     [EOS]
+                   targets                      [STARTSEARCH] -             2 [ENDSEARCH]             [EOS] 4
+
+    The answer is token n+4 of a sample (from 0), in retrieval n+10; vocabulary 10+n; chance 1/n."""
+    sequence = permutations(rng, batch_size, n) + NODE
+    i = rng.integers(0, n, batch_size)
+    answer = sequence[np.arange(batch_size), i]
+    return sequence, columns(i + NODE), columns(START, EDGE, i + NODE, END, answer), answer
+
+
+def recall(rng, batch_size, n):
+    """Associative recall (paper, section 4): the token after the query in a sequence of n pairs of a key
+    (0..n-1, each once) and its value (n..2n-1, each once), in random order. n=3:
+
+        direct     inputs   [BOS] 1 5 0 3 2 4 ~ 0 [EOS]
+                   targets                        3
+
+        retrieval  inputs   [BOS] 1 5 0 3 2 4 ~ 0 [EOS]         [STARTSEARCH] 0           [ENDSEARCH] 3     [EOS]
+                   targets                        [STARTSEARCH] 0             [ENDSEARCH]             [EOS] 3
+
+    The answer is token 2n+4 of a sample (from 0), in retrieval 2n+9; vocabulary 10+2n; chance 1/n."""
+    pairs = np.stack([permutations(rng, batch_size, n), permutations(rng, batch_size, n) + n], 2) + NODE
+    key, answer = pairs[np.arange(batch_size), rng.integers(0, n, batch_size)].T
+    return pairs.reshape(batch_size, -1), columns(key), columns(START, key, END, answer), answer
+
+
+def cgram(rng, batch_size, n):
+    """c-gram retrieval (paper, section 4; here c=2): the token after the first occurrence of the two query
+    tokens, in that order, in a sequence of n numbers below n/2, each twice (if n is odd, one of them
+    once), in random order. Knowing what follows the last token alone leaves two answers. n=8:
+
+        direct     inputs   [BOS] 0 3 1 3 2 1 0 2 ~ 3 2 [EOS]
+                   targets                              1
+
+        retrieval  inputs   [BOS] 0 3 1 3 2 1 0 2 ~ 3 2 [EOS]         [STARTSEARCH] 3 2           [ENDSEARCH] 1     [EOS]
+                   targets                              [STARTSEARCH] 3             2 [ENDSEARCH]             [EOS] 1
+
+    The answer is token n+5 of a sample (from 0), in retrieval n+11; vocabulary 10+n/2; chance 2/n."""
+    sequence = permutations(rng, batch_size, n) // 2 + NODE
+    rows, i = np.arange(batch_size), rng.integers(0, n - 2, batch_size)
+    a, b = sequence[rows, i], sequence[rows, i + 1]
+    first = ((sequence[:, :-2] == a[:, None]) & (sequence[:, 1:-1] == b[:, None])).argmax(1)
+    answer = sequence[rows, first + 2]
+    return sequence, columns(a, b), columns(START, a, b, END, answer), answer
+
+
+def counting(rng, batch_size, n):
+    """Counting (paper, section 4): how often the query occurs, 0 to MAX_COUNT=3 times, in a sequence of n
+    numbers below n. The model asks for a first, second, ... occurrence until there is none. n=6:
+
+        direct     inputs   [BOS] 4 2 0 4 1 5 ~ 4 [EOS]
+                   targets                        2
+
+        retrieval  inputs   [BOS] 4 2 0 4 1 5 ~ 4 [EOS]         [STARTSEARCH] 4 ~ 1           [ENDSEARCH] 4
+                   targets                        [STARTSEARCH] 4             ~ 1 [ENDSEARCH]             [STARTSEARCH]
+
+                   inputs   [STARTSEARCH] 4 ~ 2           [ENDSEARCH] 4
+                   targets  4             ~ 2 [ENDSEARCH]             [STARTSEARCH]
+
+                   inputs   [STARTSEARCH] 4 ~ 3           [ENDSEARCH] [FAILED] [EOS]
+                   targets  4             ~ 3 [ENDSEARCH]             [EOS]    2
+
+    The answer is token n+4 of a sample (from 0), in retrieval n+11 for 0 and 6 later for each one more;
+    vocabulary 10+n; chance 1/4."""
+    q = rng.integers(0, n, (batch_size, 1))
+    count = rng.integers(0, MAX_COUNT + 1, (batch_size, 1))
+    sequence = (q + rng.integers(1, n, (batch_size, n))) % n                # anything but q,
+    sequence = np.where(permutations(rng, batch_size, n) < count, q, sequence) + NODE   # then q in random places
+    q, k = q + NODE, np.arange(1, MAX_COUNT + 2)
+    queries = np.stack(np.broadcast_arrays(START, q, RECORD, NODE + k, END, np.where(k <= count, q, FAILED)), 2)
+    trace = np.where((k <= count + 1)[:, :, None], queries, -1).reshape(batch_size, -1)
+    return sequence, q, trace, count[:, 0] + NODE
+
+
+def generate_primitive(draw, batch_size, n_nodes, setup, seed, distribution='uniform'):
+    """A batch of index, recall, cgram or counting samples (draw) with n = n_nodes. Arguments, tokens,
+    loss_mask and errors as in generate; the third result is the answers (B,), token ids."""
+    check(batch_size, n_nodes, (5, MAX_NODES // 2), setup, ('direct', 'retrieval'), distribution, ('uniform',))
+    sequence, query, trace, answer = draw(np.random.default_rng(seed), batch_size, n_nodes)
+    fill = partial(np.full, (batch_size, 1))
+    prompt = np.hstack((fill(BOS), sequence, fill(RECORD), query, fill(EOS)))
+    return *assemble(prompt, trace if setup == 'retrieval' else None, answer), answer
 
 
 # --- the retriever -------------------------------------------------------------------------------
@@ -302,23 +418,40 @@ def query_pattern(query):
     return rf'^\[BOS\][^[]*?{after}{edge}'
 
 
+def primitive_pattern(query):
+    """The same for the retrieval primitives, where only the sequence, all before the prompt's ~, is searched:
+
+        - 2     ^\\[BOS\\](?: \\d+){2} (\\d+)                  index: skips 2 tokens
+        3       ^\\[BOS\\][^~]*? 3 (\\d+)                     recall: the token after the first 3,
+        3 2     ^\\[BOS\\][^~]*? 3 2 (\\d+)                   cgram: or the first 3 2
+        4 ~ 2   ^\\[BOS\\](?:(?: (?!4 )\\d+)* (4)\\b){2}        counting: 4 itself, if it occurs at least 2 times
+    """
+    if m := re.fullmatch(r'- (\d+)', query):
+        return rf'^\[BOS\](?: \d+){{{m[1]}}} (\d+)'
+    if re.fullmatch(r'\d+(?: \d+)*', query):
+        return rf'^\[BOS\][^~]*? {query} (\d+)'
+    if m := re.fullmatch(r'(\d+) ~ (\d+)', query):
+        return rf'^\[BOS\](?:(?: (?!{m[1]} )\d+)* ({m[1]})\b){{{m[2]}}}'
+    return None
+
+
 def split_query(context):
     """Token ids that end with `[STARTSEARCH] query [ENDSEARCH]` -> the text before, the text of the query."""
     before, _, query = decode(context).rpartition('[STARTSEARCH] ')
     return before, query.removesuffix(' [ENDSEARCH]')
 
 
-def retrieve(context):
+def retrieve(context, pattern_of=query_pattern):
     """Answer the query at the end of a context with a regular expression, run over the context's text.
 
-    context: token ids (L,) that end with `[STARTSEARCH] query [ENDSEARCH]`. Returns the token id of the
-    answer (paper, section 5.1 and Algorithm 2):
+    context: token ids (L,) that end with `[STARTSEARCH] query [ENDSEARCH]`. pattern_of: the task's
+    patterns. Returns the token id of the answer; for IsTree (paper, section 5.1 and Algorithm 2):
       v ~    x in the latest record `v ~ x` written outside queries
       v -    the other end of the first edge of the prompt that touches v
       v - w  the other end of the next edge of the prompt that touches v after edge {v, w}
     [FAILED] if there is no such thing or the query is malformed."""
     before, query = split_query(context)
-    if (pattern := query_pattern(query)) is None:
+    if (pattern := pattern_of(query)) is None:
         return FAILED
     found = [m[m.lastindex] for m in re.finditer(pattern, before) if m.lastindex]
     return TOKENS[found[-1]] if found else FAILED
@@ -332,15 +465,26 @@ class Task(NamedTuple):
     vocab_size: Callable        # n -> number of tokens
     prompt_length: Callable     # n -> tokens of the prompt, the same for all samples
     max_length: Callable        # (n, setup) -> tokens of the longest sample
-    query_pattern: Callable     # query text -> regular expression, None if malformed
-    retrieve: Callable          # context ids -> id of the answer
-    distributions: tuple        # names
-    setups: tuple               # names
+    chance: Callable            # n -> accuracy of a guess
+    query_pattern: Callable = query_pattern     # query text -> regular expression, None if malformed
+    retrieve: Callable = retrieve               # context ids -> id of the answer
+    distributions: tuple = tuple(DISTRIBUTIONS)
+    setups: tuple = SETUPS
+
+
+def primitive(draw, vocab_size, prompt_length, trace, chance):
+    """The Task of a retrieval primitive. trace: the tokens of its longest queries and their answers."""
+    return Task(partial(generate_primitive, draw), lambda n: NODE + vocab_size(n), prompt_length,
+                lambda n, setup: prompt_length(n) + (trace + 2 if setup == 'retrieval' else 1), chance,
+                primitive_pattern, partial(retrieve, pattern_of=primitive_pattern), ('uniform',), ('direct', 'retrieval'))
 
 
 TASKS = {
-    'istree': Task(generate, vocab_size, prompt_length, max_length, query_pattern, retrieve,
-                   tuple(DISTRIBUTIONS), SETUPS),
+    'istree': Task(generate, vocab_size, prompt_length, max_length, lambda n: 1 / 2),
+    'index': primitive(index, lambda n: n, lambda n: n + 4, 5, lambda n: 1 / n),
+    'recall': primitive(recall, lambda n: 2 * n, lambda n: 2 * n + 4, 4, lambda n: 1 / n),
+    'cgram': primitive(cgram, lambda n: (n + 1) // 2, lambda n: n + 5, 5, lambda n: 2 / n),
+    'counting': primitive(counting, lambda n: n, lambda n: n + 4, 6 * (MAX_COUNT + 1), lambda n: 1 / (MAX_COUNT + 1)),
 }
 
 
@@ -386,5 +530,6 @@ def training_batches(task, batch_size, n_nodes, setup, seed, distribution='two_s
 
 
 if __name__ == '__main__':
-    for setup in SETUPS:
-        print(f'{setup}:\n{decode(generate(1, 5, setup, seed=0)[0][0])}\n')
+    for name, task in TASKS.items():
+        for setup in task.setups:
+            print(f'{name}, {setup}:\n{decode(task.generate(1, 6, setup, seed=0)[0][0])}\n')

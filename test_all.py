@@ -242,6 +242,141 @@ def test_impossible_arguments_are_named(arguments, word):
         data.generate(*arguments)
 
 
+# --- data.py: the retrieval primitives ---------------------------------------------------------------
+
+PRIMITIVES = [(task, n) for task in ('index', 'recall', 'cgram', 'counting') for n in (5, 16, 33, 256)]
+
+
+def primitive_by_brute_force(task, prompt):
+    """The answer to a prompt (a list of words), by loops over words, straight from the task's definition."""
+    middle = prompt.index('~')
+    sequence, query = prompt[1:middle], prompt[middle + 1:-1]
+    if task == 'index':
+        return sequence[int(query[0])]
+    if task == 'counting':
+        return str(sum(word == query[0] for word in sequence))
+    for i in range(len(sequence) - len(query)):
+        if sequence[i:i + len(query)] == query:
+            return sequence[i + len(query)]
+
+
+@pytest.mark.parametrize('task, n', PRIMITIVES)
+def test_primitives_answer_what_brute_force_finds_in_the_prompt(task, n):
+    made = data.TASKS[task]
+    start, drawn = made.prompt_length(n), re.search(r'is token (\d*)n\+(\d+)', getattr(data, task).__doc__)
+    for setup in made.setups:
+        tokens, loss_mask, answers = made.generate(300, n, setup, 8)
+        for row, mask, answer in zip(tokens, loss_mask, answers):
+            words = words_of(row)
+            assert words[0] == '[BOS]' and words.index('[EOS]') == start - 1
+            assert words[-1] == primitive_by_brute_force(task, words[:start]) == data.WORDS[answer]
+            assert words[-2] == '[EOS]' and row.max() < made.vocab_size(n)
+            predicted = [i >= start and words[i - 1] != '[ENDSEARCH]' for i in range(len(words))]
+            assert (mask == predicted + [False] * (len(row) - len(words))).all()
+        assert tokens.shape[1] == made.max_length(n, setup)
+        if setup == 'direct':
+            assert start == int(drawn[1] or 1) * n + int(drawn[2]) == tokens.shape[1] - 1
+
+
+@pytest.mark.parametrize('task', ['index', 'recall', 'cgram', 'counting'])
+def test_each_target_drawn_for_a_primitive_stands_under_the_input_it_is_predicted_from(task):
+    drawings, row = [], 0
+    for line in getattr(data, task).__doc__.split('\n'):
+        if found := re.match(r' {8}(direct|retrieval|) +(inputs|targets) ', line):
+            if found[1]:
+                drawings.append(([], {}))
+            row += found[2] == 'inputs'
+            words = [((row, word.start()), word[0]) for word in re.finditer(r'\S+', line) if word.start() >= found.end()]
+            drawings[-1][0].extend(words) if found[2] == 'inputs' else drawings[-1][1].update(words)
+    assert len(drawings) == 2
+    for inputs, targets in drawings:
+        words = [word for _, word in inputs] + [*targets.values()][-1:]
+        start = words.index('[EOS]') + 1
+        assert words[-1] == primitive_by_brute_force(task, words[:start])
+        assert targets == {place: words[i + 1] for i, (place, word) in enumerate(inputs)
+                           if i >= start - 1 and word != '[ENDSEARCH]'}
+
+
+@pytest.mark.parametrize('task, n', PRIMITIVES)
+def test_replaying_a_primitives_queries_through_the_retriever_gives_every_retrieved_token(task, n):
+    made, outcomes = data.TASKS[task], set()
+    for row in made.generate(200, n, 'retrieval', 9)[0]:
+        ends = np.flatnonzero(row == data.END)
+        for end in ends:
+            assert data.WORDS[made.retrieve(row[:end + 1])] == data.WORDS[row[end + 1]]
+        last = data.WORDS[row[ends[-1] + 1]]
+        assert (last == '[FAILED]') if task == 'counting' else (last == words_of(row)[-1])
+        outcomes.add(len(ends))
+    assert outcomes == ({1, 2, 3, 4} if task == 'counting' else {1})
+
+
+def test_what_a_sequence_does_not_hold_and_malformed_queries_get_failed():
+    ask = lambda task, prompt, query: data.decode([data.TASKS[task].retrieve(
+        data.encode(f'[BOS] {prompt} [EOS] [STARTSEARCH] {query} [ENDSEARCH]'))])
+    assert [ask('index', '13 0 4 1 12 ~ 2', q) for q in ('- 0', '- 1', '- 4', '- 5', '-', '- -', '- 1 1', '[FAILED]')] == [
+        '13', '0', '12', *['[FAILED]'] * 5]
+    assert [ask('recall', '1 15 0 13 12 14 ~ 0', q) for q in ('1', '12', '0', '2', '14', '~', '0 ~', '3', '5')] == [
+        '15', '14', '13', *['[FAILED]'] * 6]
+    assert [ask('cgram', '0 3 1 3 2 1 3 0 ~ 1 3', q) for q in ('1 3', '3 2', '3 0', '2 3', '1 3 2')] == [
+        '2', '1', '[FAILED]', '[FAILED]', '1']
+    assert ask('cgram', '0 1 1 0 ~ 2 3', '2') == '[FAILED]'             # the prompt's own query is not searched
+    assert [ask('counting', '4 14 41 4 1 4 ~ 4', q) for q in ('4 ~ 1', '4 ~ 3', '4 ~ 4', '1 ~ 1', '1 ~ 2', '4 ~ 0', '4 ~')] == [
+        '4', '4', '[FAILED]', '1', *['[FAILED]'] * 3]
+    # no blow-up by backtracking, whatever a badly trained model asks
+    started = time.monotonic()
+    assert ask('counting', '4 1 ' * 500 + '~ 4', '4 ~ 501') == '[FAILED]' and time.monotonic() - started < 1
+
+
+def shortcuts(tokens, start, sequence_length):
+    """Guesses (B,) of the answer that don't look the query up: the token at any one place of the prompt,
+    the most and the least frequent one, and whatever training samples with that query were answered most."""
+    sequence = tokens[:, 1:1 + sequence_length]
+    for place in range(start):
+        yield f'place {place}', tokens[:, place]
+    counts = (sequence[:, :, None] == sequence[:, None]).sum(2)
+    for name, at in (('majority', counts.argmax(1)), ('rarest', counts.argmin(1)),
+                     ('last of the majority', sequence_length - 1 - counts[:, ::-1].argmax(1))):
+        yield name, sequence[np.arange(len(tokens)), at]
+    answers = tokens[:, start]
+    for name, seen in (('most frequent answer', 0 * answers), ('answer by query', tokens[:, start - 2]),
+                       ('answer by first token', tokens[:, 1]), ('answer by most recent token', sequence[:, -1])):
+        table = np.zeros((tokens.max() + 1,) * 2, int)
+        half = len(tokens) // 2                             # learned on one half, used on the other
+        np.add.at(table, (seen[:half], answers[:half]), 1)
+        yield name, np.where(np.arange(len(tokens)) < half, -1, table[seen].argmax(1))
+
+
+@pytest.mark.parametrize('task, n', [(task, n) for task, n in PRIMITIVES if 5 < n < 100])
+def test_no_shortcut_beats_chance_by_more_than_two_points(task, n):
+    made = data.TASKS[task]
+    tokens = made.generate(40_000, n, 'direct', 10)[0]
+    start = made.prompt_length(n)
+    names = set()
+    for name, guess in shortcuts(tokens, start, tokens[0].tolist().index(data.RECORD) - 1):
+        used = guess >= 0
+        accuracy = (guess == tokens[:, start])[used].mean()
+        assert accuracy < made.chance(n) + 0.02, (name, accuracy)
+        names.add(name)
+    assert len(names) == start + 7
+    # and the counterpart: what looks the query up in half of the context knows half of the answers
+    if task == 'recall':
+        half = tokens[:, 1:1 + n]
+        assert abs((half[:, ::2] == tokens[:, [start - 2]]).any(1).mean() - 0.5) < 0.05
+
+
+@pytest.mark.parametrize('task', ['index', 'recall', 'cgram', 'counting'])
+def test_primitives_are_deterministic_and_refuse_what_they_do_not_have(task):
+    generate = data.TASKS[task].generate
+    one, two, other = (generate(64, 9, 'retrieval', (3, 1, seed)) for seed in (4, 4, 5))
+    assert all((a == b).all() for a, b in zip(one, two)) and one[0].tolist() != other[0].tolist()
+    for arguments, word in (((8, 9, 'cot', 0), 'direct, retrieval'), ((8, 4, 'direct', 0), 'n_nodes=4'),
+                            ((8, 2049, 'direct', 0), '2048'), ((0, 9, 'direct', 0), 'batch_size'),
+                            ((8, 9, 'direct', 0, 'two_star'), 'uniform')):
+        with pytest.raises(ValueError, match=word):
+            generate(*arguments)
+    assert generate(2, 2048, 'retrieval', 0)[0].max() < data.NODE + data.MAX_NODES
+
+
 # --- models.py -------------------------------------------------------------------------------------
 
 def small_model(arch, **options):
@@ -453,7 +588,7 @@ def test_two_processes_share_a_grid_and_do_no_cell_twice(tmp_path):
     ('--sizes=3M', '0.5M'), ('--learning_rate=1', 'no such constant'), ('--n_nodes=3', 'n_nodes=3'),
     ('--n_nodes=abc', 'expected int'), ('--lr=rnn:1', 'transformer, mamba, hybrid'), ('--preset=big', 'paper'),
     ('--lr=-1', 'negative'), ('archs=mamba', '--name=value'), ('--frozen_embedding=maybe', 'True or False'),
-    ('--distribution=star', 'two_star'), ('--n_nodes=4 --n_val=5000', 'validation set'),
+    ('--distribution=star', 'two_star'), ('--tasks=index --setups=cot', 'index has direct, retrieval'), ('--n_nodes=4 --n_val=5000', 'validation set'),
     ('--device=cuda', 'no such device'), ('--out=test_all.py', 'test_all.py')])
 def test_bad_constants_get_one_line_and_exit_code_2(override, words, tmp_path, capsys):
     if override == '--device=cuda' and torch.cuda.is_available():

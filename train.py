@@ -45,10 +45,10 @@ class Constants:
     archs: tuple = ('transformer', 'mamba', 'hybrid')   # models.ARCHS
     setups: tuple = ('direct', 'cot', 'retrieval')      # answer at once, after a chain of thought, with a retriever
     sizes: tuple = ('tiny',)                # models.SIZES: tiny, 0.5M, 1M, 2M
-    n_nodes: tuple = (12,)                  # size of the task: nodes of the graph
+    n_nodes: tuple = (12,)                  # size of the task: nodes of the graph, length of the sequence
     seeds: tuple = (0,)                     # of the initial weights and the training data
     # the task
-    distribution: str = 'two_star'          # of the graphs: two_star or random
+    distribution: str = 'two_star'          # of istree's graphs: two_star or random
     n_val: int = 1000                       # held-out samples for the result
     # the model
     d_state: int = 1                        # size of Mamba's state per inner channel: its memory (the paper: 16)
@@ -78,8 +78,7 @@ PAPER = dict(sizes=('0.5M', '1M', '2M'), n_nodes=(16, 32, 64), n_val=5000, d_sta
              warmup_samples=10_000, grad_clip=0.0)
 PRESETS = {'default': {}, 'paper': PAPER}
 CHOICES = dict(tasks=data.TASKS, archs=models.ARCHS, setups=data.SETUPS, sizes=models.SIZES,
-               distribution=[d for task in data.TASKS.values() for d in task.distributions],
-               dtype=('float32', 'bfloat16'), device=('auto', 'cpu', 'cuda', 'mps'))
+               distribution=data.DISTRIBUTIONS, dtype=('float32', 'bfloat16'), device=('auto', 'cpu', 'cuda', 'mps'))
 
 
 RANK = int(os.environ.get('RANK', 0))       # of this process among those that share the grid
@@ -164,9 +163,10 @@ def cells(c):
         made = data.TASKS[task]
         if setup not in made.setups:
             raise Refused(f'--setups={setup}: {task} has {", ".join(made.setups)}')
-        made.generate(1, n, setup, 0, c.distribution)           # an impossible n is refused before anything runs
+        distribution = c.distribution if c.distribution in made.distributions else made.distributions[0]
+        made.generate(1, n, setup, 0, distribution)             # an impossible n is refused before anything runs
         grid.append(dict(task=task, arch=arch, setup=setup, size=size, n_nodes=n, seed=seed,
-                         distribution=c.distribution, d_state=c.d_state, frozen_embedding=c.frozen_embedding,
+                         distribution=distribution, d_state=c.d_state, frozen_embedding=c.frozen_embedding,
                          samples=c.samples.get(f'{arch}-{setup}', c.samples[setup]), batch_size=c.batch_size[setup], lr=c.lr[arch],
                          warmup_samples=c.warmup_samples, grad_clip=c.grad_clip, dtype=c.dtype, n_val=c.n_val))
     return grid
@@ -379,14 +379,15 @@ def run_cell(c, cell, device):
 def table(results):
     """One line per cell: what was learned, by how large a model, with how much memory."""
     lines = [f'{"task":10} {"setup":10} {"arch":12} {"size":5} {"n":>4} {"seed":>4} {"params":>10} {"memory":>9} '
-             f'{"samples":>10} {"minutes":>8}   {"accuracy":15} {"exact trace":>11}', '']
+             f'{"samples":>10} {"minutes":>8}   {"accuracy":15} {"chance":>6} {"exact trace":>11}', '']
     lines[1] = '-' * len(lines[0])
     for r in results:
+        chance = data.TASKS[r['task']].chance(r['n_nodes'])
         lines.append(f'{r["task"]:10} {r["setup"]:10} {r["arch"]:12} {r["size"]:5} {r["n_nodes"]:>4} {r["seed"]:>4} '
                      f'{r["params"]:>10,} {r["state_floats"]:>9,} {r["samples"]:>10,} {r["seconds"] / 60:>8.1f}   '
-                     f'{r["accuracy"]:6.1%} ± {r["accuracy_se"]:5.1%} {r["exact_trace"]:>12.1%}')
+                     f'{r["accuracy"]:6.1%} ± {r["accuracy_se"]:5.1%} {chance:>6.1%} {r["exact_trace"]:>12.1%}')
     return '\n'.join(lines + ['', 'memory: floats carried from token to token at the end of the prompt. '
-                              'accuracy: of the final answer, by generation; chance is 50%.'])
+                              'accuracy: of the final answer, by generation; chance: of a guess.'])
 
 
 def pick_device(name):
