@@ -18,10 +18,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.utils import cpp_extension
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import models
+import scan_cuda
 import train
+from scan_cuda import (causal_conv1d, causal_conv1d_reference, selective_scan, selective_scan_fallback,
+                       selective_scan_reference)
 
 HERE = Path(__file__).parent
 N_NODES = (4, 5, 8, 16, 33, 256)
@@ -375,6 +381,362 @@ def test_primitives_are_deterministic_and_refuse_what_they_do_not_have(task):
         with pytest.raises(ValueError, match=word):
             generate(*arguments)
     assert generate(2, 2048, 'retrieval', 0)[0].max() < data.NODE + data.MAX_NODES
+
+
+# --- scan_cuda/ --------------------------------------------------------------------------------------
+
+CUDA = pytest.param('cuda', marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU'))
+SCANS = [(f, device) for f in (selective_scan, selective_scan_fallback) for device in ('cpu', 'cuda')]
+SCANS = [pytest.param(f, d, id=f'{f.__name__}-{d}', marks=CUDA.marks if d == 'cuda' else ()) for f, d in SCANS]
+
+
+def scan_inputs(batch, L, d_inner, d_state, dtype=torch.float32, device='cpu', decay=1.0, seed=0):
+    """Random u, delta, A, B, C, D, initial_state that want gradients; `decay` scales the step sizes."""
+    rng = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=rng)
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    inputs = [(draw(batch, L, d_inner), dtype), (F.softplus(draw(batch, L, d_inner)) * decay, dtype),
+              (-draw(d_inner, d_state).exp(), exact), (draw(batch, L, d_state), dtype), (draw(batch, L, d_state), dtype),
+              (draw(d_inner), exact), (draw(batch, d_inner, d_state), exact)]
+    return [t.to(device, dtype).requires_grad_() for t, dtype in inputs]
+
+
+def with_gradients(f, inputs):
+    """Outputs of f, and gradients of every input through both (or the one) of them."""
+    outputs = f(*inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    rng = torch.Generator().manual_seed(1)
+    loss = sum((o.double() * torch.randn(o.shape, generator=rng).to(o.device)).sum() for o in outputs)
+    return *outputs, *torch.autograd.grad(loss, inputs)
+
+
+def assert_close_to_float64(f, reference, inputs, tolerance):
+    """Relative error (2-norm) of every output and gradient against the float64 reference of the same inputs."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a loop over small tensors: more threads than idle cores would only wait for each other
+    wanted = with_gradients(reference, [t.detach().double().requires_grad_() for t in inputs])
+    torch.set_num_threads(threads)
+    for k, (got, want) in enumerate(zip(with_gradients(f, inputs), wanted)):
+        assert got.isfinite().all()
+        assert (got.double() - want).norm() <= tolerance * want.norm() + 1e-12, f'output or gradient {k}'
+
+
+def test_reference_is_the_sum_over_all_earlier_tokens():
+    """Unrolled, y_t = sum over s <= t of C_t exp(A (S_t - S_s)) delta_s u_s B_s + D u_t with S the running sum of delta."""
+    u, delta, A, B, C, D, h = (t.detach().numpy() for t in scan_inputs(2, 9, 3, 4, torch.float64))
+    S = delta.cumsum(1)
+    y = D * u + np.einsum('btn,btdn,bdn->btd', C, np.exp(A * S[..., None]), h)
+    for t in range(9):
+        for s in range(t + 1):
+            y[:, t] += np.einsum('bn,bdn,bd,bn->bd', C[:, t], np.exp(A * (S[:, t] - S[:, s])[..., None]), delta[:, s] * u[:, s], B[:, s])
+    got = selective_scan_reference(*map(torch.from_numpy, (u, delta, A, B, C, D, h)))[0].numpy()
+    np.testing.assert_allclose(got, y, rtol=1e-10)
+
+
+@pytest.mark.parametrize('f, device', SCANS)
+@pytest.mark.parametrize('batch, L, d_inner, d_state, decay', [
+    (1, 1, 1, 1, 1.), (3, 1, 33, 16, 1.), (2, 37, 5, 3, 1.), (2, 63, 16, 8, 1.), (2, 64, 32, 16, 1.), (2, 65, 48, 17, 1.),
+    (1, 128, 7, 64, 1e-2), (1, 129, 70, 16, 1e-2), (3, 211, 129, 5, 30.), (40, 67, 40, 10, 1.), (1, 2503, 64, 16, 1e-2)])
+def test_scan_and_its_gradients_equal_float64(f, device, batch, L, d_inner, d_state, decay):
+    inputs = scan_inputs(batch, L, d_inner, d_state, device=device, decay=decay, seed=L)
+    assert_close_to_float64(f, selective_scan_reference, inputs, 2e-6)
+
+
+@pytest.mark.parametrize('f, device', SCANS)
+def test_bf16_is_rounded_on_the_way_in_and_out_only(f, device):
+    """2^-9 is half of the last bit of bf16; the final state, fp32, does not have even that error."""
+    inputs = scan_inputs(2, 200, 24, 16, torch.bfloat16, device)
+    assert_close_to_float64(f, selective_scan_reference, inputs, 2**-8)
+    assert f(*inputs)[0].dtype == torch.bfloat16
+    exact = selective_scan_reference(*(t.double() for t in inputs))[1]
+    torch.testing.assert_close(f(*inputs)[1].double(), exact, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('f, device', SCANS)
+def test_no_skip_and_no_initial_state_are_zeros(f, device):
+    inputs = scan_inputs(2, 70, 9, 4, device=device)
+    zeros = [torch.zeros_like(t) for t in inputs[5:]]
+    for got, want in zip(with_gradients(f, inputs[:5]), with_gradients(lambda *a: f(*a, *zeros), inputs[:5])):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize('f, device', SCANS)
+def test_decay_that_underflows_leaves_no_trace(f, device):
+    """delta A below -200 forgets everything (no 0/0): h_t = delta_t u_t B_t, and all is finite, gradients too."""
+    inputs = scan_inputs(1, 100, 4, 4, device=device)
+    inputs[1] = (200 + 1000 * inputs[1].detach()).requires_grad_()
+    inputs[2] = torch.full_like(inputs[2], -1.).requires_grad_()
+    u, delta, _, B, C, D, _ = inputs
+    y, h, *gradients = with_gradients(f, inputs)
+    torch.testing.assert_close(y, delta * u * (B * C).sum(-1, keepdim=True) + D * u, rtol=1e-5, atol=1e-2)
+    assert all(g.isfinite().all() for g in gradients)
+
+
+@pytest.mark.parametrize('f, device', SCANS)
+def test_non_contiguous_inputs_make_no_difference(f, device):
+    inputs = scan_inputs(3, 70, 20, 6, device=device)
+    want = with_gradients(f, inputs)
+    flip = [t.detach().transpose(0, -1).contiguous().transpose(0, -1).requires_grad_() for t in inputs]
+    wide = [torch.cat([t.detach()] * 2, -1)[..., :t.shape[-1]].requires_grad_() for t in inputs]  # slices of wider rows
+    every_second = [torch.stack([t.detach()] * 2, -1)[..., 0].requires_grad_() for t in inputs]
+    for other in (flip, wide, every_second):
+        for got, w in zip(with_gradients(f, other), want):
+            torch.testing.assert_close(got, w)
+
+
+@pytest.mark.parametrize('f, device', SCANS)
+@pytest.mark.parametrize('cut', [1, 64, 100])
+def test_two_halves_through_the_state_are_the_whole(f, device, cut):
+    """Also for the gradients, which pass back through the state from the second half to the first."""
+    def halves(u, delta, A, B, C, D, h):
+        first, h = f(u[:, :cut], delta[:, :cut], A, B[:, :cut], C[:, :cut], D, h)
+        second, h = f(u[:, cut:], delta[:, cut:], A, B[:, cut:], C[:, cut:], D, h)
+        return torch.cat([first, second], 1), h
+    assert_close_to_float64(halves, selective_scan_reference, scan_inputs(2, 150, 12, 5, device=device), 2e-6)
+
+
+@pytest.mark.parametrize('f, device', SCANS)
+def test_same_input_same_bits(f, device):
+    """Run to run; the CPU kernel also with any number of threads (enough work that it uses them)."""
+    inputs, threads = scan_inputs(5, 130, 100, 16, device=device), torch.get_num_threads()
+    want = with_gradients(f, inputs)
+    try:
+        for n in (threads, threads, 1, 3) if f is selective_scan else (threads,):
+            torch.set_num_threads(n)
+            assert all(map(torch.equal, with_gradients(f, inputs), want))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize('f', [selective_scan_reference, selective_scan_fallback])
+def test_gradients_are_the_difference_quotients(f):
+    inputs = scan_inputs(1, 3, 2, 2, torch.float64) if f is selective_scan_reference else scan_inputs(1, 66, 2, 1, torch.float64)
+    assert torch.autograd.gradcheck(f, inputs)
+
+
+def test_fallback_never_holds_the_states_of_more_than_a_chunk():
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            nonlocal largest
+            out = op(*args, **(kwargs or {}))
+            largest = max([largest] + [t.untyped_storage().nbytes() for t in (out if isinstance(out, (tuple, list)) else [out])
+                                       if isinstance(t, torch.Tensor)])
+            return out
+    inputs = scan_inputs(2, 1000, 32, 64)
+    with Watch():
+        with_gradients(selective_scan_fallback, inputs)
+    assert largest == 4 * 2 * scan_cuda.CHUNK * 32 * 64
+
+
+@pytest.mark.parametrize('device', ['cpu', CUDA])
+def test_operators_pass_opcheck(device):
+    inputs = scan_inputs(2, 70, 5, 3, device=device)
+    torch.library.opcheck(torch.ops.scan_cuda.scan_forward.default, (*inputs, scan_cuda.CHUNK))
+    torch.library.opcheck(torch.ops.scan_cuda.scan_forward.default, (*inputs[:5], None, None, scan_cuda.CHUNK))
+    if device == 'cpu':
+        torch.library.opcheck(torch.ops.scan_cuda.conv_forward.default, (inputs[0], *conv_inputs(2, 9, 5)[1:]))
+
+
+@pytest.mark.parametrize('device', ['cpu', CUDA])
+def test_torch_compile_goes_across_the_scan(device):
+    def layer(u, delta, A, B, C, D, h):
+        y, h = selective_scan(torch.sin(u), F.softplus(delta), A, B, C, D, h)
+        return torch.cos(y), h
+    inputs = scan_inputs(2, 20, 8, 4, device=device)
+    compiled = torch.compile(layer, fullgraph=True, backend='aot_eager')  # inductor adds nothing here but its compile time
+    for got, want in zip(with_gradients(compiled, inputs), with_gradients(layer, inputs)):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize('change, complaint', [
+    (dict(u=torch.zeros(2, 5)), 'u must be'), (dict(A=torch.zeros(3, 65)), 'd_state from 1 to 64'),
+    (dict(u=torch.zeros(2, 0, 3)), 'L >= 1'), (dict(u=torch.zeros(2, 5, 3, dtype=torch.float16)), 'float32 or bfloat16'),
+    (dict(delta=torch.zeros(2, 5, 4)), 'delta must be'), (dict(B=torch.zeros(2, 5, 3)), 'B must be'),
+    (dict(C=torch.zeros(2, 5, 4, dtype=torch.bfloat16)), 'C must be'), (dict(D=torch.zeros(3, 1)), 'D must be'),
+    (dict(A=torch.zeros(3, 4, dtype=torch.bfloat16)), 'A must be'), (dict(D=torch.zeros(3, device='meta')), 'D must be'),
+    (dict(initial_state=torch.zeros(2, 4, 3)), 'initial_state must be')])
+def test_wrong_scan_inputs_are_one_clear_line(change, complaint):
+    names = 'u', 'delta', 'A', 'B', 'C', 'D', 'initial_state'
+    right = dict(zip(names, (t.detach() for t in scan_inputs(2, 5, 3, 4))))
+    with pytest.raises(ValueError, match=complaint) as error:
+        selective_scan(**(right | change))
+    assert '\n' not in str(error.value)
+
+
+def conv_inputs(batch, L, d, width=4, dtype=torch.float32, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=rng)
+    shapes = ((batch, L, d), dtype), ((d, width), torch.float32), ((d,), torch.float32), ((batch, width - 1, d), dtype)
+    return [draw(*shape).to(dtype).requires_grad_() for shape, dtype in shapes]
+
+
+def torch_conv(x, weight, bias, initial_state):
+    x = torch.cat([initial_state, x], 1).transpose(1, 2)
+    return F.silu(F.conv1d(x, weight[:, None], bias, groups=x.shape[1])).transpose(1, 2)
+
+
+@pytest.mark.parametrize('f', [causal_conv1d, causal_conv1d_reference, lambda *a: scan_cuda._conv_forward(*a)])
+@pytest.mark.parametrize('batch, L, d, width', [(1, 1, 1, 4), (2, 2, 5, 4), (3, 37, 33, 4), (16, 80, 200, 4), (2, 9, 3, 2)])
+def test_convolution_is_torchs(f, batch, L, d, width):
+    assert_close_to_float64(f, torch_conv, conv_inputs(batch, L, d, width), 1e-6)
+    assert_close_to_float64(f, torch_conv, conv_inputs(batch, L, d, width, torch.bfloat16), 2**-8)
+
+
+def test_convolution_without_a_compiler_has_the_same_gradients():
+    """The operator's default backward, which the CPU kernel replaces where it can be built."""
+    inputs = [t.detach().double().requires_grad_() for t in conv_inputs(2, 6, 3)]
+    dy = torch.randn(2, 6, 3, dtype=torch.float64)
+    want = torch.autograd.grad(torch_conv(*inputs), inputs, dy)
+    for got, w in zip(scan_cuda._conv_backward(dy, *inputs), want):
+        torch.testing.assert_close(got, w)
+
+
+def test_convolution_continues_from_its_last_inputs():
+    x, weight, bias, before = conv_inputs(2, 20, 7)
+    whole = causal_conv1d(x, weight, bias, before)
+    for cut in (1, 2, 19):
+        rest = causal_conv1d(x[:, cut:], weight, bias, torch.cat([before, x[:, :cut]], 1)[:, -3:])
+        assert torch.equal(whole[:, cut:], rest)
+    slices = causal_conv1d(torch.cat([x, x], 2)[..., :7], weight, bias, before)
+    assert torch.equal(slices, whole)
+    assert torch.equal(causal_conv1d(x, weight, bias), causal_conv1d(x, weight, bias, torch.zeros_like(before)))
+
+
+@pytest.mark.parametrize('change, complaint', [(dict(x=torch.zeros(5, 3)), 'x must be'), (dict(weight=torch.zeros(4, 4)), 'weight must'),
+                                               (dict(bias=torch.zeros(3, dtype=torch.float64)), 'bias must'),
+                                               (dict(initial_state=torch.zeros(2, 4, 3)), 'initial_state must')])
+def test_wrong_convolution_inputs_are_one_clear_line(change, complaint):
+    right = dict(zip(('x', 'weight', 'bias', 'initial_state'), conv_inputs(2, 5, 3)))
+    with pytest.raises(ValueError, match=complaint):
+        causal_conv1d(**(right | change))
+
+
+# What can go wrong with a build, how to make it so, and the reason and the remedy that the one line must name.
+
+def script(path, text):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text('#!/bin/sh\n' + text)
+    path.chmod(0o755)
+    return str(path)
+
+
+def broken_compiler(patch, folder):
+    patch.setenv('CXX', script(folder / 'c++', 'case "$*" in *scan_cpu.cpp*) echo "a.cpp:1:1: error: no luck"; exit 1;; esac\n'
+                                               'exec c++ "$@"'))
+
+
+def another_cuda(patch, folder):
+    script(folder / 'bin' / 'nvcc', 'echo "Cuda compilation tools, release 11.8, V11.8.1"')
+    patch.setattr(cpp_extension, 'CUDA_HOME', str(folder))
+
+
+def no_cpp_extension(patch, folder):
+    patch.delattr(torch.utils, 'cpp_extension')
+    patch.setitem(sys.modules, 'torch.utils.cpp_extension', None)
+
+
+FAILURES = {
+    'no compiler': ('cpu', lambda patch, folder: patch.setenv('CXX', 'no-such-compiler'), 'no C++ compiler', 'apt install g++'),
+    'a compiler that fails': ('cpu', broken_compiler, 'error: no luck', 'CXX'),
+    'no ninja': ('cpu', lambda patch, folder: patch.setattr(cpp_extension, 'is_ninja_available', lambda: False),
+                 'no ninja', 'pip install ninja'),
+    'no setuptools': ('cpu', no_cpp_extension, 'cpp_extension', 'pip install setuptools'),
+    'read-only cache': ('cpu', lambda patch, folder: patch.setenv('TORCH_EXTENSIONS_DIR', f'{__file__}/cache'),  # below a file
+                        'cannot write', 'TORCH_EXTENSIONS_DIR'),
+    'no nvcc': ('cuda', lambda patch, folder: patch.setattr(cpp_extension, 'CUDA_HOME', None), 'no nvcc', 'CUDA toolkit 12.6'),
+    'another CUDA': ('cuda', another_cuda, 'nvcc is of CUDA 11.8, torch of CUDA 12.6', 'CUDA toolkit 12.6'),
+}
+
+
+@pytest.mark.skipif(not shutil.which('c++'), reason='no C++ compiler')
+@pytest.mark.parametrize('what', FAILURES)
+def test_a_build_that_fails_is_one_line_with_reason_and_remedy(what, monkeypatch, tmp_path, capfd):
+    device, break_it, reason, remedy = FAILURES[what]
+    monkeypatch.setattr(scan_cuda, '_loaded', {})
+    monkeypatch.setenv('TORCH_EXTENSIONS_DIR', str(tmp_path))
+    monkeypatch.setattr(torch.version, 'cuda', '12.6')
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda: (8, 0))
+    monkeypatch.setenv('PATH', os.environ['PATH'])  # _build appends to it
+    break_it(monkeypatch, tmp_path)
+    assert not scan_cuda._load(device) and not scan_cuda._load(device)
+    out, err = capfd.readouterr()
+    assert out == '' and err.count('\n') == 1
+    assert reason in err and 'remedy: ' in err and remedy in err.split('remedy: ')[1]
+
+
+def run_python(code, **environment):
+    run = subprocess.run([sys.executable, '-c', code], cwd=Path(scan_cuda.__file__).parents[1], text=True, timeout=120,
+                         env=os.environ | environment, capture_output=True)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.strip(), run.stderr.strip()
+
+
+TRAIN_A_STEP = '''
+import torch, scan_cuda
+torch.manual_seed(0)
+u, delta, B, C = (torch.rand(2, 70, n, requires_grad=True) for n in (5, 5, 3, 3))
+for _ in range(2):
+    y, h = scan_cuda.selective_scan(u, delta, -torch.ones(5, 3), B, C)
+    y = scan_cuda.causal_conv1d(y, torch.ones(5, 4), torch.ones(5))
+    print(f"{torch.autograd.grad(y.sum() + h.sum(), u)[0].sum():.3f}")
+'''
+
+
+def test_without_a_kernel_the_fallback_does_the_work(tmp_path):
+    """A whole process without compiler and cache: one line, and results as with the kernel."""
+    with_kernel, _ = run_python(TRAIN_A_STEP)
+    without, complaint = run_python(TRAIN_A_STEP, CXX='no-such-compiler', TORCH_EXTENSIONS_DIR=str(tmp_path))
+    assert without == with_kernel and len(set(without.split())) == 1
+    assert complaint.count('\n') == 0 and 'no C++ compiler' in complaint
+    assert run_python(TRAIN_A_STEP, SCAN_CUDA_BUILD='0', TORCH_EXTENSIONS_DIR=str(tmp_path)) == (with_kernel, '')
+
+
+@pytest.mark.skipif(not shutil.which('c++'), reason='no C++ compiler')
+def test_a_built_kernel_is_cached_and_needs_no_compiler_any_more():
+    assert scan_cuda._load('cpu')
+    assert run_python(TRAIN_A_STEP, CXX='no-such-compiler')[1] == ''
+
+
+def test_a_killed_build_is_not_waited_for(monkeypatch, tmp_path, capfd):
+    """torch takes a lock file that a killed build leaves behind, and then waits for it forever."""
+    locks = []
+
+    def build(*args, build_directory, **kwargs):
+        lock = Path(build_directory, 'lock')
+        locks.append(lock.exists())
+        lock.touch()
+        raise RuntimeError('killed')
+    monkeypatch.setattr(cpp_extension, 'load', build)
+    monkeypatch.setenv('TORCH_EXTENSIONS_DIR', str(tmp_path))
+    monkeypatch.setenv('PATH', os.environ['PATH'])
+    monkeypatch.setenv('CXX', 'true')
+    for _ in range(2):
+        monkeypatch.setattr(scan_cuda, '_loaded', {})
+        assert not scan_cuda._load('cpu')
+    assert locks == [False, False]
+
+
+@pytest.mark.skipif(not shutil.which('nvcc'), reason='no nvcc: the CUDA kernels are not compiled here')
+def test_cuda_kernels_compile_for_a100_and_h100_without_spills(tmp_path):
+    source = Path(scan_cuda.__file__).parent / 'scan_kernels.cu'
+    architectures = [f'-gencode=arch=compute_{a},code=sm_{a}' for a in (80, 90)]
+    run = subprocess.run(['nvcc', '-std=c++17', '-O3', *architectures, '--threads=2', '-Xptxas=-v', '-c', source,
+                          '-o', tmp_path / 'scan.o'], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stderr.count('0 bytes spill stores, 0 bytes spill loads') == 2 * 4  # forward, backward; fp32, bf16
+    assert 'warning' not in run.stderr
+
+
+def test_benchmark_prints_a_line_for_everything_at_hand(monkeypatch, capsys):
+    from scan_cuda import bench
+    for name, value in dict(D_INNER=(8,), LENGTHS=(5, 70), SECONDS=0, MIN_RUNS=1, TOKENS={'cpu': 100}).items():
+        monkeypatch.setattr(bench, name, value)
+    bench.main('cpu')
+    lines = capsys.readouterr().out.splitlines()
+    at_hand = 'floor', 'cpu kernel', 'fallback', 'reference'
+    assert 'GB/s' in lines[0] and all(sum(name in line for line in lines) == 2 for name in at_hand[1:])
 
 
 # --- models.py -------------------------------------------------------------------------------------
