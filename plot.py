@@ -80,12 +80,59 @@ def primitives(results):
         yield f'primitives-{size}', figure
 
 
-FIGURES = [primitives]
+def learning(results):
+    """Who learns how fast: accuracy on IsTree against training samples, a panel for each setup. The last
+    point is the result, on all held-out samples, the ones before are on 200 of them."""
+    results = [r for r in results if r['task'] == 'istree' and r['log']]
+    for n in sorted({r['n_nodes'] for r in results}):
+        setups = [setup for setup in LINES if any((r['n_nodes'], r['setup']) == (n, setup) for r in results)]
+        figure, panels = plt.subplots(1, len(setups), figsize=(2.9 * len(setups), 2.7), sharey=True, squeeze=False)
+        for axes, setup in zip(panels[0], setups):
+            axes.axhline(50, linestyle=':', color='grey')
+            for r in results:
+                if (r['n_nodes'], r['setup']) == (n, setup):
+                    points = [(line['samples'], line['accuracy']) for line in r['log']
+                              if line['samples'] < 0.99 * r['samples']] + [(r['samples'], r['accuracy'])]
+                    axes.plot([x / 1000 for x, _ in points], [100 * y for _, y in points], color=COLOURS[r['arch']],
+                              marker=MARKERS[r['arch']], markersize=4, label=NAMES[r['arch']])
+            axes.set(title=setup, xlabel='thousand samples', ylim=(0, 104))
+        panels[0, 0].set_ylabel(f'accuracy (%), n={n}')
+        handles = dict(zip(*reversed(panels[0, -1].get_legend_handles_labels())))
+        panels[0, -1].legend(handles.values(), handles.keys(), loc='lower right')
+        figure.tight_layout()
+        yield f'learning-n{n}', figure
+
+
+def memory(results):
+    """The claim itself: accuracy on IsTree with chain of thought against the floats that a model carries
+    from token to token at the end of the prompt."""
+    results = [r for r in results if (r['task'], r['setup']) == ('istree', 'cot')]
+    for n in sorted({r['n_nodes'] for r in results}):
+        figure, axes = plt.subplots(figsize=(4.2, 2.9))
+        axes.axhline(50, linestyle=':', color='grey', label='chance')
+        for arch in models.ARCHS:
+            line = sorted((r['state_floats'], r['accuracy'], r['accuracy_se']) for r in results
+                          if (r['n_nodes'], r['arch']) == (n, arch))
+            if line:
+                floats, accuracy, error = zip(*line)
+                axes.errorbar(floats, [100 * a for a in accuracy], [100 * e for e in error], capsize=2, markersize=5,
+                              color=COLOURS[arch], marker=MARKERS[arch], label=f'{NAMES[arch]}, cot')
+        axes.set_xscale('log', base=2)
+        axes.set(xlabel='memory at the end of the prompt (floats)', ylabel=f'accuracy (%), n={n}', ylim=(40, 104))
+        axes.legend(loc='lower right')
+        yield f'memory-n{n}', figure
+
+
+FIGURES = [learning, memory, primitives]
 
 
 def main(argv):
     c = parse(argv, Constants, 'plot.py')
-    results = [json.loads(path.read_text()) for path in sorted(Path(c.out).glob('**/result.json'))]
+    results = []
+    for path in sorted(Path(c.out).glob('**/result.json')):
+        log = path.with_name('log.jsonl')
+        lines = log.read_text().splitlines() if log.exists() else []
+        results.append(json.loads(path.read_text()) | dict(log=[json.loads(line) for line in lines]))
     Path(c.figures).mkdir(parents=True, exist_ok=True)
     names = []
     for draw in FIGURES:

@@ -53,7 +53,7 @@ def selective_scan_reference(u, delta, A, B, C, D=None, initial_state=None):
 
 
 # ---------------------------------------------------------------------------------------------
-# 2. The fallback
+# 2. The fallback (products and sums, no einsum: autocast would make matrix products bf16)
 
 def _scan(a, b):
     """All h_t = a_t h_{t-1} + b_t (h_{-1} = 0) along dim 1, in log2(L) parallel steps and 2 L multiply-adds.
@@ -102,7 +102,7 @@ def _fallback_forward(u, delta, A, B, C, D, initial_state, chunk):
         if y:
             starts.append(h.transpose(1, 2))
         _, hs = _chunk_states(x, d, A, b, h)
-        y.append((torch.einsum("btdn,btn->btd", hs, c) + (0 if D is None else D * x)).to(u.dtype))
+        y.append(((hs * c[:, :, None]).sum(-1) + (0 if D is None else D * x)).to(u.dtype))
         h = hs[:, -1].clone(memory_format=torch.contiguous_format)
     starts = torch.stack(starts, 1) if starts else A.new_empty(u.shape[0], 0, *A.T.shape)
     return torch.cat(y, 1), h, starts.contiguous()
@@ -132,12 +132,12 @@ def _fallback_backward(dy, dfinal, u, delta, A, B, C, D, initial_state, starts, 
         gs = _scan(a_next.flip(1), from_y.flip(1)).flip(1)
         g = a[:, 0] * gs[:, 0]
         decay = gs * a * torch.cat([start[:, None], h[:, :-1]], 1)  # gradient of delta_t A
-        dx = torch.einsum("btdn,btn->btd", gs, b)  # gradient of delta_t u_t
+        dx = (gs * b[:, :, None]).sum(-1)  # gradient of delta_t u_t
         du[:, now] = dx * d + (0 if D is None else D * e)
-        ddelta[:, now] = dx * x + torch.einsum("btdn,dn->btd", decay, A)
-        dB[:, now] = torch.einsum("btdn,btd->btn", gs, d * x)
-        dC[:, now] = torch.einsum("btdn,btd->btn", h, e)
-        dA += torch.einsum("btdn,btd->dn", decay, d)
+        ddelta[:, now] = dx * x + (decay * A).sum(-1)
+        dB[:, now] = (gs * (d * x)[..., None]).sum(2)
+        dC[:, now] = (h * e[..., None]).sum(2)
+        dA += (decay * d[..., None]).sum((0, 1))
         dD += (e * x).sum((0, 1))
     return du, ddelta, dA, dB, dC, dD, g
 
@@ -201,6 +201,8 @@ def _load(device_type):
 
 
 def _build(device_type):
+    if device_type == "cpu" and sys.platform == "win32":
+        raise _Unbuildable("Visual C++ lacks the vector types of gcc and clang; remedy: Linux, for instance in WSL")
     try:
         from torch.utils import cpp_extension
     except ImportError as error:
@@ -236,7 +238,7 @@ def _build(device_type):
             if not ready.exists():
                 (folder / "lock").unlink(missing_ok=True)  # torch's own lock, which a killed build leaves behind
                 cpp_extension.load(name, [str(s) for s in sources], build_directory=str(folder), is_python_module=False,
-                                   extra_cflags=_cpu_flags(cxx) if device_type == "cpu" else ["-O3"],
+                                   extra_cflags=_cpu_flags(cxx) if device_type == "cpu" else [],
                                    extra_cuda_cflags=["-O3", f"-arch={target}"])
                 ready.touch()
                 return
@@ -275,8 +277,6 @@ def _cpu_model():
 
 
 def _cpu_flags(cxx):
-    if sys.platform == "win32":
-        return ["/O2"]
     run = lambda *flags: subprocess.run([*cxx.split(), *flags], capture_output=True, text=True)
     flags = ["-O3"]
     if run("-march=native", "-x", "c++", "-fsyntax-only", os.devnull).returncode == 0:

@@ -269,8 +269,8 @@ void backward_block(const Problem& p, int64_t b, int64_t c0, const Rows& dy_rows
         V now_B = {}, now_C = {};
         for (int j = 0; j < J; ++j) {
           const int i = j * LANES;
-          const V now = vec(g[n] + i) + dy[j] * Cn;
-          const V before = now * vec(a[t * N + n] + i);
+          const V now = vec(g[n] + i) + dy[j] * Cn;      // g_t
+          const V before = now * vec(a[t * N + n] + i);  // a_t g_t
           vec(g[n] + i) = before;
           const V decay = before * vec(h[t * N + n] + i);  // gradient of delta_t A
           now_B += now * du[j];
