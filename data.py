@@ -39,6 +39,7 @@ WORDS = SPECIALS + tuple(map(str, range(MAX_NODES)))
 TOKENS = {word: token for token, word in enumerate(WORDS)}
 SETUPS = ('direct', 'cot', 'retrieval')
 MAX_COUNT = 3                                       # of the task counting
+QUERIES = 16                                        # per sample of a retrieval primitive
 VALIDATION_SEED = (2402, 18510)                     # never a training seed: those have three numbers
 CHUNK = 1024                                        # training samples made at a time
 
@@ -298,76 +299,80 @@ def generate(batch_size, n_nodes, setup, seed, distribution='two_star'):
 
 # --- the retrieval primitives ----------------------------------------------------------------------
 
-# Each draws (sequence (B, S), query (B, Q), trace (B, T) of the retrieval setup, answer (B,)), all token
-# ids. The number of bits one must carry past the sequence to answer any query grows with n, and every
-# number is as good a guess as any other: neither where it stands nor how often tells anything.
-
-def columns(*parts):
-    """Tokens and columns of tokens (B,) -> (B, number of parts)."""
-    return np.stack(np.broadcast_arrays(*parts), 1)
-
+# Each function draws (sequence (B, S), queries (B, QUERIES, Q), answers (B, QUERIES), trace (B, T)), all
+# token ids; the trace is the retrieval setup's for the last query, the one that counts. Drawn with QUERIES=2.
+#
+# The queries before the last stand answered in the prompt, and in the setup direct they are learned from,
+# too: with one answer per sample a hybrid was still at chance after 96,000 samples of recall at n=8.
+# Numbers come from twice as many as occur, so that which ones do is a first thing to learn: if all contexts
+# held the same, uniform attention would see no difference between them. Queries are independent, earlier
+# ones tell nothing of the last, and within a context every answer is as likely as any other: neither place
+# nor frequency is a hint.
 
 def index(rng, batch_size, n):
-    """Index (paper, section 4): token number i, from 0, of a sequence, a random order of 0..n-1. n=5:
+    """Index (paper, section 4): token number i, from 0, of a sequence of n different numbers below 2n. n=5:
 
-        direct     inputs   [BOS] 3 0 4 1 2 ~ 2 [EOS]
-                   targets                      4
+        direct     inputs   [BOS] 3 0 9 7 2 ~ 4 [EOS] 2 2 [EOS]
+                   targets                      2         9
 
-        retrieval  inputs   [BOS] 3 0 4 1 2 ~ 2 [EOS]         [STARTSEARCH] - 2           [ENDSEARCH] 4     [EOS]
-                   targets                      [STARTSEARCH] -             2 [ENDSEARCH]             [EOS] 4
+        retrieval  inputs   [BOS] 3 0 9 7 2 ~ 4 [EOS] 2 2 [EOS]         [STARTSEARCH] - 2           [ENDSEARCH] 9     [EOS]
+                   targets                                [STARTSEARCH] -             2 [ENDSEARCH]             [EOS] 9
 
-    The answer is token n+4 of a sample (from 0), in retrieval n+10; vocabulary 10+n; chance 1/n."""
-    sequence = permutations(rng, batch_size, n) + NODE
-    i = rng.integers(0, n, batch_size)
-    answer = sequence[np.arange(batch_size), i]
-    return sequence, columns(i + NODE), columns(START, EDGE, i + NODE, END, answer), answer
+    Prompt n+49 tokens with QUERIES=16, then the answer, in retrieval 6 tokens later; vocabulary 10+2n; chance 1/n."""
+    sequence = permutations(rng, batch_size, 2 * n)[:, :n] + NODE
+    i = rng.integers(0, n, (batch_size, QUERIES))
+    answers = np.take_along_axis(sequence, i, 1)
+    return sequence, i[:, :, None] + NODE, answers, columns(START, EDGE, i[:, -1] + NODE, END, answers[:, -1])
 
 
 def recall(rng, batch_size, n):
     """Associative recall (paper, section 4): the token after the query in a sequence of n pairs of a key
-    (0..n-1, each once) and its value (n..2n-1, each once), in random order. n=3:
+    (below 2n) and its value (from 2n to 4n-1), all different. n=3:
 
-        direct     inputs   [BOS] 1 5 0 3 2 4 ~ 0 [EOS]
-                   targets                        3
+        direct     inputs   [BOS] 1 9 5 6 2 11 ~ 2 [EOS] 11 5 [EOS]
+                   targets                         11         6
 
-        retrieval  inputs   [BOS] 1 5 0 3 2 4 ~ 0 [EOS]         [STARTSEARCH] 0           [ENDSEARCH] 3     [EOS]
-                   targets                        [STARTSEARCH] 0             [ENDSEARCH]             [EOS] 3
+        retrieval  inputs   [BOS] 1 9 5 6 2 11 ~ 2 [EOS] 11 5 [EOS]         [STARTSEARCH] 5           [ENDSEARCH] 6     [EOS]
+                   targets                                    [STARTSEARCH] 5             [ENDSEARCH]             [EOS] 6
 
-    The answer is token 2n+4 of a sample (from 0), in retrieval 2n+9; vocabulary 10+2n; chance 1/n."""
-    pairs = np.stack([permutations(rng, batch_size, n), permutations(rng, batch_size, n) + n], 2) + NODE
-    key, answer = pairs[np.arange(batch_size), rng.integers(0, n, batch_size)].T
-    return pairs.reshape(batch_size, -1), columns(key), columns(START, key, END, answer), answer
+    Prompt 2n+49 tokens with QUERIES=16, then the answer, in retrieval 5 tokens later; vocabulary 10+4n; chance 1/n."""
+    keys, values = (permutations(rng, batch_size, 2 * n)[:, :n] + NODE + low for low in (0, 2 * n))
+    i = rng.integers(0, n, (batch_size, QUERIES))
+    queries, answers = np.take_along_axis(keys, i, 1), np.take_along_axis(values, i, 1)
+    sequence = np.stack((keys, values), 2).reshape(batch_size, -1)
+    return sequence, queries[:, :, None], answers, columns(START, queries[:, -1], END, answers[:, -1])
 
 
 def cgram(rng, batch_size, n):
     """c-gram retrieval (paper, section 4; here c=2): the token after the first occurrence of the two query
-    tokens, in that order, in a sequence of n numbers below n/2, each twice (if n is odd, one of them
-    once), in random order. Knowing what follows the last token alone leaves two answers. n=8:
+    tokens, in that order, in a sequence of n numbers below n, each twice (if n is odd, one of them once),
+    in random order. Knowing what follows the second token alone leaves two answers. n=8:
 
-        direct     inputs   [BOS] 0 3 1 3 2 1 0 2 ~ 3 2 [EOS]
-                   targets                              1
+        direct     inputs   [BOS] 0 7 1 7 5 1 0 5 ~ 7 5 [EOS] 1 7 1 [EOS]
+                   targets                              1           7
 
-        retrieval  inputs   [BOS] 0 3 1 3 2 1 0 2 ~ 3 2 [EOS]         [STARTSEARCH] 3 2           [ENDSEARCH] 1     [EOS]
-                   targets                              [STARTSEARCH] 3             2 [ENDSEARCH]             [EOS] 1
+        retrieval  inputs   [BOS] 0 7 1 7 5 1 0 5 ~ 7 5 [EOS] 1 7 1 [EOS]         [STARTSEARCH] 7 1           [ENDSEARCH] 7     [EOS]
+                   targets                                          [STARTSEARCH] 7             1 [ENDSEARCH]             [EOS] 7
 
-    The answer is token n+5 of a sample (from 0), in retrieval n+11; vocabulary 10+n/2; chance 2/n."""
-    sequence = permutations(rng, batch_size, n) // 2 + NODE
-    rows, i = np.arange(batch_size), rng.integers(0, n - 2, batch_size)
-    a, b = sequence[rows, i], sequence[rows, i + 1]
-    first = ((sequence[:, :-2] == a[:, None]) & (sequence[:, 1:-1] == b[:, None])).argmax(1)
-    answer = sequence[rows, first + 2]
-    return sequence, columns(a, b), columns(START, a, b, END, answer), answer
+    Prompt n+65 tokens with QUERIES=16, then the answer, in retrieval 6 tokens later; vocabulary 10+n; chance 2/n."""
+    sequence = np.take_along_axis(permutations(rng, batch_size, n), permutations(rng, batch_size, n) // 2, 1) + NODE
+    grams = sequence[:, :-2] * len(WORDS) + sequence[:, 1:-1]           # a pair of tokens as one number
+    i = rng.integers(0, n - 2, (batch_size, QUERIES))
+    first = (grams[:, None] == np.take_along_axis(grams, i, 1)[:, :, None]).argmax(2)
+    a, b, answers = (np.take_along_axis(sequence, first + k, 1) for k in range(3))
+    return sequence, np.stack((a, b), 2), answers, columns(START, a[:, -1], b[:, -1], END, answers[:, -1])
 
 
 def counting(rng, batch_size, n):
-    """Counting (paper, section 4): how often the query occurs, 0 to MAX_COUNT=3 times, in a sequence of n
-    numbers below n. The model asks for a first, second, ... occurrence until there is none. n=6:
+    """Counting (paper, section 4): how often the query occurs in a sequence of n numbers below n. The numbers
+    go in secret pairs that occur c and 3-c times, so that every count from 0 to MAX_COUNT=3 is as likely.
+    In retrieval the model asks for a first, second, ... occurrence until there is none. n=6:
 
-        direct     inputs   [BOS] 4 2 0 4 1 5 ~ 4 [EOS]
-                   targets                        2
+        direct     inputs   [BOS] 4 2 4 2 2 5 ~ 5 [EOS] 1 4 [EOS]
+                   targets                        1         2
 
-        retrieval  inputs   [BOS] 4 2 0 4 1 5 ~ 4 [EOS]         [STARTSEARCH] 4 ~ 1           [ENDSEARCH] 4
-                   targets                        [STARTSEARCH] 4             ~ 1 [ENDSEARCH]             [STARTSEARCH]
+        retrieval  inputs   [BOS] 4 2 4 2 2 5 ~ 5 [EOS] 1 4 [EOS]         [STARTSEARCH] 4 ~ 1           [ENDSEARCH] 4
+                   targets                                  [STARTSEARCH] 4             ~ 1 [ENDSEARCH]             [STARTSEARCH]
 
                    inputs   [STARTSEARCH] 4 ~ 2           [ENDSEARCH] 4
                    targets  4             ~ 2 [ENDSEARCH]             [STARTSEARCH]
@@ -375,26 +380,40 @@ def counting(rng, batch_size, n):
                    inputs   [STARTSEARCH] 4 ~ 3           [ENDSEARCH] [FAILED] [EOS]
                    targets  4             ~ 3 [ENDSEARCH]             [EOS]    2
 
-    The answer is token n+4 of a sample (from 0), in retrieval n+11 for 0 and 6 later for each one more;
-    vocabulary 10+n; chance 1/4."""
-    q = rng.integers(0, n, (batch_size, 1))
-    count = rng.integers(0, MAX_COUNT + 1, (batch_size, 1))
-    sequence = (q + rng.integers(1, n, (batch_size, n))) % n                # anything but q,
-    sequence = np.where(permutations(rng, batch_size, n) < count, q, sequence) + NODE   # then q in random places
-    q, k = q + NODE, np.arange(1, MAX_COUNT + 2)
-    queries = np.stack(np.broadcast_arrays(START, q, RECORD, NODE + k, END, np.where(k <= count, q, FAILED)), 2)
-    trace = np.where((k <= count + 1)[:, :, None], queries, -1).reshape(batch_size, -1)
-    return sequence, q, trace, count[:, 0] + NODE
+    Prompt n+49 tokens with QUERIES=16, then the answer, in retrieval 7 tokens later for 0 and 6 more for each
+    one more; vocabulary 10+n; chance 1/4."""
+    names, places = permutations(rng, batch_size, n), permutations(rng, batch_size, n)
+    c = rng.integers(0, MAX_COUNT + 1, (batch_size, n // MAX_COUNT + 1))        # the last pair is a filler
+    pair = places // MAX_COUNT
+    which = 2 * pair + (places % MAX_COUNT >= np.take_along_axis(c, pair, 1))
+    asked = rng.integers(0, n // MAX_COUNT * 2, (batch_size, QUERIES))
+    counts = np.take_along_axis(c, asked // 2, 1)
+    counts = np.where(asked % 2, MAX_COUNT - counts, counts)
+    sequence, queries = np.take_along_axis(names, which, 1) + NODE, np.take_along_axis(names, asked, 1) + NODE
+    q, k, count = queries[:, -1:], np.arange(1, MAX_COUNT + 2), counts[:, -1:]
+    trace = np.stack(np.broadcast_arrays(START, q, RECORD, k + NODE, END, np.where(k <= count, q, FAILED)), 2)
+    trace = np.where((k <= count + 1)[:, :, None], trace, -1).reshape(batch_size, -1)
+    return sequence, queries[:, :, None], counts + NODE, trace
+
+
+def columns(*parts):
+    """Tokens and columns of tokens (B,) -> (B, number of parts)."""
+    return np.stack(np.broadcast_arrays(*parts), 1)
 
 
 def generate_primitive(draw, batch_size, n_nodes, setup, seed, distribution='uniform'):
     """A batch of index, recall, cgram or counting samples (draw) with n = n_nodes. Arguments, tokens,
-    loss_mask and errors as in generate; the third result is the answers (B,), token ids."""
-    check(batch_size, n_nodes, (5, MAX_NODES // 2), setup, ('direct', 'retrieval'), distribution, ('uniform',))
-    sequence, query, trace, answer = draw(np.random.default_rng(seed), batch_size, n_nodes)
-    fill = partial(np.full, (batch_size, 1))
-    prompt = np.hstack((fill(BOS), sequence, fill(RECORD), query, fill(EOS)))
-    return *assemble(prompt, trace if setup == 'retrieval' else None, answer), answer
+    loss_mask and errors as in generate, but that in the setup direct loss_mask is also True on the answers
+    within the prompt; the third result is the last answers (B,), token ids."""
+    check(batch_size, n_nodes, (5, MAX_NODES // 4), setup, ('direct', 'retrieval'), distribution, ('uniform',))
+    sequence, queries, answers, trace = draw(np.random.default_rng(seed), batch_size, n_nodes)
+    fill = lambda shape, token: np.full((batch_size, *shape), token)
+    asked = np.concatenate((queries, fill((QUERIES, 1), EOS), answers[:, :, None]), 2).reshape(batch_size, -1)
+    prompt = np.hstack((fill((1,), BOS), sequence, fill((1,), RECORD), asked[:, :-1]))
+    tokens, loss_mask = assemble(prompt, trace if setup == 'retrieval' else None, answers[:, -1])
+    if setup == 'direct':
+        loss_mask[:, 1:] = tokens[:, :-1] == EOS
+    return tokens, loss_mask, answers[:, -1]
 
 
 # --- the retriever -------------------------------------------------------------------------------
@@ -472,19 +491,20 @@ class Task(NamedTuple):
     setups: tuple = SETUPS
 
 
-def primitive(draw, vocab_size, prompt_length, trace, chance):
-    """The Task of a retrieval primitive. trace: the tokens of its longest queries and their answers."""
+def primitive(draw, vocab_size, sequence_length, query_length, trace_length, chance):
+    """The Task of a retrieval primitive, its lengths in tokens, that of the trace at most."""
+    prompt_length = lambda n: 1 + sequence_length(n) + QUERIES * (query_length + 2)
     return Task(partial(generate_primitive, draw), lambda n: NODE + vocab_size(n), prompt_length,
-                lambda n, setup: prompt_length(n) + (trace + 2 if setup == 'retrieval' else 1), chance,
+                lambda n, setup: prompt_length(n) + (trace_length + 2 if setup == 'retrieval' else 1), chance,
                 primitive_pattern, partial(retrieve, pattern_of=primitive_pattern), ('uniform',), ('direct', 'retrieval'))
 
 
 TASKS = {
     'istree': Task(generate, vocab_size, prompt_length, max_length, lambda n: 1 / 2),
-    'index': primitive(index, lambda n: n, lambda n: n + 4, 5, lambda n: 1 / n),
-    'recall': primitive(recall, lambda n: 2 * n, lambda n: 2 * n + 4, 4, lambda n: 1 / n),
-    'cgram': primitive(cgram, lambda n: (n + 1) // 2, lambda n: n + 5, 5, lambda n: 2 / n),
-    'counting': primitive(counting, lambda n: n, lambda n: n + 4, 6 * (MAX_COUNT + 1), lambda n: 1 / (MAX_COUNT + 1)),
+    'index': primitive(index, lambda n: 2 * n, lambda n: n, 1, 5, lambda n: 1 / n),
+    'recall': primitive(recall, lambda n: 4 * n, lambda n: 2 * n, 1, 4, lambda n: 1 / n),
+    'cgram': primitive(cgram, lambda n: n, lambda n: n, 2, 5, lambda n: 2 / n),
+    'counting': primitive(counting, lambda n: n, lambda n: n, 1, 6 * (MAX_COUNT + 1), lambda n: 1 / (MAX_COUNT + 1)),
 }
 
 
