@@ -2,7 +2,7 @@
 float64, networkx, the official metrics, the `transformers` library. Run:  pytest test_all.py
 
 Tests of what needs a compiler, a GPU, networkx or transformers skip themselves where there is none.
-Order: data.py, scan_cuda/, models.py, train.py.
+Order: data.py, scan_cuda/, models.py, train.py, eval_hotpot.py.
 """
 import dataclasses
 import json
@@ -23,6 +23,7 @@ from torch.utils import cpp_extension
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
+import eval_hotpot
 import models
 import scan_cuda
 import train
@@ -1049,3 +1050,371 @@ def test_evaluation_gives_a_perfect_model_everything_and_a_spoiled_one_nothing(s
             assert spoiled['accuracy'] == spoiled['exact_trace'] == 0
         elif setup == 'retrieval':
             assert spoiled['well_formed_queries'] == 0 and spoiled['exact_trace'] == 0
+
+
+# --- eval_hotpot.py --------------------------------------------------------------------------------
+
+SAMPLE = HERE.parent / 'shared' / 'hotpot'
+real_records = pytest.mark.skipif(not SAMPLE.exists(), reason='the 60 real questions are not here')
+
+
+def hotpot_questions():
+    """Records to test with: of the small world and, where they are, real ones."""
+    real = eval_hotpot.load_hotpot(SAMPLE / 'hotpot_dev_sample.json') if SAMPLE.exists() else []
+    return data.hotpot_records(20) + real
+
+
+def evaluate_hotpot(*arguments, **options):
+    return subprocess.run([sys.executable, 'eval_hotpot.py', *arguments], cwd=HERE, text=True, capture_output=True,
+                          env=os.environ | {'OMP_NUM_THREADS': '1'}, **options)
+
+
+def hub_layout(record, id_name):
+    """The same question in the dictionary-of-lists layout."""
+    columns = lambda pairs, *names: dict(zip(names, map(list, zip(*pairs))))
+    return {id_name: record['_id'], 'question': record['question'], 'answer': record['answer'], 'type': record['type'],
+            'context': columns(record['context'], 'title', 'sentences'),
+            'supporting_facts': columns(record['supporting_facts'], 'title', 'sent_id')}
+
+
+@pytest.mark.parametrize('lines', [False, True])
+def test_both_layouts_of_hotpotqa_are_the_same_questions(lines, tmp_path):
+    records, file = data.hotpot_records(7), tmp_path / 'questions.json'
+    file.write_text(json.dumps(records))
+    assert eval_hotpot.load_hotpot(file) == records
+    hub = [json.dumps(hub_layout(record, 'id')) for record in records]
+    file.write_text('\n'.join(hub) if lines else f'[{",".join(hub)}]')
+    assert eval_hotpot.load_hotpot(file) == records
+
+
+@real_records
+def test_real_questions_are_read_in_both_layouts():
+    official = eval_hotpot.load_hotpot(SAMPLE / 'hotpot_dev_sample.json')
+    hub = eval_hotpot.load_hotpot(SAMPLE / 'hotpot_dev_sample_hf_layout.json')
+    assert len(official) == 60 and len(hub) == 3
+    by_question = {record['question']: record for record in official}
+    for record in hub:
+        assert {**record, '_id': 0} == {**by_question[record['question']], '_id': 0}
+
+
+@pytest.mark.parametrize('change, field', [
+    ({'question': None}, 'question'), ({'answer': 5}, 'answer'), ({'context': []}, 'context'), ({'_id': 'small-world-0'}, '_id'),
+    ({'context': [['title', 'no list']]}, 'context'), ({'context': {'title': ['a'], 'sentences': []}}, 'context'),
+    ({'supporting_facts': [['title']]}, 'supporting_facts'), ({'supporting_facts': [['nowhere', 0]]}, 'supporting_facts')])
+def test_a_malformed_question_is_named_by_index_id_and_field(change, field, tmp_path):
+    records = data.hotpot_records(4)
+    records[2] = records[2] | change
+    (tmp_path / 'bad.json').write_text(json.dumps(records))
+    with pytest.raises(ValueError, match=rf'record 2 \(id {records[2]["_id"]}\): {field}: ') as error:
+        eval_hotpot.load_hotpot(tmp_path / 'bad.json')
+    assert '\n' not in str(error.value)
+    (tmp_path / 'bad.json').write_text(json.dumps(records)[:-100])
+    with pytest.raises(ValueError, match='not JSON'):
+        eval_hotpot.load_hotpot(tmp_path / 'bad.json')
+
+
+@pytest.mark.parametrize('prediction, answer, em, f1', [        # numbers that hotpot_evaluate_v1.py gave
+    ('The Eiffel Tower!', 'eiffel tower', 1, 1), ('in Salzburg, Austria', 'Salzburg', 0, 0.5), ('yes it is', 'yes', 0, 0),
+    ('Yes.', 'yes', 1, 1), ('no', 'No way', 0, 0), ('', 'a', 1, 0), ('', 'x', 0, 0), ('noanswer', 'x', 0, 0),
+    ('a b b c', 'b b d', 0, 2 / 3), ('3,677 seated', '3677', 0, 2 / 3), ("World's best", 'worlds best goalkeeper', 0, 0.8),
+    ('an the a', 'the', 1, 0), ('noanswer here', 'noanswer', 0, 0)])
+def test_metrics_are_the_official_ones(prediction, answer, em, f1):
+    assert eval_hotpot.exact_match(prediction, answer) == em
+    assert abs(eval_hotpot.f1_score(prediction, answer) - f1) < 1e-12
+
+
+PARAGRAPHS = [('Nile', 'The Nile is a river in Africa.'), ('Danube', 'The Danube is a river in Europe.'),
+              ('Paris', 'Paris is a city on the Seine.'), ('Long', 'a' * 5000 + '!')]
+
+
+@pytest.mark.parametrize('pattern, titles, outcome', [
+    ('river', ['Nile', 'Danube'], 'found'), ('^(Paris|Danube): ', ['Danube', 'Paris'], 'found'), ('Seine.*', ['Paris'], 'found'),
+    ('', [], 'malformed'), ('(', [], 'malformed'), ('*', [], 'malformed'), ('a{9999999999}', [], 'malformed'),
+    ('(' * 100 + ')' * 100, ['Nile', 'Danube'], 'found'), ('a' * 100_000, [], 'malformed'), ('London', [], 'no match'),
+    ('.*', ['Nile', 'Danube'], 'found'), ('(a+)+$', [], 'timed out'), ('(.*)*(.*)*(.*)*\\d', [], 'timed out')])
+def test_any_pattern_gets_its_outcome_in_bounded_time_and_size(pattern, titles, outcome):
+    eval_hotpot.search('warm', PARAGRAPHS)
+    started = time.monotonic()
+    found = eval_hotpot.search(pattern, PARAGRAPHS, seconds=0.3)
+    assert ([title for title, _ in found], found.outcome) == (titles, outcome)
+    assert time.monotonic() - started < 3
+    again = eval_hotpot.search('^Long: a', PARAGRAPHS)                 # whatever happened, the next query is answered
+    assert again.outcome == 'found' and len(again[0][1]) == 1000
+
+
+def test_the_process_that_searches_stays_warm_and_dies_with_this_one(tmp_path):
+    eval_hotpot.search('river', PARAGRAPHS)
+    process = eval_hotpot.worker
+    started = time.monotonic()
+    for _ in range(200):
+        eval_hotpot.search('Africa', PARAGRAPHS)
+    assert eval_hotpot.worker is process and time.monotonic() - started < 5
+    code = "import eval_hotpot; eval_hotpot.search('x', [('a', 'b')]); print(eval_hotpot.worker.pid)"
+    pid = int(subprocess.run([sys.executable, '-c', code], cwd=HERE, text=True, capture_output=True).stdout)
+    for _ in range(100):
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            break
+        time.sleep(0.05)
+    else:
+        raise AssertionError('the process outlives the program')
+
+
+def test_the_four_examples_are_short_and_strange_to_the_questions():
+    assert sum(answer in ('yes', 'no') or ' or ' in question for question, answer, *_ in eval_hotpot.EXAMPLES) == 2
+    for condition in eval_hotpot.CONDITIONS:
+        text = eval_hotpot.few_shot(condition)
+        # a tokenizer of a language model makes at most some 1.4 tokens of a word of English
+        assert 1.4 * len(re.findall(r'\w+|[^\w\s]', text)) < 1500
+        assert text.count('Answer: ') == 4 and text.count('Found: ') == (6 if condition == 'retrieval' else 0)
+        assert 'nothing' not in text
+    for record in hotpot_questions():
+        for question, _, _, _, paragraphs in eval_hotpot.EXAMPLES:
+            assert question != record['question']
+            assert not {title for title, _ in paragraphs} & eval_hotpot.supporting(record)
+    for question, answer, thought, queries, paragraphs in eval_hotpot.EXAMPLES:
+        found = [hit for query in queries for hit in eval_hotpot.search(query, paragraphs)]
+        assert len({title for title, _ in found}) == 2 and all(title in question + thought for title, _ in found)
+        assert answer in ('yes', 'no') or answer in ' '.join(text for _, text in found) + question
+
+
+class Scripted:
+    """Reads text, writes what its script says for the question: no neural network in it."""
+
+    def __init__(self, records, write_line, name='scripted'):
+        self.name, self.write_line, self.reads = name, write_line, 0
+        self.records = {record['question']: record for record in records}
+
+    def read(self, text, after=None):
+        self.reads += 1
+        return (after or '') + text
+
+    def write(self, state):
+        record = self.records[re.findall('Question: (.*)', state)[-1]]
+        turn = state[state.rindex('Question: '):]
+        line = self.write_line(record, turn)
+        return line, state + line + '\n'
+
+
+def perfect(record, turn):
+    titles, n = sorted(eval_hotpot.supporting(record)), turn.count('Search:')
+    if turn.endswith('Answer:'):
+        return record['answer']
+    if turn.endswith('Search:') or 0 < n < len(titles):
+        query = f'^{re.escape(titles[n - turn.endswith("Search:")])}:'
+        return query if turn.endswith('Search:') else f'Search: {query}'
+    return 'Thought: I know.'
+
+
+def test_a_perfect_model_gets_everything_and_a_bad_one_nothing_under_all_conditions(tmp_path):
+    records = hotpot_questions()
+    good = eval_hotpot.evaluate(Scripted(records, perfect), records, tmp_path)
+    assert len(good) == 3 * len(records)
+    for (id, condition), r in good.items():
+        assert r['em'] == r['f1'] == 1 and r['recall'] == (1 if condition == 'retrieval' else None)
+    bad = eval_hotpot.evaluate(Scripted(records, lambda record, turn: 'Search: (unclosed', 'bad'), records, tmp_path, rounds=3)
+    for (id, condition), r in bad.items():
+        assert r['em'] == r['f1'] == 0
+        if condition == 'retrieval':
+            assert r['recall'] == 0 and [outcome for _, outcome in r['queries']] == ['malformed'] * 3
+    ids = [record['_id'] for record in records]
+    assert eval_hotpot.right_under_gold({'good': good}, 10) == ids[:10]
+    assert eval_hotpot.right_under_gold({'good': good, 'bad': bad}, 10) == []
+    text = eval_hotpot.table({'good': good, 'bad': bad}, ids[:10])
+    assert text.count('100.0 ±') == 13 and len({len(line) for line in text.splitlines()[1:]}) == 1
+
+
+def test_what_a_model_is_shown_depends_on_the_condition(tmp_path):
+    records = data.hotpot_records(5)
+    for (id, condition), r in eval_hotpot.evaluate(Scripted(records, perfect), records, tmp_path, shots=False).items():
+        record = next(record for record in records if record['_id'] == id)
+        seen = r['text'][:r['text'].index('Question: ')].splitlines()
+        expected = [f'{title}: {"".join(sentences)}' for title, sentences in record['context']
+                    if condition != 'gold' or title in dict(record['supporting_facts'])]
+        assert seen == expected and len(seen) == (2 if condition == 'gold' else 10)
+        assert ('Search:' in r['text']) == (condition == 'retrieval')
+
+
+def test_a_killed_evaluation_continues_and_a_torn_line_is_asked_again(tmp_path):
+    records = data.hotpot_records(6)
+    whole = eval_hotpot.evaluate(Scripted(records, perfect), records, tmp_path)
+    file, = tmp_path.glob('*.jsonl')
+    file.write_bytes(file.read_bytes()[:-1000])
+    done = file.read_bytes().count(b'\n')
+    again = Scripted(records, perfect)
+    results = eval_hotpot.evaluate(again, records, tmp_path)
+    strip = lambda results: {key: r | {'seconds': 0} for key, r in results.items()}
+    assert strip(results) == strip(whole) and 0 < done < 18
+    assert len(file.read_text().splitlines()) == 18 and json.loads(file.read_text().splitlines()[-1])
+    lazy = Scripted(records, None)
+    assert strip(eval_hotpot.evaluate(lazy, records, tmp_path)) == strip(whole) and lazy.reads == 0
+    eval_hotpot.evaluate(Scripted(records, perfect), records, tmp_path, rounds=2)      # other constants: another file
+    assert len(list(tmp_path.glob('*.jsonl'))) == 2
+
+
+def tiny_checkpoint(family, folder):
+    """A random checkpoint of a family with a byte-level tokenizer, both written by transformers."""
+    transformers = pytest.importorskip('transformers')
+    from tokenizers import Tokenizer, decoders, models as tokenizer_models, pre_tokenizers
+    vocabulary = {word: i for i, word in enumerate(['<s>', '</s>', *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    tokenizer = Tokenizer(tokenizer_models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token='<s>', eos_token='</s>').save_pretrained(folder)
+    common = dict(vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=2, bos_token_id=0, eos_token_id=1, pad_token_id=0)
+    attention = dict(intermediate_size=64, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096)
+    config = {'llama': lambda: transformers.LlamaConfig(**common, **attention),
+              'mamba': lambda: transformers.MambaConfig(**common, state_size=8),
+              'mistral': lambda: transformers.MistralConfig(**common, **attention),
+              'jamba': lambda: transformers.JambaConfig(**common, **attention, attn_layer_period=2, attn_layer_offset=1,
+                                                        num_experts=1, num_experts_per_tok=1, mamba_d_state=8)}[family]()
+    torch.manual_seed(1)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+@pytest.mark.parametrize('family', ['llama', 'mamba', 'mistral', 'jamba'])
+def test_a_prefix_read_once_gives_the_text_that_transformers_generates(family, tmp_path):
+    theirs = tiny_checkpoint(family, tmp_path)
+    c = eval_hotpot.Constants(line_tokens=12)
+    ours = eval_hotpot.pretrained(str(tmp_path), c, torch.device('cpu'))
+    assert type(ours) is (eval_hotpot.LanguageModel if family in ('llama', 'mamba') else eval_hotpot.HubModel)
+    prefix = ours.read('Amber Bell: a novel. ')
+    for question in ('Who wrote it? Thought:', 'Where? Search:', 'Who wrote it? Thought:'):       # the first one again
+        with torch.no_grad():
+            expected = theirs(torch.tensor([ours.encode('Amber Bell: a novel. ' + question, True)])).logits[0, -1]
+        assert (ours.read(question, prefix)[1] - expected).abs().max() < 1e-4
+        line, state = ours.write(ours.read(question, prefix))
+        followed, _ = ours.write(ours.read('Found: nothing. Answer:', state))
+        tokens = ours.encode('Amber Bell: a novel. ' + question, True)
+        for written in (line, followed):
+            out = theirs.generate(torch.tensor([tokens]), max_new_tokens=12, do_sample=False, eos_token_id=[1, ours.newline[0]],
+                                  pad_token_id=0)[0, len(tokens):].tolist()
+            ended = [i for i, token in enumerate(out) if token in (1, ours.newline[0])]
+            out = out[:ended[0]] if ended else out
+            assert written == ours.decode(out)
+            tokens = tokens + out + ours.newline + ours.encode('Found: nothing. Answer:', False)
+    assert ours.memory(prefix) < ours.memory(state) if family != 'mamba' else ours.memory(prefix) == ours.memory(state)
+
+
+class Forgetful(torch.nn.Module):
+    """A transformers model which, given several tokens after others, silently forgets the others (as some
+    recurrent ones do), or which returns no cache at all."""
+
+    def __init__(self, model, caches):
+        super().__init__()
+        self.model, self.caches = model, caches
+
+    def forward(self, input_ids, past_key_values=None, use_cache=None):
+        if not self.caches:
+            out = self.model(input_ids=input_ids)
+            out.past_key_values = None
+            return out
+        return self.model(input_ids=input_ids, past_key_values=past_key_values if input_ids.shape[1] == 1 else None, use_cache=True)
+
+
+@pytest.mark.parametrize('caches, stride', [(True, 1), (False, 0)])
+def test_models_that_cannot_continue_in_one_pass_are_read_another_way(caches, stride, tmp_path):
+    theirs = tiny_checkpoint('llama', tmp_path)
+    tokenizer = eval_hotpot.pretrained(str(tmp_path), eval_hotpot.Constants(), torch.device('cpu')).tokenizer
+    model = eval_hotpot.HubModel('forgetful', Forgetful(theirs, caches), tokenizer)
+    with torch.no_grad():
+        expected = theirs(torch.tensor([model.encode('Amber Bell: a novel. Where?', True)])).logits[0, -1]
+    assert model.stride == stride
+    assert (model.read('a novel. Where?', model.read('Amber Bell: '))[1] - expected).abs().max() < 1e-4
+
+
+def test_the_command_with_pretrained_models_from_beginning_to_end(tmp_path):
+    for family in ('llama', 'mamba'):
+        tiny_checkpoint(family, tmp_path / family)
+    questions = tmp_path / 'questions.json'
+    questions.write_text(json.dumps(data.hotpot_records(2)))
+    arguments = [f'--models={tmp_path / "llama"},{tmp_path / "mamba"}', f'--data={questions}', f'--out={tmp_path}',
+                 '--device=cpu', '--line_tokens=8', '--rounds=1']
+    done = evaluate_hotpot(*arguments, '--show=1')
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count('\n=== ') == 6 and done.stdout.count('read once; their state is') == 2
+    assert len(list((tmp_path / 'hotpot').glob('*.jsonl'))) == 2
+    again = evaluate_hotpot(*arguments)
+    assert again.stdout[again.stdout.index('model '):].split('peak')[0] == done.stdout[done.stdout.index('model '):].split('peak')[0]
+
+
+@pytest.mark.parametrize('arguments, words', [
+    (['--models=x'], ['hotpot_dev_distractor_v1.json', 'http://curtis.ml.cmu.edu/', '45 MB', '--download']),
+    ([], ['python train.py --tasks=hotpot']), (['--rounds=x'], ['--rounds=x', 'int']), (['--preset=paper'], ['preset'])])
+def test_what_is_missing_is_one_line_that_says_what_to_do(arguments, words, tmp_path, capsys):
+    missing = [f'--out={tmp_path}', f'--data={tmp_path}/hotpot_dev_distractor_v1.json']
+    assert train.cli(eval_hotpot.main, 'eval_hotpot.py', [*missing, *arguments]) == 2
+    err = capsys.readouterr().err
+    assert err.count('\n') == 1 and all(word in err for word in words)
+
+
+# the small world
+
+def test_small_world_answers_follow_from_the_paragraphs():
+    kinds = set()
+    for record in data.hotpot_records(300):
+        author, town, plays = {}, {}, {}
+        for title, sentence in [(title, sentences[0]) for title, sentences in record['context']]:
+            if m := re.fullmatch(r'a novel by (.*)\.', sentence):
+                author[title] = m[1]
+            else:
+                plays[title], town[title] = re.fullmatch(r'a (\w+) player from (\w+)\.', sentence).groups()
+        assert len(author) == len(town) == 5 and sorted(author.values()) == sorted(town)
+        if m := re.fullmatch(r'Do (.*) and (.*) share a town\?', record['question']):
+            answer, gold, kind = 'yes' if town[m[1]] == town[m[2]] else 'no', {m[1], m[2]}, 'comparison'
+        elif m := re.fullmatch(r'Where does the author of (.*) come from\?', record['question']):
+            answer, gold, kind = town[author[m[1]]], {m[1], author[m[1]]}, 'bridge'
+        else:
+            novel = re.fullmatch(r'Which instrument does the author of (.*) play\?', record['question'])[1]
+            answer, gold, kind = plays[author[novel]], {novel, author[novel]}, 'bridge'
+        assert (answer, kind, gold) == (record['answer'], record['type'], eval_hotpot.supporting(record))
+        words = [word for title, _ in record['context'] for word in title.split()]
+        assert len(set(words)) <= 12 and len(words) == 20              # titles share their words
+        kinds.add((kind, answer if kind == 'comparison' else record['question'].split()[0]))
+    assert len(kinds) == 4
+
+
+@pytest.mark.parametrize('condition', data.HOTPOT_CONDITIONS)
+def test_a_small_world_sample_is_the_conversation_that_the_evaluation_holds(condition):
+    records = data.hotpot_records(40)
+    tokens, loss_mask, answers = data.generate_hotpot(40, 10, 'retrieval', data.VALIDATION_SEED, condition)
+    labels = [data.HOTPOT_TOKENS[word] for word in ('Search:', 'Found:', 'Thought:', 'Answer:')]
+
+    def next_line(row, state):
+        rest = [t for t in row if t not in (data.PAD, data.BOS)][len(data.hotpot_encode(state)):]
+        return data.hotpot_decode(rest[:next((i for i, t in enumerate(rest) if i and t in labels), None)])
+
+    for row, mask, record in zip(tokens, loss_mask, records):
+        text, said = data.hotpot_decode(row), Scripted([record], None)
+        said.write = lambda state: (line := next_line(row, state), f'{state}{line}\n')
+        r = eval_hotpot.ask(said, record, condition)
+        assert re.sub(r'\s+', '', r['text']) == re.sub(r'\s+', '', text) and r['em'] == 1
+        assert data.hotpot_encode(text) == [t for t in row if t not in (data.PAD, data.BOS)]
+        assert row[row != data.PAD][-1] == data.HOTPOT_TOKENS[record['answer']]
+        hidden = data.hotpot_decode(row[~mask & (np.arange(len(row)) >= data.hotpot_prompt_length(10))])
+        assert hidden.count(':') == (2 if condition == 'retrieval' else 0)     # what was found is not to be predicted
+
+
+def test_train_py_writes_what_a_search_finds_whole():
+    tokens, loss_mask, _ = data.validation_set('hotpot', 60, 10, 'retrieval', 'mixed')
+
+    class RecitesWords(Recites):                                       # ... but never what the retriever writes
+        def logits(self, t):
+            wanted = np.where(loss_mask, self.tokens, data.PAD)[:, min(t, self.tokens.shape[1] - 1)]
+            return torch.nn.functional.one_hot(torch.from_numpy(wanted), len(data.HOTPOT_WORDS)).float()
+
+    cell = dict(task='hotpot', n_nodes=10, setup='retrieval')
+    measured = train.evaluate(RecitesWords(tokens), cell, tokens, 60, torch.device('cpu'))
+    assert measured['accuracy'] == measured['exact_trace'] == measured['well_formed_queries'] == 1
+
+
+def test_training_and_evaluation_of_the_small_world_from_beginning_to_end(tmp_path):
+    done = run('--tasks=hotpot', '--archs=mamba', '--samples=640', '--n_val=20', '--device=cpu', '--eval_every=320', f'--out={tmp_path}')
+    assert done.returncode == 0, done.stderr
+    done = evaluate_hotpot(f'--out={tmp_path}', '--questions=5', '--device=cpu')
+    assert done.returncode == 0 and 'mamba-tiny-s0' in done.stdout and 'a guess among' in done.stdout

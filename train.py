@@ -76,9 +76,12 @@ PAPER = dict(sizes=('0.5M', '1M', '2M'), n_nodes=(16, 32, 64), n_val=5000, d_sta
              lr={'transformer': 1e-3, 'mamba': 3e-4, 'hybrid': 3e-4},
              eval_every=dict.fromkeys(data.SETUPS, 100_000),
              warmup_samples=10_000, grad_clip=0.0)
-PRESETS = {'default': {}, 'paper': PAPER}
+HOTPOT = dict(tasks=('hotpot',), setups=('retrieval',), n_nodes=(data.HOTPOT_PARAGRAPHS,), distribution='mixed', d_state=16,
+              samples=dict.fromkeys(data.SETUPS, 100_000), batch_size=dict.fromkeys(data.SETUPS, 64),
+              lr=dict.fromkeys(models.ARCHS, 3e-3), eval_every=dict.fromkeys(data.SETUPS, 20_000))     # for eval_hotpot.py
+PRESETS = {'default': {}, 'paper': PAPER, 'hotpot': HOTPOT}
 CHOICES = dict(tasks=data.TASKS, archs=models.ARCHS, setups=data.SETUPS, sizes=models.SIZES,
-               distribution=data.DISTRIBUTIONS, dtype=('float32', 'bfloat16'), device=('auto', 'cpu', 'cuda', 'mps'))
+               distribution=[*data.DISTRIBUTIONS, *data.HOTPOT_DISTRIBUTIONS], dtype=('float32', 'bfloat16'), device=('auto', 'cpu', 'cuda', 'mps'))
 
 
 RANK = int(os.environ.get('RANK', 0))       # of this process among those that share the grid
@@ -90,9 +93,10 @@ class Refused(Exception):
 
 # --- the command line --------------------------------------------------------------------------------
 
-def help_text(program, constants):
+def help_text(program, constants, presets):
     """The constants with their comments, read from this file."""
-    lines = [f'usage: python {program} [--preset={"|".join(PRESETS)}] [--name=value ...]\n']
+    preset = f'[--preset={"|".join(presets)}] ' if len(presets) > 1 else ''
+    lines = [f'usage: python {program} {preset}[--name=value ...]\n']
     for line in inspect.getsource(constants).splitlines():
         if m := re.match(r'    (\w+): \w+ = .*?(?:  +# (.*))?$', line):
             lines.append(f'  --{m[1]:<20} {m[2]}\n{"":25}default {getattr(constants(), m[1])}')
@@ -134,23 +138,24 @@ def parse_value(name, text, default):
     return value
 
 
-def parse(argv, constants=Constants, program='train.py'):
+def parse(argv, constants=Constants, program='train.py', presets=PRESETS):
     """Command line -> Constants: the defaults, then the preset, then the overrides. Raises Refused."""
     c = constants()
     overrides = {}
     for arg in argv:
         if arg in ('-h', '--help'):
-            print(help_text(program, constants))
+            print(help_text(program, constants, presets))
             sys.exit(0)
         if not (m := re.fullmatch(r'--(\w+)=(.+)', arg)):
             raise Refused(f'{arg}: overrides are written --name=value, see --help')
         if m[1] != 'preset' and not hasattr(c, m[1]):
             raise Refused(f'--{m[1]}: no such constant, see --help')
         overrides[m[1]] = m[2]
-    preset = overrides.pop('preset', 'default')
-    if preset not in PRESETS:
-        raise Refused(f'--preset={preset}: choose from {", ".join(PRESETS)}')
-    c = replace(c, **PRESETS[preset])
+    named = overrides.get('tasks') if overrides.get('tasks') in presets else 'default'
+    preset = overrides.pop('preset', named)         # a task may have a preset of its own
+    if preset not in presets:
+        raise Refused(f'--preset={preset}: choose from {", ".join(presets)}')
+    c = replace(c, **presets[preset])
     return replace(c, **{name: parse_value(name, text, getattr(c, name)) for name, text in overrides.items()})
 
 
@@ -252,6 +257,7 @@ def generate(model, task, n_nodes, setup, prompts, device):
     tokens[:, :start] = prompts
     alive = np.ones(len(prompts), bool)
     queries = well_formed = 0
+    retrieved = [[] for _ in prompts]                           # what the retriever has still to write
     logits, state = model.prefill(torch.from_numpy(prompts).to(device), longest)
     floats = state.floats()
     for t in range(start, longest):
@@ -259,9 +265,12 @@ def generate(model, task, n_nodes, setup, prompts, device):
         if setup == 'retrieval':
             for b in np.flatnonzero(alive & (tokens[:, t - 1] == data.END)):
                 context = tokens[b, :t]
-                token[b] = made.retrieve(context)
+                retrieved[b] = list(np.atleast_1d(made.retrieve(context)))
                 queries += 1
-                well_formed += made.query_pattern(data.split_query(context)[1]) is not None
+                well_formed += made.query_pattern(data.split_query(context, made.words)[1]) is not None
+            for b in np.flatnonzero(alive):
+                if retrieved[b]:
+                    token[b] = retrieved[b].pop(0)
         tokens[alive, t] = token[alive]
         if t > start or setup == 'direct':
             alive &= tokens[:, t - 1] != data.EOS
