@@ -306,8 +306,8 @@ def generate(batch_size, n_nodes, setup, seed, distribution='two_star'):
 # The queries before the last stand answered in the prompt, and in the setup direct they are learned from,
 # too: with one answer per sample a hybrid was still at chance after 96,000 samples of recall at n=8.
 # Numbers come from twice as many as occur, so that which ones do is a first thing to learn: if all contexts
-# held the same, uniform attention would see no difference between them. Queries are independent, earlier
-# ones tell nothing of the last, and within a context every answer is as likely as any other: neither place
+# held the same, uniform attention would see no difference between them. Earlier
+# queries tell nothing of the last, and within a context every answer is as likely as any other: neither place
 # nor frequency is a hint.
 
 def index(rng, batch_size, n):
@@ -387,7 +387,9 @@ def counting(rng, batch_size, n):
     c = rng.integers(0, MAX_COUNT + 1, (batch_size, n // MAX_COUNT + 1))        # the last pair is a filler
     pair = places // MAX_COUNT
     which = 2 * pair + (places % MAX_COUNT >= np.take_along_axis(c, pair, 1))
-    asked = rng.integers(0, n // MAX_COUNT * 2, (batch_size, QUERIES))
+    last = rng.integers(0, n // MAX_COUNT, (batch_size, 1))                     # earlier queries ask other pairs
+    before = (last + rng.integers(1, n // MAX_COUNT, (batch_size, QUERIES - 1))) % (n // MAX_COUNT)
+    asked = 2 * np.hstack((before, last)) + rng.integers(0, 2, (batch_size, QUERIES))
     counts = np.take_along_axis(c, asked // 2, 1)
     counts = np.where(asked % 2, MAX_COUNT - counts, counts)
     sequence, queries = np.take_along_axis(names, which, 1) + NODE, np.take_along_axis(names, asked, 1) + NODE
@@ -406,7 +408,7 @@ def generate_primitive(draw, batch_size, n_nodes, setup, seed, distribution='uni
     """A batch of index, recall, cgram or counting samples (draw) with n = n_nodes. Arguments, tokens,
     loss_mask and errors as in generate, but that in the setup direct loss_mask is also True on the answers
     within the prompt; the third result is the last answers (B,), token ids."""
-    check(batch_size, n_nodes, (5, MAX_NODES // 4), setup, ('direct', 'retrieval'), distribution, ('uniform',))
+    check(batch_size, n_nodes, (6, MAX_NODES // 4), setup, ('direct', 'retrieval'), distribution, ('uniform',))
     sequence, queries, answers, trace = draw(np.random.default_rng(seed), batch_size, n_nodes)
     fill = lambda shape, token: np.full((batch_size, *shape), token)
     asked = np.concatenate((queries, fill((QUERIES, 1), EOS), answers[:, :, None]), 2).reshape(batch_size, -1)

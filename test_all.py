@@ -251,7 +251,7 @@ def test_impossible_arguments_are_named(arguments, word):
 
 # --- data.py: the retrieval primitives ---------------------------------------------------------------
 
-PRIMITIVES = [(task, n) for task in ('index', 'recall', 'cgram', 'counting') for n in (5, 16, 33, 256)]
+PRIMITIVES = [(task, n) for task in ('index', 'recall', 'cgram', 'counting') for n in (6, 16, 33, 256)]
 
 
 def primitive_by_brute_force(task, prompt):
@@ -357,7 +357,7 @@ def shortcuts(tokens, start, sequence_length):
         yield name, np.where(np.arange(len(tokens)) < half, -1, table[seen].argmax(1))
 
 
-@pytest.mark.parametrize('task, n', [(task, n) for task, n in PRIMITIVES if 5 < n < 100])
+@pytest.mark.parametrize('task, n', [(task, n) for task, n in PRIMITIVES if 6 < n < 100])
 def test_no_shortcut_beats_chance_by_more_than_two_points(task, n):
     made = data.TASKS[task]
     tokens = made.generate(40_000, n, 'direct', 10)[0]
@@ -376,7 +376,7 @@ def test_primitives_are_deterministic_and_refuse_what_they_do_not_have(task):
     generate = data.TASKS[task].generate
     one, two, other = (generate(64, 9, 'retrieval', (3, 1, seed)) for seed in (4, 4, 5))
     assert all((a == b).all() for a, b in zip(one, two)) and one[0].tolist() != other[0].tolist()
-    for arguments, word in (((8, 9, 'cot', 0), 'direct, retrieval'), ((8, 4, 'direct', 0), 'n_nodes=4'),
+    for arguments, word in (((8, 9, 'cot', 0), 'direct, retrieval'), ((8, 5, 'direct', 0), 'n_nodes=5'),
                             ((8, 1025, 'direct', 0), '1024'), ((0, 9, 'direct', 0), 'batch_size'),
                             ((8, 9, 'direct', 0, 'two_star'), 'uniform')):
         with pytest.raises(ValueError, match=word):

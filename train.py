@@ -184,7 +184,7 @@ def folder(c, cell):
 def write(path, save):
     """Write a file so that a kill at any moment leaves the old one or the new one, whole: save(file)
     fills a temporary file, which is flushed to the disk and renamed."""
-    temporary = path.with_suffix('.tmp')
+    temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')      # two processes may write a config
     with open(temporary, 'wb') as file:
         save(file)
         file.flush()
@@ -315,6 +315,8 @@ def learning_rate(cell, samples):
 def run_cell(c, cell, device):
     """Train, evaluate and write result.json; continues from the cell's checkpoint. Raises Refused."""
     path = folder(c, cell)
+    for left_by_a_kill in path.glob('checkpoint.pt.*.tmp'):
+        left_by_a_kill.unlink()
     made = data.TASKS[cell['task']]
     n, setup, batch_size = cell['n_nodes'], cell['setup'], cell['batch_size']
     held_out, _, _ = data.validation_set(cell['task'], cell['n_val'], n, setup, cell['distribution'])

@@ -201,48 +201,48 @@ def _load(device_type):
 
 
 def _build(device_type):
-    if device_type == "cpu" and sys.platform == "win32":
-        raise _Unbuildable("Visual C++ lacks the vector types of gcc and clang; remedy: Linux, for instance in WSL")
-    try:
-        from torch.utils import cpp_extension
-    except ImportError as error:
-        raise _Unbuildable(f"{error}; remedy: pip install setuptools")
+    """Load the kernel from the cache; if it is not there, build it first."""
     # The cache may be shared between machines: a kernel is for one source, torch and processor.
     sources = [_HERE / name for name in _SOURCES[device_type]]
     target = _cpu_model() if device_type == "cpu" else "sm_%d%d" % torch.cuda.get_device_capability()
     key = hashlib.sha256("\n".join([torch.__version__, target, *(s.read_text() for s in sources)]).encode())
-    name = f"scan_{device_type}"
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
-    folder = root / f"{name}_{key.hexdigest()[:12]}"
-    ready = folder / "ready"  # written last: a killed build does not leave half a library to be loaded
-    if not ready.exists():
-        os.environ["PATH"] += os.pathsep + str(Path(sys.executable).parent)  # ninja of a venv that is not activated
-        cxx = os.environ.get("CXX") or ("cl" if sys.platform == "win32" else "c++")
-        if not shutil.which(cxx.split()[0]):
-            raise _Unbuildable(f"no C++ compiler ({cxx}); remedy: install one (Debian, Ubuntu, Colab: apt install g++; "
-                               "Mac: xcode-select --install) or name it in CXX")
-        if not cpp_extension.is_ninja_available():
-            raise _Unbuildable("no ninja; remedy: pip install ninja")
-        if device_type == "cuda":
-            _check_nvcc(cpp_extension.CUDA_HOME)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = open(folder / "building", "w")
-        except OSError as error:
-            raise _Unbuildable(f"cannot write to {folder} ({error.strerror}); remedy: set TORCH_EXTENSIONS_DIR "
-                               "to a folder you may write to")
-        with lock:
-            if sys.platform != "win32":
-                import fcntl
-                fcntl.flock(lock, fcntl.LOCK_EX)  # one process builds, the others wait; a killed one lets go
-            if not ready.exists():
-                (folder / "lock").unlink(missing_ok=True)  # torch's own lock, which a killed build leaves behind
-                cpp_extension.load(name, [str(s) for s in sources], build_directory=str(folder), is_python_module=False,
-                                   extra_cflags=_cpu_flags(cxx) if device_type == "cpu" else [],
-                                   extra_cuda_cflags=["-O3", f"-arch={target}"])
-                ready.touch()
-                return
-    torch.ops.load_library(str(folder / (name + cpp_extension.LIB_EXT)))
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path(cache, "torch_extensions"))
+    folder /= f"scan_{device_type}_{key.hexdigest()[:12]}"
+    ready = folder / "library"  # its name, written last: a killed build does not leave half a library to be loaded
+    if ready.exists():
+        return torch.ops.load_library(folder / ready.read_text())
+    if device_type == "cpu" and sys.platform == "win32":
+        raise _Unbuildable("Visual C++ lacks the vector types of gcc and clang; remedy: Linux, for instance in WSL")
+    cxx = os.environ.get("CXX") or ("cl" if sys.platform == "win32" else "c++")
+    if not shutil.which(cxx.split()[0]):
+        raise _Unbuildable(f"no C++ compiler ({cxx}); remedy: install one (Debian, Ubuntu, Colab: apt install g++; "
+                           "Mac: xcode-select --install) or name it in CXX")
+    os.environ["PATH"] += os.pathsep + str(Path(sys.executable).parent)  # ninja of a venv that is not activated
+    if not shutil.which("ninja"):
+        raise _Unbuildable("no ninja; remedy: pip install ninja")
+    try:
+        from torch.utils import cpp_extension
+    except ImportError as error:
+        raise _Unbuildable(f"{error}; remedy: pip install setuptools")
+    if device_type == "cuda":
+        _check_nvcc(cpp_extension.CUDA_HOME)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / "building", "w")
+    except OSError as error:
+        raise _Unbuildable(f"cannot write to {folder} ({error.strerror}); remedy: set TORCH_EXTENSIONS_DIR "
+                           "to a folder you may write to")
+    with lock:
+        if sys.platform != "win32":
+            import fcntl
+            fcntl.flock(lock, fcntl.LOCK_EX)  # one process builds, the others wait; a killed one lets go
+            (folder / "lock").unlink(missing_ok=True)  # torch's own lock, which a killed build leaves behind
+        name = f"scan_{device_type}"  # load() finds in an instant that there is nothing to do, if another has built
+        cpp_extension.load(name, [str(s) for s in sources], build_directory=str(folder), is_python_module=False,
+                           extra_cflags=_cpu_flags(cxx) if device_type == "cpu" else [],
+                           extra_cuda_cflags=["-O3", f"-arch={target}"])
+        ready.write_text(name + cpp_extension.LIB_EXT)
 
 
 class _Unbuildable(Exception):
