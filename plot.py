@@ -119,7 +119,7 @@ def memory(results):
                               color=COLOURS[arch], marker=MARKERS[arch], label=f'{NAMES[arch]}, cot')
         axes.set_xscale('log', base=2)
         axes.set(xlabel='memory at the end of the prompt (floats)', ylabel=f'accuracy (%), n={n}', ylim=(40, 104))
-        axes.legend(loc='lower right')
+        axes.legend(loc='center right')
         yield f'memory-n{n}', figure
 
 

@@ -385,7 +385,6 @@ def test_primitives_are_deterministic_and_refuse_what_they_do_not_have(task):
 
 
 # --- scan_cuda/ --------------------------------------------------------------------------------------
-
 CUDA = pytest.param('cuda', marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU'))
 SCANS = [(f, device) for f in (selective_scan, selective_scan_fallback) for device in ('cpu', 'cuda')]
 SCANS = [pytest.param(f, d, id=f'{f.__name__}-{d}', marks=CUDA.marks if d == 'cuda' else ()) for f, d in SCANS]
@@ -451,6 +450,14 @@ def test_bf16_is_rounded_on_the_way_in_and_out_only(f, device):
     assert f(*inputs)[0].dtype == torch.bfloat16
     exact = selective_scan_reference(*(t.double() for t in inputs))[1]
     torch.testing.assert_close(f(*inputs)[1].double(), exact, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('f, device', SCANS)
+def test_autocast_does_not_reach_inside(f, device):
+    inputs = scan_inputs(2, 70, 24, 16, device=device)
+    want = with_gradients(f, inputs)
+    with torch.autocast(device, torch.bfloat16):
+        assert all(map(torch.equal, with_gradients(f, inputs), want))
 
 
 @pytest.mark.parametrize('f, device', SCANS)
@@ -633,6 +640,11 @@ def another_cuda(patch, folder):
     patch.setattr(cpp_extension, 'CUDA_HOME', str(folder))
 
 
+def no_ninja(patch, folder):
+    which = shutil.which
+    patch.setattr(shutil, 'which', lambda name, **kwargs: None if name == 'ninja' else which(name, **kwargs))
+
+
 def no_cpp_extension(patch, folder):
     patch.delattr(torch.utils, 'cpp_extension')
     patch.setitem(sys.modules, 'torch.utils.cpp_extension', None)
@@ -641,8 +653,7 @@ def no_cpp_extension(patch, folder):
 FAILURES = {
     'no compiler': ('cpu', lambda patch, folder: patch.setenv('CXX', 'no-such-compiler'), 'no C++ compiler', 'apt install g++'),
     'a compiler that fails': ('cpu', broken_compiler, 'error: no luck', 'CXX'),
-    'no ninja': ('cpu', lambda patch, folder: patch.setattr(cpp_extension, 'is_ninja_available', lambda: False),
-                 'no ninja', 'pip install ninja'),
+    'no ninja': ('cpu', no_ninja, 'no ninja', 'pip install ninja'),
     'no setuptools': ('cpu', no_cpp_extension, 'cpp_extension', 'pip install setuptools'),
     'read-only cache': ('cpu', lambda patch, folder: patch.setenv('TORCH_EXTENSIONS_DIR', f'{__file__}/cache'),  # below a file
                         'cannot write', 'TORCH_EXTENSIONS_DIR'),
