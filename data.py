@@ -174,7 +174,7 @@ def depth_first_search(edges):
         walked[cycle], node[cycle], above[cycle] = NONE, SINK, NONE
         parent[node] = np.where(enters, walked ^ 1, above)
         onward = np.where(enters, first[node], following[walked ^ 1])
-    return Search(visit.T.copy(), via.T.copy(), parent, first, following, target)
+    return Search(visit.T, via.T, parent, first, following, target)
 
 
 def cot_trace(edges):
@@ -182,7 +182,8 @@ def cot_trace(edges):
     search = depth_first_search(edges)
     n_nodes = edges.shape[1] + 1
     root = np.arange(len(edges))[:, None] * n_nodes
-    return np.where(search.visit == len(edges) * n_nodes, -1, search.visit - root + NODE)
+    visit = search.visit.copy()
+    return np.where(visit == len(edges) * n_nodes, -1, visit - root + NODE)
 
 
 def retrieval_trace(edges):
@@ -197,6 +198,7 @@ def retrieval_trace(edges):
 
     edges (B, n-1, 2) -> (B, (2n-1)*26) tokens, -1 where there is none."""
     s = depth_first_search(edges)
+    s = s._replace(visit=s.visit.copy(), via=s.via.copy())              # rows side by side in memory
     batch_size, n_nodes = len(edges), edges.shape[1] + 1
     SINK, NONE = len(s.first) - 1, len(s.target) - 2
     # token of a node, as 16 bits: this function is bound by memory traffic
@@ -287,13 +289,13 @@ def generate(batch_size, n_nodes, setup, seed, distribution='two_star'):
     rng = np.random.default_rng(seed)
     edges, is_tree = DISTRIBUTIONS[distribution](rng, batch_size, n_nodes)
     order = permutations(rng, batch_size, n_nodes - 1)
-    edges = np.take_along_axis(edges, order[:, :, None], 1)             # the order of the prompt
+    edges = edges[np.arange(batch_size)[:, None], order]                # the order of the prompt
 
     prompt = np.full((batch_size, prompt_length(n_nodes)), EOS)
     prompt[:, 0] = BOS
-    prompt[:, 1:-1:3] = edges.max(2) + NODE
+    prompt[:, 1:-1:3] = np.maximum(edges[:, :, 0], edges[:, :, 1]) + NODE
     prompt[:, 2:-1:3] = EDGE
-    prompt[:, 3:-1:3] = edges.min(2) + NODE
+    prompt[:, 3:-1:3] = np.minimum(edges[:, :, 0], edges[:, :, 1]) + NODE
     trace = {'cot': cot_trace, 'retrieval': retrieval_trace}[setup](edges) if setup != 'direct' else None
     return *assemble(prompt, trace, np.where(is_tree, TRUE, FALSE)), is_tree
 
