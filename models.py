@@ -195,7 +195,7 @@ class MambaLayer(nn.Module):
             state[0] = torch.cat((conv_state, u), 1)[:, 1 - c.d_conv:]
         u = causal_conv1d(u, self.conv_weight, self.conv_bias, conv_state)      # SiLU included
         delta, Bs, Cs = self.x_proj(u).split((c.dt_rank, c.d_state, c.d_state), -1)
-        delta = F.softplus(self.dt_proj(delta))
+        delta = F.softplus(self.dt_proj(delta)).to(u.dtype)     # (autocast on CUDA makes it fp32)
         y, scan_state = selective_scan(u, delta, -self.A_log.exp(), Bs, Cs, self.D, scan_state)
         if state is not None:
             state[1] = scan_state
