@@ -413,8 +413,8 @@ def pick_device(name):
 
 def work(c, grid, device, wait):
     """Run every cell that has no result and that no other process is at (or, with wait, is waited for).
-    Returns the complaints about cells that had to be stopped."""
-    complaints = []
+    Returns the cells that had to be stopped."""
+    stopped = []
     for cell in grid:
         path = folder(c, cell)
         if (path / 'result.json').exists() or not (locked := lock(path, wait)):
@@ -425,8 +425,8 @@ def work(c, grid, device, wait):
                     run_cell(c, cell, device)
                 except Refused as complaint:
                     tqdm.write(f'train.py: {complaint}', file=sys.stderr)
-                    complaints.append(complaint)
-    return complaints
+                    stopped.append(cell)
+    return stopped
 
 
 def main(argv):
@@ -447,9 +447,11 @@ def main(argv):
     if device.type == 'cpu':
         torch.set_num_threads(max(1, torch.get_num_threads() // max(1, processes)))
     try:
-        complaints = work(c, longest_first, device, wait=False)
-        if RANK == 0 and not complaints:                        # then what others are at, or died over
-            complaints = work(c, longest_first, device, wait=True)
+        stopped = work(c, longest_first, device, wait=False)
+        if RANK == 0:                                           # then what others are at, or died over
+            stopped += work(c, [cell for cell in longest_first if cell not in stopped], device, wait=True)
+        for helper in helpers:
+            helper.wait()
     finally:
         for helper in helpers:
             helper.terminate()
@@ -457,8 +459,8 @@ def main(argv):
     if RANK == 0:
         results = [folder(c, cell) / 'result.json' for cell in grid]
         print('\n' + table([json.loads(result.read_text()) for result in results if result.exists()]))
-    if complaints:
-        raise Refused(f'{len(complaints)} of {len(grid)} cells stopped without a result')
+    if stopped:
+        raise Refused(f'{len(stopped)} of {len(grid)} cells stopped without a result')
 
 
 def cli(main, program, argv):
