@@ -127,7 +127,7 @@ FIGURES = [learning, memory, primitives]
 
 
 def main(argv):
-    c = parse(argv, Constants, 'plot.py')
+    c = parse(argv, Constants, 'plot.py', {'default': {}})
     results = []
     for path in sorted(Path(c.out).glob('**/result.json')):
         log = path.with_name('log.jsonl')
