@@ -259,8 +259,8 @@ def check(batch_size, n_nodes, limits, setup, setups, distribution, distribution
 
 
 def assemble(prompt, trace, answer):
-    """What all tasks do last: join prompt (B, P) with its [EOS], trace (B, T), -1 where there is no token,
-    [EOS] and answer (B,); without a trace, prompt and answer. Returns tokens and loss_mask, see generate."""
+    """What all tasks do last: join prompt (B, P), trace (B, T), -1 where there is no token, [EOS] and answer
+    (B,); without a trace, prompt and answer. Returns tokens and loss_mask, see generate."""
     batch_size, start = prompt.shape
     if trace is None:
         tokens = np.column_stack((prompt, answer))
@@ -305,23 +305,22 @@ def generate(batch_size, n_nodes, setup, seed, distribution='two_star'):
 # Each function draws (sequence (B, S), queries (B, QUERIES, Q), answers (B, QUERIES), trace (B, T)), all
 # token ids; the trace is the retrieval setup's for the last query, the one that counts. Drawn with QUERIES=2.
 #
-# The queries before the last stand answered in the prompt, and in the setup direct they are learned from,
-# too: with one answer per sample a hybrid was still at chance after 96,000 samples of recall at n=8.
-# Numbers come from twice as many as occur, so that which ones do is a first thing to learn: if all contexts
-# held the same, uniform attention would see no difference between them. Earlier
-# queries tell nothing of the last, and within a context every answer is as likely as any other: neither place
-# nor frequency is a hint.
+# The queries before the last stand answered in the prompt, and in the setup direct they are learned from, too: with
+# one answer per sample a hybrid was still at chance after 96,000 samples of recall at n=8. An answer stands right
+# behind its query, where attention finds the pair soonest: with a token between them the Transformer stayed at chance.
+# Numbers come from twice as many as occur, so that which ones do is a first thing to learn. Earlier queries
+# tell nothing of the last, and within a context every answer is as likely as any other.
 
 def index(rng, batch_size, n):
     """Index (paper, section 4): token number i, from 0, of a sequence of n different numbers below 2n. n=5:
 
-        direct     inputs   [BOS] 3 0 9 7 2 ~ 4 [EOS] 2 2 [EOS]
-                   targets                      2         9
+        direct     inputs   [BOS] 3 0 9 7 2 ~ 4 2 2
+                   targets                    2   9
 
-        retrieval  inputs   [BOS] 3 0 9 7 2 ~ 4 [EOS] 2 2 [EOS]         [STARTSEARCH] - 2           [ENDSEARCH] 9     [EOS]
-                   targets                                [STARTSEARCH] -             2 [ENDSEARCH]             [EOS] 9
+        retrieval  inputs   [BOS] 3 0 9 7 2 ~ 4 2 2             [STARTSEARCH] - 2           [ENDSEARCH] 9     [EOS]
+                   targets                        [STARTSEARCH] -             2 [ENDSEARCH]             [EOS] 9
 
-    Prompt n+49 tokens with QUERIES=16, then the answer, in retrieval 6 tokens later; vocabulary 10+2n; chance 1/n."""
+    Prompt n+33 tokens with QUERIES=16, then the answer, in retrieval 6 tokens later; vocabulary 10+2n; chance 1/n."""
     sequence = permutations(rng, batch_size, 2 * n)[:, :n] + NODE
     i = rng.integers(0, n, (batch_size, QUERIES))
     answers = np.take_along_axis(sequence, i, 1)
@@ -332,13 +331,13 @@ def recall(rng, batch_size, n):
     """Associative recall (paper, section 4): the token after the query in a sequence of n pairs of a key
     (below 2n) and its value (from 2n to 4n-1), all different. n=3:
 
-        direct     inputs   [BOS] 1 9 5 6 2 11 ~ 2 [EOS] 11 5 [EOS]
-                   targets                         11         6
+        direct     inputs   [BOS] 1 9 5 6 2 11 ~ 2  11 5
+                   targets                       11    6
 
-        retrieval  inputs   [BOS] 1 9 5 6 2 11 ~ 2 [EOS] 11 5 [EOS]         [STARTSEARCH] 5           [ENDSEARCH] 6     [EOS]
-                   targets                                    [STARTSEARCH] 5             [ENDSEARCH]             [EOS] 6
+        retrieval  inputs   [BOS] 1 9 5 6 2 11 ~ 2 11 5             [STARTSEARCH] 5           [ENDSEARCH] 6     [EOS]
+                   targets                            [STARTSEARCH] 5             [ENDSEARCH]             [EOS] 6
 
-    Prompt 2n+49 tokens with QUERIES=16, then the answer, in retrieval 5 tokens later; vocabulary 10+4n; chance 1/n."""
+    Prompt 2n+33 tokens with QUERIES=16, then the answer, in retrieval 5 tokens later; vocabulary 10+4n; chance 1/n."""
     keys, values = (permutations(rng, batch_size, 2 * n)[:, :n] + NODE + low for low in (0, 2 * n))
     i = rng.integers(0, n, (batch_size, QUERIES))
     queries, answers = np.take_along_axis(keys, i, 1), np.take_along_axis(values, i, 1)
@@ -351,13 +350,13 @@ def cgram(rng, batch_size, n):
     tokens, in that order, in a sequence of n numbers below n, each twice (if n is odd, one of them once),
     in random order. Knowing what follows the second token alone leaves two answers. n=8:
 
-        direct     inputs   [BOS] 0 7 1 7 5 1 0 5 ~ 7 5 [EOS] 1 7 1 [EOS]
-                   targets                              1           7
+        direct     inputs   [BOS] 0 7 1 7 5 1 0 5 ~ 7 5 1 7 1
+                   targets                            1     7
 
-        retrieval  inputs   [BOS] 0 7 1 7 5 1 0 5 ~ 7 5 [EOS] 1 7 1 [EOS]         [STARTSEARCH] 7 1           [ENDSEARCH] 7     [EOS]
-                   targets                                          [STARTSEARCH] 7             1 [ENDSEARCH]             [EOS] 7
+        retrieval  inputs   [BOS] 0 7 1 7 5 1 0 5 ~ 7 5 1 7 1             [STARTSEARCH] 7 1           [ENDSEARCH] 7     [EOS]
+                   targets                                  [STARTSEARCH] 7             1 [ENDSEARCH]             [EOS] 7
 
-    Prompt n+65 tokens with QUERIES=16, then the answer, in retrieval 6 tokens later; vocabulary 10+n; chance 2/n."""
+    Prompt n+49 tokens with QUERIES=16, then the answer, in retrieval 6 tokens later; vocabulary 10+n; chance 2/n."""
     sequence = np.take_along_axis(permutations(rng, batch_size, n), permutations(rng, batch_size, n) // 2, 1) + NODE
     grams = sequence[:, :-2] * len(WORDS) + sequence[:, 1:-1]           # a pair of tokens as one number
     i = rng.integers(0, n - 2, (batch_size, QUERIES))
@@ -371,11 +370,11 @@ def counting(rng, batch_size, n):
     go in secret pairs that occur c and 3-c times, so that every count from 0 to MAX_COUNT=3 is as likely.
     In retrieval the model asks for a first, second, ... occurrence until there is none. n=6:
 
-        direct     inputs   [BOS] 4 2 4 2 2 5 ~ 5 [EOS] 1 4 [EOS]
-                   targets                        1         2
+        direct     inputs   [BOS] 4 2 4 2 2 5 ~ 5 1 4
+                   targets                      1   2
 
-        retrieval  inputs   [BOS] 4 2 4 2 2 5 ~ 5 [EOS] 1 4 [EOS]         [STARTSEARCH] 4 ~ 1           [ENDSEARCH] 4
-                   targets                                  [STARTSEARCH] 4             ~ 1 [ENDSEARCH]             [STARTSEARCH]
+        retrieval  inputs   [BOS] 4 2 4 2 2 5 ~ 5 1 4             [STARTSEARCH] 4 ~ 1           [ENDSEARCH] 4
+                   targets                          [STARTSEARCH] 4             ~ 1 [ENDSEARCH]             [STARTSEARCH]
 
                    inputs   [STARTSEARCH] 4 ~ 2           [ENDSEARCH] 4
                    targets  4             ~ 2 [ENDSEARCH]             [STARTSEARCH]
@@ -383,7 +382,7 @@ def counting(rng, batch_size, n):
                    inputs   [STARTSEARCH] 4 ~ 3           [ENDSEARCH] [FAILED] [EOS]
                    targets  4             ~ 3 [ENDSEARCH]             [EOS]    2
 
-    Prompt n+49 tokens with QUERIES=16, then the answer, in retrieval 7 tokens later for 0 and 6 more for each
+    Prompt n+33 tokens with QUERIES=16, then the answer, in retrieval 7 tokens later for 0 and 6 more for each
     one more; vocabulary 10+n; chance 1/4."""
     names, places = permutations(rng, batch_size, n), permutations(rng, batch_size, n)
     c = rng.integers(0, MAX_COUNT + 1, (batch_size, n // MAX_COUNT + 1))        # the last pair is a filler
@@ -410,14 +409,15 @@ def generate_primitive(draw, batch_size, n_nodes, setup, seed, distribution='uni
     """A batch of index, recall, cgram or counting samples (draw) with n = n_nodes. Arguments, tokens,
     loss_mask and errors as in generate, but that in the setup direct loss_mask is also True on the answers
     within the prompt; the third result is the last answers (B,), token ids."""
-    check(batch_size, n_nodes, (6, MAX_NODES // 4), setup, ('direct', 'retrieval'), distribution, ('uniform',))
+    lowest = 2 * MAX_COUNT if draw is counting else 4
+    check(batch_size, n_nodes, (lowest, MAX_NODES // 4), setup, ('direct', 'retrieval'), distribution, ('uniform',))
     sequence, queries, answers, trace = draw(np.random.default_rng(seed), batch_size, n_nodes)
-    fill = lambda shape, token: np.full((batch_size, *shape), token)
-    asked = np.concatenate((queries, fill((QUERIES, 1), EOS), answers[:, :, None]), 2).reshape(batch_size, -1)
-    prompt = np.hstack((fill((1,), BOS), sequence, fill((1,), RECORD), asked[:, :-1]))
+    asked = np.concatenate((queries, answers[:, :, None]), 2)
+    column = np.full((batch_size, 1), BOS)
+    prompt = np.hstack((column, sequence, np.full_like(column, RECORD), asked.reshape(batch_size, -1)[:, :-1]))
     tokens, loss_mask = assemble(prompt, trace if setup == 'retrieval' else None, answers[:, -1])
     if setup == 'direct':
-        loss_mask[:, 1:] = tokens[:, :-1] == EOS
+        loss_mask[:, ::-asked.shape[2]][:, :QUERIES] = True             # from the last answer backwards
     return tokens, loss_mask, answers[:, -1]
 
 
@@ -671,7 +671,7 @@ def hotpot_records(size, n_paragraphs=10, seed=VALIDATION_SEED):
 # --- tasks, training stream and validation set ---------------------------------------------------
 
 class Task(NamedTuple):
-    """What a task provides. The answer is the token after the last [EOS] of a sample, in every task."""
+    """What a task provides. The answer is the last token of a sample, in every task."""
     generate: Callable          # (batch_size, n, setup, seed, distribution) -> tokens, loss_mask, labels
     vocab_size: Callable        # n -> number of tokens
     prompt_length: Callable     # n -> tokens of the prompt, the same for all samples
@@ -686,7 +686,7 @@ class Task(NamedTuple):
 
 def primitive(draw, vocab_size, sequence_length, query_length, trace_length, chance):
     """The Task of a retrieval primitive, its lengths in tokens, that of the trace at most."""
-    prompt_length = lambda n: 1 + sequence_length(n) + QUERIES * (query_length + 2)
+    prompt_length = lambda n: 1 + sequence_length(n) + QUERIES * (query_length + 1)
     return Task(partial(generate_primitive, draw), lambda n: NODE + vocab_size(n), prompt_length,
                 lambda n, setup: prompt_length(n) + (trace_length + 2 if setup == 'retrieval' else 1), chance,
                 primitive_pattern, partial(retrieve, pattern_of=primitive_pattern), ('uniform',), ('direct', 'retrieval'))

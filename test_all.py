@@ -256,8 +256,7 @@ PRIMITIVES = [(task, n) for task in ('index', 'recall', 'cgram', 'counting') for
 
 def primitive_by_brute_force(task, prompt):
     """The answer to a prompt (a list of words), by loops over words, straight from the task's definition."""
-    middle, before = prompt.index('~'), len(prompt) - 2 - (task == 'cgram')
-    sequence, query = prompt[1:middle], prompt[before:-1]
+    sequence, query = prompt[1:prompt.index('~')], prompt[-2 if task == 'cgram' else -1:]
     if task == 'index':
         return sequence[int(query[0])]
     if task == 'counting':
@@ -277,8 +276,10 @@ def test_primitives_answer_what_brute_force_finds_in_the_prompt(task, n):
         tokens, loss_mask, answers = made.generate(300, n, setup, 8)
         for row, mask, answer in zip(tokens, loss_mask, answers):
             words = words_of(row)
-            asked = [i + 1 for i in range(start) if words[i] == '[EOS]']
-            assert len(asked) == data.QUERIES and asked[-1] == start and words[-2] == '[EOS]' and row.max() < made.vocab_size(n)
+            step = 2 + (task == 'cgram')
+            asked = list(range(words.index('~') + step, start + 1, step))       # where the answers stand
+            assert len(asked) == data.QUERIES and asked[-1] == start and row.max() < made.vocab_size(n)
+            assert words[-2] == '[EOS]' if setup == 'retrieval' else len(words) == start + 1
             assert words[-1] == primitive_by_brute_force(task, words[:start]) == data.WORDS[answer]
             assert all(words[i] == primitive_by_brute_force(task, words[:i]) for i in asked[:-1])
             predicted = [i >= start and words[i - 1] != '[ENDSEARCH]' or setup == 'direct' and i in asked
@@ -300,7 +301,8 @@ def test_each_target_drawn_for_a_primitive_stands_under_the_input_it_is_predicte
     assert len(drawings) == 2
     for inputs, targets in drawings:
         words = [word for _, word in inputs] + [*targets.values()][-1:]
-        ends = [i + 1 for i, word in enumerate(words) if word == '[EOS]'][:2]
+        step = 2 + (task == 'cgram')
+        ends = [words.index('~') + step, words.index('~') + 2 * step]          # where the two answers stand
         direct = '[STARTSEARCH]' not in words
         assert words[-1] == primitive_by_brute_force(task, words[:ends[1]])
         assert words[ends[0]] == primitive_by_brute_force(task, words[:ends[0]])
@@ -323,7 +325,7 @@ def test_replaying_a_primitives_queries_through_the_retriever_gives_every_retrie
 
 def test_what_a_sequence_does_not_hold_and_malformed_queries_get_failed():
     ask = lambda task, prompt, query: data.decode([data.TASKS[task].retrieve(
-        data.encode(f'[BOS] {prompt} [EOS] [STARTSEARCH] {query} [ENDSEARCH]'))])
+        data.encode(f'[BOS] {prompt} [STARTSEARCH] {query} [ENDSEARCH]'))])
     assert [ask('index', '13 0 4 1 12 ~ 2', q) for q in ('- 0', '- 1', '- 4', '- 5', '-', '- -', '- 1 1', '[FAILED]')] == [
         '13', '0', '12', *['[FAILED]'] * 5]
     assert [ask('recall', '1 15 0 13 12 14 ~ 0', q) for q in ('1', '12', '0', '2', '14', '~', '0 ~', '3', '5')] == [
@@ -349,7 +351,7 @@ def shortcuts(tokens, start, sequence_length):
                      ('last of the majority', sequence_length - 1 - counts[:, ::-1].argmax(1))):
         yield name, sequence[np.arange(len(tokens)), at]
     answers = tokens[:, start]
-    for name, seen in (('most frequent answer', 0 * answers), ('answer by query', tokens[:, start - 2]),
+    for name, seen in (('most frequent answer', 0 * answers), ('answer by query', tokens[:, start - 1]),
                        ('answer by first token', tokens[:, 1]), ('answer by most recent token', sequence[:, -1])):
         table = np.zeros((tokens.max() + 1,) * 2, int)
         half = len(tokens) // 2                             # learned on one half, used on the other
@@ -376,7 +378,7 @@ def test_primitives_are_deterministic_and_refuse_what_they_do_not_have(task):
     generate = data.TASKS[task].generate
     one, two, other = (generate(64, 9, 'retrieval', (3, 1, seed)) for seed in (4, 4, 5))
     assert all((a == b).all() for a, b in zip(one, two)) and one[0].tolist() != other[0].tolist()
-    for arguments, word in (((8, 9, 'cot', 0), 'direct, retrieval'), ((8, 5, 'direct', 0), 'n_nodes=5'),
+    for arguments, word in (((8, 9, 'cot', 0), 'direct, retrieval'), ((8, 3, 'direct', 0), 'n_nodes=3'),
                             ((8, 1025, 'direct', 0), '1024'), ((0, 9, 'direct', 0), 'batch_size'),
                             ((8, 9, 'direct', 0, 'two_star'), 'uniform')):
         with pytest.raises(ValueError, match=word):

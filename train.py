@@ -272,7 +272,7 @@ def generate(model, task, n_nodes, setup, prompts, device):
                 if retrieved[b]:
                     token[b] = retrieved[b].pop(0)
         tokens[alive, t] = token[alive]
-        if t > start or setup == 'direct':
+        if t > start:
             alive &= tokens[:, t - 1] != data.EOS
         if t + 1 == longest or not alive.any():
             break
@@ -281,8 +281,8 @@ def generate(model, task, n_nodes, setup, prompts, device):
 
 
 def evaluate(model, cell, reference, batch_size, device, progress=None):
-    """Accuracy by generation on reference samples (N, L). The answer is the token after the last [EOS];
-    a missing one is wrong. Returns a dict for the log and for result.json."""
+    """Accuracy by generation on reference samples (N, L). The answer is the token after [EOS], in the setup
+    direct the only one; a missing one is wrong. Returns a dict for the log and for result.json."""
     start = data.TASKS[cell['task']].prompt_length(cell['n_nodes'])
     right = exact = written = well_formed = floats = 0
     model.eval()
@@ -291,7 +291,7 @@ def evaluate(model, cell, reference, batch_size, device, progress=None):
         tokens, queries, floats = generate(model, cell['task'], cell['n_nodes'], cell['setup'], expected[:, :start], device)
         for row, other in zip(tokens, expected):
             row, other = row[row != data.PAD], other[other != data.PAD]
-            right += bool(row[-2] == data.EOS and row[-1] == other[-1])
+            right += bool(row[-1] == other[-1] and (row[-2] == data.EOS or cell['setup'] == 'direct'))
             exact += np.array_equal(row, other)
         written, well_formed = written + queries[0], well_formed + queries[1]
         if progress:
