@@ -300,6 +300,25 @@ def generate(batch_size, n_nodes, setup, seed, distribution='two_star'):
     return *assemble(prompt, trace, np.where(is_tree, TRUE, FALSE)), is_tree
 
 
+KINDS = ('next neighbour', 'return to the parent', 'query', 'record', 'answer')
+
+
+def token_kinds(tokens, loss_mask):
+    """What the tokens that an IsTree model has to predict are for: (B, L) tokens and loss_mask -> (B, L) indices of KINDS, -1
+    where loss_mask is False. A node of the tour that has been written before is a return; [EOS] is part of the answer."""
+    in_query = np.cumsum(tokens == START, 1) > np.cumsum(tokens == END, 1) - (tokens == END)
+    record = tokens == RECORD
+    record[:, 1:] |= tokens[:, :-1] == RECORD
+    record[:, :-1] |= tokens[:, 1:] == RECORD
+    kinds = np.select([in_query, record, tokens < NODE], [2, 3, 4], 0)
+    tour, rows = loss_mask & (kinds == 0), np.arange(len(tokens))
+    written = np.zeros((len(tokens), tokens.max() + 1), bool)
+    for t in range(tokens.shape[1]):
+        kinds[:, t] += tour[:, t] & written[rows, tokens[:, t]]
+        written[rows, tokens[:, t]] |= tour[:, t]
+    return np.where(loss_mask, kinds, -1)
+
+
 # --- the retrieval primitives ----------------------------------------------------------------------
 
 # Each function draws (sequence (B, S), queries (B, QUERIES, Q), answers (B, QUERIES), trace (B, T)), all

@@ -17,6 +17,8 @@ this difference is what the paper is about. The scan comes from scan_cuda/.
 import json
 import math
 import re
+import statistics
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -414,3 +416,34 @@ def from_pretrained(name_or_dir, dtype=torch.float32):
     except RuntimeError as error:
         raise ValueError(f'{name_or_dir}: {str(error).splitlines()[-1].strip()}')
     return model
+
+
+# --- what a token costs -------------------------------------------------------------------------------
+
+def generation_cost(size='0.5M', lengths=tuple(2 ** k for k in range(6, 18)), repeats=20):
+    """Time (median, seconds) and memory (bytes) of one more token after `lengths` tokens, batch 1, fp32, of freshly
+    initialised models: neither depends on what the tokens are. Returns a list of dicts."""
+    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    rows = []
+    for arch in ARCHS:
+        model = make_model(arch, size, 128).to(device)
+        for length in lengths:
+            state, seconds = model.init_state(1, length + repeats), []
+            state.seen = length                             # as if read: zeros cost as much as anything
+            with torch.inference_mode():
+                for _ in range(repeats):
+                    started = time.perf_counter()
+                    model.step(torch.ones(1, dtype=torch.int64, device=device), state).argmax().item()
+                    seconds.append(time.perf_counter() - started)
+            rows.append(dict(arch=arch, size=size, length=length, seconds=statistics.median(seconds), bytes=4 * state.floats(),
+                             device=torch.cuda.get_device_name() if device.type == 'cuda' else 'cpu', threads=torch.get_num_threads()))
+            print(f'{arch:12} {size}  {length:>8,} tokens of context   {1e3 * rows[-1]["seconds"]:8.2f} ms a token   '
+                  f'{rows[-1]["bytes"] / 1e6:10.3f} MB')
+    return rows
+
+
+if __name__ == '__main__':
+    out = Path('out', 'generation.json')
+    out.parent.mkdir(exist_ok=True)
+    out.write_text(json.dumps(generation_cost(), indent=1))
+    print(f'{out}: drawn by plot.py')

@@ -200,6 +200,32 @@ def test_retriever_equals_brute_force_on_thousands_of_random_contexts():
     assert len(outcomes) == 8
 
 
+def test_kinds_of_the_tokens_in_the_header_are_the_hand_written_ones():
+    samples = {
+        '[BOS] 2 - 1 4 - 0 4 - 3 4 - 1 [EOS] | 0 4 3 4 1 2 1 4 0 [EOS] [TRUE]': 'nnnrnnrrraa',
+        '[BOS] 2 - 1 4 - 0 4 - 3 4 - 1 [EOS] | 0 [STARTSEARCH] 0 ~ [ENDSEARCH] [FAILED] [STARTSEARCH] 0 - [ENDSEARCH] 4 '
+        '[STARTSEARCH] 4 ~ [ENDSEARCH] [FAILED] 4 ~ 0 4 [STARTSEARCH] 4 ~ [ENDSEARCH] 0 0 [EOS] [TRUE]':
+            'n' 'qqqq.' 'qqqq.' 'qqqq.' 'cccn' 'qqqq.' 'raa'}
+    for text, kinds in samples.items():
+        prompt, trace = (data.encode(part) for part in text.split('|'))
+        tokens = np.array([prompt + trace + [data.PAD]])
+        loss_mask = np.array([[False] * len(prompt) + [kind != '.' for kind in kinds] + [False]])
+        found = data.token_kinds(tokens, loss_mask)[0, len(prompt):-1]
+        assert [data.KINDS[k][0].replace('r', 'c' if data.KINDS[k] == 'record' else 'r') if k >= 0 else '.' for k in found] == [*kinds]
+    for setup in ('cot', 'retrieval'):              # every return is to a node above, every next neighbour is new
+        tokens, loss_mask, _ = data.generate(50, 14, setup, 5)
+        for row, kinds in zip(tokens, data.token_kinds(tokens, loss_mask)):
+            tour = [(node, data.KINDS[kind]) for node, kind in zip(row.tolist(), kinds) if kind in (0, 1)]
+            stack = []
+            for node, kind in tour:
+                if kind == 'return to the parent':
+                    stack.pop()
+                    assert stack[-1] == node
+                else:
+                    assert node not in stack
+                    stack.append(node)
+
+
 def test_hand_worked_example_of_the_header():
     prompt = '[BOS] 2 - 1 4 - 0 4 - 3 4 - 1 [EOS]'
     edges = np.array([[[2, 1], [4, 0], [4, 3], [4, 1]]])
@@ -939,6 +965,24 @@ def test_killed_at_random_moments_it_ends_with_the_same_weights_bit_for_bit(fini
     assert log_without_times(finished) == log_without_times(tmp_path)
 
 
+@pytest.mark.skipif(os.name == 'nt', reason='no limit on the size of a file')
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(finished, tmp_path):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    cell = cell_folder(tmp_path)
+    (cell / 'result.json').unlink()
+    checkpoint = torch.load(cell / 'checkpoint.pt', weights_only=True)
+    torch.save(checkpoint | dict(step=checkpoint['step'] - 10), cell / 'checkpoint.pt')
+    before, size = (cell / 'checkpoint.pt').read_bytes(), (cell / 'checkpoint.pt').stat().st_size // 2
+    limit = 'import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0})); sys.argv = sys.argv[1:]; ' \
+            'sys.path.insert(0, "."); runpy.run_path("train.py", run_name="__main__")'.format(size)     # as if no more fitted
+    done = subprocess.run([sys.executable, '-c', limit, 'train.py', *SMALL, f'--out={tmp_path}', '--processes=1'], cwd=HERE,
+                          text=True, capture_output=True, env=os.environ | {'OMP_NUM_THREADS': '1'})
+    assert done.returncode == 2 and 'checkpoint.pt cannot be written' in done.stderr and 'Traceback' not in done.stderr
+    assert (cell / 'checkpoint.pt').read_bytes() == before and not [*cell.glob('*.tmp')]
+    again = run(*SMALL, f'--out={tmp_path}')
+    assert again.returncode == 0 and (cell / 'result.json').exists()
+
+
 def test_a_finished_cell_is_not_run_again(finished):
     before = {file.name: file.stat().st_mtime_ns for file in cell_folder(finished).iterdir() if file.name != 'lock'}
     again = run(*SMALL, f'--out={finished}')
@@ -1064,6 +1108,18 @@ def test_evaluation_gives_a_perfect_model_everything_and_a_spoiled_one_nothing(s
             assert spoiled['accuracy'] == spoiled['exact_trace'] == 0
         elif setup == 'retrieval':
             assert spoiled['well_formed_queries'] == 0 and spoiled['exact_trace'] == 0
+
+
+def test_errors_by_kind_are_those_of_a_model_that_errs_where_we_know():
+    tokens, loss_mask, _ = data.generate(40, 9, 'retrieval', 6)
+    spoiled, kinds = tokens.copy(), data.token_kinds(tokens, loss_mask)
+    spoiled[kinds == data.KINDS.index('record')] += 1           # every record is wrong, and every second answer
+    answers = (kinds == data.KINDS.index('answer')) & (np.arange(40) % 2 == 0)[:, None]
+    spoiled[answers] += 1
+    model = lambda batch: F.one_hot(torch.from_numpy(spoiled[:, 1:]), 64)[rows.pop(0)]
+    rows = [slice(0, 25), slice(25, 40)]
+    errors = train.errors_by_kind(model, tokens, loss_mask, 25, torch.device('cpu'))
+    assert errors == {'next neighbour': 0, 'return to the parent': 0, 'query': 0, 'record': 1, 'answer': 0.5}
 
 
 # --- eval_hotpot.py --------------------------------------------------------------------------------

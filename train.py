@@ -182,14 +182,19 @@ def folder(c, cell):
 
 
 def write(path, save):
-    """Write a file so that a kill at any moment leaves the old one or the new one, whole: save(file)
-    fills a temporary file, which is flushed to the disk and renamed."""
+    """Write a file so that a kill at any moment leaves the old one or the new one, whole: save(file) fills a
+    temporary file, which is flushed to the disk and renamed. Raises Refused if the disk is full."""
     temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')      # two processes may write a config
-    with open(temporary, 'wb') as file:
-        save(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, 'wb') as file:
+            save(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:                          # torch.save makes an OSError a RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise Refused(f'{path} cannot be written ({str(error).splitlines()[0]}): the last one stays; when there is room, '
+                      'run the same command again to continue')
 
 
 def write_json(path, value):
@@ -302,6 +307,18 @@ def evaluate(model, cell, reference, batch_size, device, progress=None):
                 well_formed_queries=well_formed / written if written else None, state_floats=floats)
 
 
+@torch.no_grad()
+def errors_by_kind(model, tokens, loss_mask, batch_size, device):
+    """Share of wrong tokens of each of data.KINDS on IsTree samples (N, L), every token predicted from the right ones
+    before it (teacher forcing): where a model errs, whatever it would have written after its first error."""
+    wrong = np.zeros(tokens.shape, bool)
+    for i in range(0, len(tokens), batch_size):
+        batch = torch.from_numpy(tokens[i:i + batch_size]).to(device)
+        wrong[i:i + batch_size, 1:] = (model(batch[:, :-1]).argmax(-1) != batch[:, 1:]).cpu()
+    kinds = data.token_kinds(tokens, loss_mask)
+    return {name: float(wrong[kinds == k].mean()) for k, name in enumerate(data.KINDS) if (kinds == k).any()}
+
+
 # --- training a cell ---------------------------------------------------------------------------------
 
 def learning_rate(cell, samples):
@@ -319,7 +336,7 @@ def run_cell(c, cell, device):
         left_by_a_kill.unlink()
     made = data.TASKS[cell['task']]
     n, setup, batch_size = cell['n_nodes'], cell['setup'], cell['batch_size']
-    held_out, _, _ = data.validation_set(cell['task'], cell['n_val'], n, setup, cell['distribution'])
+    held_out, held_out_mask, _ = data.validation_set(cell['task'], cell['n_val'], n, setup, cell['distribution'])
     torch.manual_seed(cell['seed'])
     model = models.make_model(cell['arch'], cell['size'], made.vocab_size(n), cell['d_state'], cell['frozen_embedding'])
     model.to(device)
@@ -378,6 +395,8 @@ def run_cell(c, cell, device):
                 save()
                 saved = time.monotonic()
         measured = evaluate(model, cell, held_out, c.eval_batch, device, progress)
+        if cell['task'] == 'istree':
+            measured['errors'] = errors_by_kind(model, held_out, held_out_mask, c.eval_batch, device)
     write_json(path / 'result.json', cell | measured | dict(
         params=model.n_params(), seconds=seconds, samples_per_second=steps * batch_size / max(seconds, 1e-9),
         evaluation_seconds=time.monotonic() - started,
