@@ -430,15 +430,16 @@ def generation_cost(size='0.5M', lengths=tuple(2 ** k for k in range(6, 18)), re
         for length in lengths:
             state, seconds = model.init_state(1, length + repeats), []
             state.seen = length                             # as if read: zeros cost as much as anything
+            memory = 4 * state.floats()
             with torch.inference_mode():
                 for _ in range(repeats):
                     started = time.perf_counter()
                     model.step(torch.ones(1, dtype=torch.int64, device=device), state).argmax().item()
                     seconds.append(time.perf_counter() - started)
-            rows.append(dict(arch=arch, size=size, length=length, seconds=statistics.median(seconds), bytes=4 * state.floats(),
+            rows.append(dict(arch=arch, size=size, length=length, seconds=statistics.median(seconds), bytes=memory,
                              device=torch.cuda.get_device_name() if device.type == 'cuda' else 'cpu', threads=torch.get_num_threads()))
             print(f'{arch:12} {size}  {length:>8,} tokens of context   {1e3 * rows[-1]["seconds"]:8.2f} ms a token   '
-                  f'{rows[-1]["bytes"] / 1e6:10.3f} MB')
+                  f'{memory / 1e6:10.3f} MB')
     return rows
 
 

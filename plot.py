@@ -240,6 +240,7 @@ def load(out):
     of models.py, (model name, rows) of eval_hotpot.py."""
     lines = lambda path: [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     results = [json.loads(path.read_text()) | dict(log=lines(path.with_name('log.jsonl'))) for path in sorted(out.glob('**/result.json'))]
+    results.sort(key=lambda r: (models.ARCHS.index(r['arch']), r['n_nodes'], r['seed']))
     unfinished = [json.loads(path.read_text()) for path in sorted(out.glob('**/config.json'))
                   if not path.with_name('result.json').exists()]
     return dict(results=results, unfinished=unfinished,

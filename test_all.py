@@ -2,7 +2,7 @@
 float64, networkx, the official metrics, the `transformers` library. Run:  pytest test_all.py
 
 Tests of what needs a compiler, a GPU, networkx or transformers skip themselves where there is none.
-Order: data.py, scan_cuda/, models.py, train.py, eval_hotpot.py.
+Order: data.py, scan_cuda/, models.py, train.py, eval_hotpot.py, plot.py.
 """
 import dataclasses
 import json
@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import data
 import eval_hotpot
 import models
+import plot
 import scan_cuda
 import train
 from scan_cuda import (causal_conv1d, causal_conv1d_reference, selective_scan, selective_scan_fallback,
@@ -1488,3 +1489,77 @@ def test_training_and_evaluation_of_the_small_world_from_beginning_to_end(tmp_pa
     assert done.returncode == 0, done.stderr
     done = evaluate_hotpot(f'--out={tmp_path}', '--questions=5', '--device=cpu')
     assert done.returncode == 0 and 'mamba-tiny-s0' in done.stdout and 'a guess among' in done.stdout
+
+
+# --- plot.py -------------------------------------------------------------------------------------------
+
+def written_results(folder, **constants):
+    """The folder of a cell as train.py leaves it, with made-up numbers; accuracy None: not finished."""
+    cell = dict(task='istree', arch='mamba', setup='cot', size='tiny', n_nodes=8, seed=0, distribution='two_star', d_state=1,
+                frozen_embedding=False, samples=1000, n_val=100) | constants
+    path = folder / '-'.join(str(v) for v in cell.values())
+    path.mkdir()
+    (path / 'config.json').write_text(json.dumps({k: v for k, v in cell.items() if k != 'accuracy'}))
+    if cell['accuracy'] is not None:
+        errors = dict.fromkeys(data.KINDS, 0.1)
+        result = cell | dict(accuracy_se=0.05, state_floats=1000 * cell['d_state'], params=5, errors=errors)
+        (path / 'result.json').write_text(json.dumps(result))
+        (path / 'log.jsonl').write_text(json.dumps(dict(samples=500, accuracy=0.5)) + '\n')
+
+
+def lines_of(axes):
+    """{label: [(x, y, half of the error bar), ...]} of the error-bar plots in a panel."""
+    found = {}
+    for container in axes.containers:
+        x, y = container[0].get_data()
+        half = [(segment[1, 1] - segment[0, 1]) / 2 for segment in container[2][0].get_segments()]
+        found[container.get_label()] = [tuple(round(float(v), 3) for v in point) for point in zip(x, y, half)]
+    return found
+
+
+def test_figures_show_the_means_the_errors_between_seeds_and_what_is_missing(tmp_path):
+    for seed, accuracy in enumerate((0.6, 0.8, 0.7)):
+        written_results(tmp_path, seed=seed, accuracy=accuracy)
+    written_results(tmp_path, n_nodes=16, accuracy=0.5)
+    written_results(tmp_path, arch='hybrid', accuracy=0.9)
+    written_results(tmp_path, arch='hybrid', n_nodes=16, accuracy=None)
+    for d_state in (2, 4, 8):                               # a sweep: in the figure on memory, not in the main one
+        written_results(tmp_path, d_state=d_state, accuracy=0.95)
+    found = plot.load(tmp_path)
+    (name, figure), = plot.accuracy(found)
+    panel, = figure.axes
+    lines = lines_of(panel)
+    assert name == 'accuracy' and panel.get_title() == 'cot' and lines.keys() == {'RNN (Mamba)', 'hybrid'}
+    assert [point[1:] for point in lines['RNN (Mamba)']] == [(70, round(10 / 3 ** 0.5, 3)), (50, 5)]
+    assert [point[1:] for point in lines['hybrid']] == [(90, 5)]
+    assert [text.get_text() for text in figure.texts] == ['not finished: istree hybrid cot tiny n=16 seed 0']
+    pictures = dict(plot.memory(found))
+    assert lines_of(pictures['memory-n8'].axes[0])['RNN (Mamba)'] == [(1000, 70, round(10 / 3 ** 0.5, 3)), *[
+        (1000 * d, 95, 5) for d in (2, 4, 8)]]
+    bars = dict(plot.errors(found))['errors-tiny-n8'].axes[0].containers
+    assert [bar.get_height() for bar in bars[0]] == [10] * len(data.KINDS)
+
+
+def test_plot_py_draws_whatever_there_is(tmp_path):
+    draw = lambda: subprocess.run([sys.executable, 'plot.py', f'--out={tmp_path}/out', f'--figures={tmp_path}/figures'],
+                                  cwd=HERE, text=True, capture_output=True)
+    empty = draw()
+    assert empty.returncode == 2 and 'run train.py first' in empty.stderr and len(empty.stderr.splitlines()) == 1
+    (tmp_path / 'out' / 'hotpot').mkdir(parents=True)
+    written_results(tmp_path / 'out', accuracy=0.6)
+    written_results(tmp_path / 'out', task='recall', setup='direct', distribution='uniform', accuracy=0.6)
+    (tmp_path / 'out' / 'hotpot' / 'model-0a.jsonl').write_text(''.join(
+        json.dumps(dict(condition=c, em=1.0)) + '\n' for c in data.HOTPOT_CONDITIONS))
+    (tmp_path / 'out' / 'generation.json').write_text(json.dumps(models.generation_cost('tiny', (4, 8), 3)))
+    done = draw()
+    names = {'accuracy', 'learning-n8', 'errors-tiny-n8', 'hotpot', 'generation-tiny', 'primitives-tiny'}
+    assert done.returncode == 0 and {path.name for path in (tmp_path / 'figures').iterdir()} == {
+        f'{name}.{kind}' for name in names for kind in ('png', 'pdf')}
+
+
+def test_a_token_costs_an_rnn_the_same_memory_after_any_context():
+    rows = models.generation_cost('tiny', (16, 64), 2)
+    bytes_of = lambda arch: [r['bytes'] for r in rows if r['arch'] == arch]
+    assert bytes_of('mamba') == [4 * 2 * 128 * (16 + 3)] * 2
+    assert bytes_of('transformer') == [4 * 3 * 2 * 64 * length for length in (16, 64)]
+    assert bytes_of('hybrid')[1] - bytes_of('hybrid')[0] == 4 * 2 * 64 * 48
