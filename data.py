@@ -40,7 +40,7 @@ WORDS = SPECIALS + tuple(map(str, range(MAX_NODES)))
 TOKENS = {word: token for token, word in enumerate(WORDS)}
 SETUPS = ('direct', 'cot', 'retrieval')
 MAX_COUNT = 3                                       # of the task counting
-QUERIES = 16                                        # per sample of a retrieval primitive
+QUERIES = 32                                        # per sample of a retrieval primitive
 VALIDATION_SEED = (2402, 18510)                     # never a training seed: those have three numbers
 CHUNK = 1024                                        # training samples made at a time
 
@@ -339,7 +339,7 @@ def index(rng, batch_size, n):
         retrieval  inputs   [BOS] 3 0 9 7 2 ~ 4 2 2             [STARTSEARCH] - 2           [ENDSEARCH] 9     [EOS]
                    targets                        [STARTSEARCH] -             2 [ENDSEARCH]             [EOS] 9
 
-    Prompt n+33 tokens with QUERIES=16, then the answer, in retrieval 6 tokens later; vocabulary 10+2n; chance 1/n."""
+    Prompt n+65 tokens with QUERIES=32, then the answer, in retrieval 6 tokens later; vocabulary 10+2n; chance 1/n."""
     sequence = permutations(rng, batch_size, 2 * n)[:, :n] + NODE
     i = rng.integers(0, n, (batch_size, QUERIES))
     answers = np.take_along_axis(sequence, i, 1)
@@ -356,7 +356,7 @@ def recall(rng, batch_size, n):
         retrieval  inputs   [BOS] 1 9 5 6 2 11 ~ 2 11 5             [STARTSEARCH] 5           [ENDSEARCH] 6     [EOS]
                    targets                            [STARTSEARCH] 5             [ENDSEARCH]             [EOS] 6
 
-    Prompt 2n+33 tokens with QUERIES=16, then the answer, in retrieval 5 tokens later; vocabulary 10+4n; chance 1/n."""
+    Prompt 2n+65 tokens with QUERIES=32, then the answer, in retrieval 5 tokens later; vocabulary 10+4n; chance 1/n."""
     keys, values = (permutations(rng, batch_size, 2 * n)[:, :n] + NODE + low for low in (0, 2 * n))
     i = rng.integers(0, n, (batch_size, QUERIES))
     queries, answers = np.take_along_axis(keys, i, 1), np.take_along_axis(values, i, 1)
@@ -375,7 +375,7 @@ def cgram(rng, batch_size, n):
         retrieval  inputs   [BOS] 0 7 1 7 5 1 0 5 ~ 7 5 1 7 1             [STARTSEARCH] 7 1           [ENDSEARCH] 7     [EOS]
                    targets                                  [STARTSEARCH] 7             1 [ENDSEARCH]             [EOS] 7
 
-    Prompt n+49 tokens with QUERIES=16, then the answer, in retrieval 6 tokens later; vocabulary 10+n; chance 2/n."""
+    Prompt n+97 tokens with QUERIES=32, then the answer, in retrieval 6 tokens later; vocabulary 10+n; chance 2/n."""
     sequence = np.take_along_axis(permutations(rng, batch_size, n), permutations(rng, batch_size, n) // 2, 1) + NODE
     grams = sequence[:, :-2] * len(WORDS) + sequence[:, 1:-1]           # a pair of tokens as one number
     i = rng.integers(0, n - 2, (batch_size, QUERIES))
@@ -401,7 +401,7 @@ def counting(rng, batch_size, n):
                    inputs   [STARTSEARCH] 4 ~ 3           [ENDSEARCH] [FAILED] [EOS]
                    targets  4             ~ 3 [ENDSEARCH]             [EOS]    2
 
-    Prompt n+33 tokens with QUERIES=16, then the answer, in retrieval 7 tokens later for 0 and 6 more for each
+    Prompt n+65 tokens with QUERIES=32, then the answer, in retrieval 7 tokens later for 0 and 6 more for each
     one more; vocabulary 10+n; chance 1/4."""
     names, places = permutations(rng, batch_size, n), permutations(rng, batch_size, n)
     c = rng.integers(0, MAX_COUNT + 1, (batch_size, n // MAX_COUNT + 1))        # the last pair is a filler

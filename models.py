@@ -33,7 +33,7 @@ ARCHS = ('transformer', 'mamba', 'hybrid')
 #          (d_model, d_mlp, layers, heads)   (d_model,        (d_model, Mamba layers, d_mlp,
 #                                             layers)          heads of the one LLaMA layer)
 SIZES = {
-    'tiny': {'transformer': (64, 128, 3, 4), 'mamba': (64, 2), 'hybrid': (64, 1, 128, 4)},
+    'tiny': {'transformer': (64, 128, 2, 2), 'mamba': (64, 2), 'hybrid': (64, 1, 128, 4)},
     '0.5M': {'transformer': (64, 256, 8, 4), 'mamba': (64, 16), 'hybrid': (64, 12, 256, 4)},
     '1M': {'transformer': (64, 256, 16, 4), 'mamba': (128, 10), 'hybrid': (128, 7, 256, 4)},
     '2M': {'transformer': (128, 256, 12, 4), 'mamba': (128, 18), 'hybrid': (128, 14, 256, 4)},

@@ -53,9 +53,8 @@ class Constants:
     # the model
     d_state: int = 1                        # size of Mamba's state per inner channel: its memory (the paper: 16)
     frozen_embedding: bool = False          # sinusoids that are not trained (the paper), or learned
-    # training: where there are names, give one value for all or name:value,... (cot is both cots)
-    samples: dict = field(default_factory=lambda: {'direct': 40_000, 'cot': 150_000, 'retrieval': 8_000,  # trained on
-                                                   'transformer-cot': 120_000, 'transformer-retrieval': 12_000})
+    # training: where there are names, give one value for all or name:value,...
+    samples: dict = field(default_factory=lambda: {'direct': 40_000, 'cot': 120_000, 'retrieval': 8_000})  # trained on
     batch_size: dict = field(default_factory=lambda: {'direct': 32, 'cot': 32, 'retrieval': 8})  # samples per step
     lr: dict = field(default_factory=lambda: {'transformer': 2e-3, 'mamba': 6e-3, 'hybrid': 4e-3})  # highest learning rate
     eval_every: dict = field(default_factory=lambda: {'direct': 10_000, 'cot': 25_000, 'retrieval': 2_500})  # samples between two lines of the log
@@ -79,7 +78,9 @@ PAPER = dict(sizes=('0.5M', '1M', '2M'), n_nodes=(16, 32, 64), n_val=5000, d_sta
 HOTPOT = dict(tasks=('hotpot',), setups=('retrieval',), n_nodes=(data.HOTPOT_PARAGRAPHS,), distribution='mixed', d_state=16,
               samples=dict.fromkeys(data.SETUPS, 100_000), batch_size=dict.fromkeys(data.SETUPS, 64),
               lr=dict.fromkeys(models.ARCHS, 3e-3), eval_every=dict.fromkeys(data.SETUPS, 20_000))     # for eval_hotpot.py
-PRESETS = {'default': {}, 'paper': PAPER, 'hotpot': HOTPOT}
+PRIMITIVES = dict(tasks=('recall', 'index'), setups=('direct', 'retrieval'), n_nodes=(4, 8, 12, 16), batch_size=dict.fromkeys(data.SETUPS, 16),
+                  samples={'direct': 32_000, 'cot': 0, 'retrieval': 8_000}, eval_every=dict.fromkeys(data.SETUPS, 8_000))
+PRESETS = {'default': {}, 'paper': PAPER, 'hotpot': HOTPOT, 'primitives': PRIMITIVES}
 CHOICES = dict(tasks=data.TASKS, archs=models.ARCHS, setups=data.SETUPS, sizes=models.SIZES,
                distribution=[*data.DISTRIBUTIONS, *data.HOTPOT_DISTRIBUTIONS], dtype=('float32', 'bfloat16'), device=('auto', 'cpu', 'cuda', 'mps'))
 
@@ -126,8 +127,7 @@ def parse_value(name, text, default):
         if len(pairs) == 1 and len(pairs[0]) == 1:
             value = dict.fromkeys(default, one(text, kind))
         elif all(len(pair) == 2 and pair[0] in default for pair in pairs):
-            value = default | {key: one(part, kind) for end, part in pairs for key in default
-                               if key == end or key.endswith('-' + end)}
+            value = default | {key: one(part, kind) for key, part in pairs}
         else:
             raise Refused(f'--{name}={text}: give one value for all, or name:value with names out of {", ".join(default)}')
     else:
@@ -172,7 +172,7 @@ def cells(c):
         made.generate(1, n, setup, 0, distribution)             # an impossible n is refused before anything runs
         grid.append(dict(task=task, arch=arch, setup=setup, size=size, n_nodes=n, seed=seed,
                          distribution=distribution, d_state=c.d_state, frozen_embedding=c.frozen_embedding,
-                         samples=c.samples.get(f'{arch}-{setup}', c.samples[setup]), batch_size=c.batch_size[setup], lr=c.lr[arch],
+                         samples=c.samples[setup], batch_size=c.batch_size[setup], lr=c.lr[arch],
                          warmup_samples=c.warmup_samples, grad_clip=c.grad_clip, dtype=c.dtype, n_val=c.n_val))
     return grid
 
