@@ -54,7 +54,7 @@ class Constants:
     d_state: int = 1                        # size of Mamba's state per inner channel: its memory (the paper: 16)
     frozen_embedding: bool = False          # sinusoids that are not trained (the paper), or learned
     # training: where there are names, give one value for all or name:value,...
-    samples: dict = field(default_factory=lambda: {'direct': 40_000, 'cot': 120_000, 'retrieval': 8_000})  # trained on
+    samples: dict = field(default_factory=lambda: {'direct': 40_000, 'cot': 120_000, 'retrieval': 10_000})  # trained on
     batch_size: dict = field(default_factory=lambda: {'direct': 32, 'cot': 32, 'retrieval': 8})  # samples per step
     lr: dict = field(default_factory=lambda: {'transformer': 2e-3, 'mamba': 6e-3, 'hybrid': 4e-3})  # highest learning rate
     eval_every: dict = field(default_factory=lambda: {'direct': 10_000, 'cot': 25_000, 'retrieval': 2_500})  # samples between two lines of the log
