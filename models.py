@@ -33,8 +33,7 @@ ARCHS = ('transformer', 'mamba', 'hybrid')
 #          (d_model, d_mlp, layers, heads)   (d_model,        (d_model, Mamba layers, d_mlp,
 #                                             layers)          heads of the one LLaMA layer)
 SIZES = {
-    'mini': {'transformer': (64, 128, 2, 2), 'mamba': (64, 2), 'hybrid': (64, 1, 128, 4)},     # two layers each
-    'tiny': {'transformer': (64, 128, 3, 4), 'mamba': (64, 2), 'hybrid': (64, 1, 128, 4)},
+    'tiny': {'transformer': (64, 128, 2, 2), 'mamba': (64, 2), 'hybrid': (64, 1, 128, 4)},
     '0.5M': {'transformer': (64, 256, 8, 4), 'mamba': (64, 16), 'hybrid': (64, 12, 256, 4)},
     '1M': {'transformer': (64, 256, 16, 4), 'mamba': (128, 10), 'hybrid': (128, 7, 256, 4)},
     '2M': {'transformer': (128, 256, 12, 4), 'mamba': (128, 18), 'hybrid': (128, 14, 256, 4)},
@@ -306,7 +305,7 @@ class Model(nn.Module):
 
 def make_model(arch, size, vocab_size, d_state=16, frozen_embedding=True):
     """A freshly initialised Model; seed torch first to make it reproducible. Raises ValueError on an
-    unknown arch or size. The sizes are the paper's, plus `mini` and `tiny` for CPUs."""
+    unknown arch or size. The sizes are the paper's, plus `tiny` for CPUs, two layers each."""
     for name, value, known in (('arch', arch, ARCHS), ('size', size, SIZES)):
         if value not in known:
             raise ValueError(f'unknown {name} {value!r}: choose one of {", ".join(known)}')

@@ -1561,5 +1561,5 @@ def test_a_token_costs_an_rnn_the_same_memory_after_any_context():
     rows = models.generation_cost('tiny', (16, 64), 2)
     bytes_of = lambda arch: [r['bytes'] for r in rows if r['arch'] == arch]
     assert bytes_of('mamba') == [4 * 2 * 128 * (16 + 3)] * 2
-    assert bytes_of('transformer') == [4 * 3 * 2 * 64 * length for length in (16, 64)]
+    assert bytes_of('transformer') == [4 * 2 * 2 * 64 * length for length in (16, 64)]
     assert bytes_of('hybrid')[1] - bytes_of('hybrid')[0] == 4 * 2 * 64 * 48

@@ -44,7 +44,7 @@ class Constants:
     tasks: tuple = ('istree',)              # what is learned (data.TASKS)
     archs: tuple = ('transformer', 'mamba', 'hybrid')   # models.ARCHS
     setups: tuple = ('direct', 'cot', 'retrieval')      # answer at once, after a chain of thought, with a retriever
-    sizes: tuple = ('tiny',)                # models.SIZES: mini, tiny, 0.5M, 1M, 2M
+    sizes: tuple = ('tiny',)                # models.SIZES: tiny, 0.5M, 1M, 2M
     n_nodes: tuple = (12,)                  # size of the task: nodes of the graph, length of the sequence
     seeds: tuple = (0,)                     # of the initial weights and the training data
     # the task
@@ -54,9 +54,9 @@ class Constants:
     d_state: int = 1                        # size of Mamba's state per inner channel: its memory (the paper: 16)
     frozen_embedding: bool = False          # sinusoids that are not trained (the paper), or learned
     # training: where there are names, give one value for all or name:value,...
-    samples: dict = field(default_factory=lambda: {'direct': 40_000, 'cot': 120_000, 'retrieval': 10_000})  # trained on
+    samples: dict = field(default_factory=lambda: {'direct': 40_000, 'cot': 160_000, 'retrieval': 10_000})  # trained on
     batch_size: dict = field(default_factory=lambda: {'direct': 32, 'cot': 32, 'retrieval': 8})  # samples per step
-    lr: dict = field(default_factory=lambda: {'transformer': 2e-3, 'mamba': 6e-3, 'hybrid': 4e-3})  # highest learning rate
+    lr: dict = field(default_factory=lambda: {'transformer': 3e-3, 'mamba': 6e-3, 'hybrid': 4e-3})  # highest learning rate
     eval_every: dict = field(default_factory=lambda: {'direct': 10_000, 'cot': 25_000, 'retrieval': 2_500})  # samples between two lines of the log
     warmup_samples: int = 2000              # learning rate rises linearly, then falls as a cosine to 0
     grad_clip: float = 1.0                  # largest norm of the gradient, 0: no limit
@@ -78,7 +78,7 @@ PAPER = dict(sizes=('0.5M', '1M', '2M'), n_nodes=(16, 32, 64), n_val=5000, d_sta
 HOTPOT = dict(tasks=('hotpot',), setups=('retrieval',), n_nodes=(data.HOTPOT_PARAGRAPHS,), distribution='mixed', d_state=16,
               samples=dict.fromkeys(data.SETUPS, 100_000), batch_size=dict.fromkeys(data.SETUPS, 64),
               lr=dict.fromkeys(models.ARCHS, 3e-3), eval_every=dict.fromkeys(data.SETUPS, 20_000))     # for eval_hotpot.py
-PRIMITIVES = dict(tasks=('recall', 'index'), setups=('direct', 'retrieval'), sizes=('mini',), n_nodes=(4, 6, 8, 12), batch_size=dict.fromkeys(data.SETUPS, 16),
+PRIMITIVES = dict(tasks=('recall', 'index'), setups=('direct', 'retrieval'), n_nodes=(4, 6, 8, 12), batch_size=dict.fromkeys(data.SETUPS, 16),
                   samples={'direct': 32_000, 'cot': 0, 'retrieval': 8_000}, eval_every=dict.fromkeys(data.SETUPS, 8_000))
 PRESETS = {'default': {}, 'paper': PAPER, 'hotpot': HOTPOT, 'primitives': PRIMITIVES}
 CHOICES = dict(tasks=data.TASKS, archs=models.ARCHS, setups=data.SETUPS, sizes=models.SIZES,
