@@ -577,6 +577,11 @@ def hotpot_lines(paragraphs):
     return ''.join([f'{title}: {text}\n' for title, text in paragraphs])
 
 
+def hotpot_found(paragraphs):
+    """What a model reads after `Found:`."""
+    return hotpot_lines(paragraphs) or 'nothing\n'
+
+
 def hotpot_prompt(question, paragraphs, condition):
     """What a model reads before it writes; ends with the label of the first line that it writes."""
     return f'{hotpot_lines(paragraphs)}Question: {question}\n' + ('Search:' if condition == 'retrieval' else 'Thought:')

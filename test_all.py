@@ -1110,7 +1110,7 @@ def test_real_questions_are_read_in_both_layouts():
 
 
 @pytest.mark.parametrize('change, field', [
-    ({'question': None}, 'question'), ({'answer': 5}, 'answer'), ({'context': []}, 'context'), ({'_id': 'small-world-0'}, '_id'),
+    ({'question': None}, 'question'), ({'answer': 5}, 'answer'), ({'context': []}, 'context'), ({'_id': data.hotpot_records(1)[0]['_id']}, '_id'),
     ({'context': [['title', 'no list']]}, 'context'), ({'context': {'title': ['a'], 'sentences': []}}, 'context'),
     ({'supporting_facts': [['title']]}, 'supporting_facts'), ({'supporting_facts': [['nowhere', 0]]}, 'supporting_facts')])
 def test_a_malformed_question_is_named_by_index_id_and_field(change, field, tmp_path):
@@ -1147,11 +1147,12 @@ PARAGRAPHS = [('Nile', 'The Nile is a river in Africa.'), ('Danube', 'The Danube
 def test_any_pattern_gets_its_outcome_in_bounded_time_and_size(pattern, titles, outcome):
     eval_hotpot.search('warm', PARAGRAPHS)
     started = time.monotonic()
-    found = eval_hotpot.search(pattern, PARAGRAPHS, seconds=0.3)
-    assert ([title for title, _ in found], found.outcome) == (titles, outcome)
+    found, said = eval_hotpot.find(pattern, PARAGRAPHS, seconds=0.3)
+    assert ([title for title, _ in found], said) == (titles, outcome)
     assert time.monotonic() - started < 3
     again = eval_hotpot.search('^Long: a', PARAGRAPHS)                 # whatever happened, the next query is answered
-    assert again.outcome == 'found' and len(again[0][1]) == 1000
+    assert [title for title, _ in again] == ['Long'] and len(again[0][1]) == 1000
+    assert eval_hotpot.search(pattern, PARAGRAPHS, seconds=0.3) == found       # the same paragraphs, a plain list
 
 
 def test_the_process_that_searches_stays_warm_and_dies_with_this_one(tmp_path):
@@ -1308,7 +1309,7 @@ def test_a_prefix_read_once_gives_the_text_that_transformers_generates(family, t
                                   pad_token_id=0)[0, len(tokens):].tolist()
             ended = [i for i, token in enumerate(out) if token in (1, ours.newline[0])]
             out = out[:ended[0]] if ended else out
-            assert written == ours.decode(out)
+            assert written == ours.tokenizer.decode(out)
             tokens = tokens + out + ours.newline + ours.encode('Found: nothing. Answer:', False)
     assert ours.memory(prefix) < ours.memory(state) if family != 'mamba' else ours.memory(prefix) == ours.memory(state)
 
@@ -1370,46 +1371,96 @@ def test_what_is_missing_is_one_line_that_says_what_to_do(arguments, words, tmp_
 def test_small_world_answers_follow_from_the_paragraphs():
     kinds = set()
     for record in data.hotpot_records(300):
-        author, town, plays = {}, {}, {}
+        author, born, lives, towns = {}, {}, {}, []
         for title, sentence in [(title, sentences[0]) for title, sentences in record['context']]:
-            if m := re.fullmatch(r'a novel by (.*)\.', sentence):
+            if m := re.fullmatch(r'a novel by (.*) set in (\w+)\.', sentence):
                 author[title] = m[1]
+                towns.append(m[2])
             else:
-                plays[title], town[title] = re.fullmatch(r'a (\w+) player from (\w+)\.', sentence).groups()
-        assert len(author) == len(town) == 5 and sorted(author.values()) == sorted(town)
-        if m := re.fullmatch(r'Do (.*) and (.*) share a town\?', record['question']):
-            answer, gold, kind = 'yes' if town[m[1]] == town[m[2]] else 'no', {m[1], m[2]}, 'comparison'
-        elif m := re.fullmatch(r'Where does the author of (.*) come from\?', record['question']):
-            answer, gold, kind = town[author[m[1]]], {m[1], author[m[1]]}, 'bridge'
+                born[title], lives[title] = re.fullmatch(r'born in (\w+) and lives in (\w+)\.', sentence).groups()
+                towns += [born[title], lives[title]]
+        assert len(author) == len(born) == 5 and sorted(author.values()) == sorted(born)
+        if m := re.fullmatch(r'(Were|Do) (.*) and (.*) (?:born|live) in one town\?', record['question']):
+            town = born if m[1] == 'Were' else lives
+            answer, gold, kind = 'yes' if town[m[2]] == town[m[3]] else 'no', {m[2], m[3]}, 'comparison'
         else:
-            novel = re.fullmatch(r'Which instrument does the author of (.*) play\?', record['question'])[1]
-            answer, gold, kind = plays[author[novel]], {novel, author[novel]}, 'bridge'
+            m = re.fullmatch(r'Where (was|does) the author of (.*) (?:born|live)\?', record['question'])
+            answer, gold, kind = (born if m[1] == 'was' else lives)[author[m[2]]], {m[2], author[m[2]]}, 'bridge'
         assert (answer, kind, gold) == (record['answer'], record['type'], eval_hotpot.supporting(record))
-        words = [word for title, _ in record['context'] for word in title.split()]
-        assert len(set(words)) <= 12 and len(words) == 20              # titles share their words
-        kinds.add((kind, answer if kind == 'comparison' else record['question'].split()[0]))
-    assert len(kinds) == 4
+        assert len(towns) - len({*towns}) == (answer == 'yes')          # so an answer is never right by another fact
+        names = [title.split() for title, _ in record['context']]
+        assert len(names) == 10 and all(sum(name[1] == other[1] for other in names) > 1 for name in names)
+        kinds.add((kind, answer if kind == 'comparison' else '', m[1]))
+    assert len(kinds) == 6
 
 
 @pytest.mark.parametrize('condition', data.HOTPOT_CONDITIONS)
 def test_a_small_world_sample_is_the_conversation_that_the_evaluation_holds(condition):
-    records = data.hotpot_records(40)
+    records, start = data.hotpot_records(40), data.hotpot_prompt_length(10)
     tokens, loss_mask, answers = data.generate_hotpot(40, 10, 'retrieval', data.VALIDATION_SEED, condition)
-    labels = [data.HOTPOT_TOKENS[word] for word in ('Search:', 'Found:', 'Thought:', 'Answer:')]
-
-    def next_line(row, state):
-        rest = [t for t in row if t not in (data.PAD, data.BOS)][len(data.hotpot_encode(state)):]
-        return data.hotpot_decode(rest[:next((i for i, t in enumerate(rest) if i and t in labels), None)])
-
     for row, mask, record in zip(tokens, loss_mask, records):
-        text, said = data.hotpot_decode(row), Scripted([record], None)
-        said.write = lambda state: (line := next_line(row, state), f'{state}{line}\n')
-        r = eval_hotpot.ask(said, record, condition)
-        assert re.sub(r'\s+', '', r['text']) == re.sub(r'\s+', '', text) and r['em'] == 1
-        assert data.hotpot_encode(text) == [t for t in row if t not in (data.PAD, data.BOS)]
-        assert row[row != data.PAD][-1] == data.HOTPOT_TOKENS[record['answer']]
-        hidden = data.hotpot_decode(row[~mask & (np.arange(len(row)) >= data.hotpot_prompt_length(10))])
-        assert hidden.count(':') == (2 if condition == 'retrieval' else 0)     # what was found is not to be predicted
+        conversation = data.hotpot_decode(row)
+
+        class Knows:                                                   # writes the rest of the line, which stands in the sample
+            read = lambda self, text, after='': (after or '') + text
+            write = lambda self, state: (line := conversation.removeprefix(state).partition('\n')[0].strip(),
+                                         state + (' ' if conversation[len(state):len(state) + 1] == ' ' else '') + line + '\n')
+
+        r = eval_hotpot.ask(Knows(), record, condition)
+        assert r['text'] == conversation + '\n' and r['em'] == 1
+        assert len(r['queries']) == (0 if condition != 'retrieval' else 1 if record['type'] == 'comparison' else 2)
+        assert r['recall'] == (1 if condition == 'retrieval' else None)
+        written = [t for t in row if t not in (data.PAD, data.BOS)]
+        assert data.hotpot_encode(conversation) == written and written[-1] == data.HOTPOT_TOKENS[record['answer']]
+        # what was found is not to be predicted, everything else is, and the end of the text
+        learned = data.hotpot_decode(row[start:][mask[start:]])
+        found = ''.join(re.findall(r'(?<=Found:)((?: .*\n)(?:(?!Search:|Answer:).*\n)*)', conversation))
+        assert found.count('\n') == (2 if condition == 'retrieval' else 0) and not mask[:start].any()
+        assert len(data.hotpot_encode(learned)) + len(data.hotpot_encode(found)) == (row[start:] != data.PAD).sum()
+        assert not any(line in learned for line in found.splitlines()) and mask.nonzero()[0][-1] == row.nonzero()[0][row[row.nonzero()[0]] != data.PAD][-1] + 1
+
+
+def test_mixed_asks_each_question_under_all_conditions_and_none_of_them_in_training():
+    tokens, loss_mask, _ = data.validation_set('hotpot', 30, 10, 'retrieval', 'mixed')
+    for i, condition in enumerate(data.HOTPOT_CONDITIONS):
+        alone, alone_mask, _ = data.validation_set('hotpot', 10, 10, 'retrieval', condition)
+        assert np.array_equal(tokens[i::3], alone) and np.array_equal(loss_mask[i::3], alone_mask)
+    start, seen = data.hotpot_prompt_length(10), 0
+    held_out = data.generate_hotpot(data.CHUNK, 10, 'retrieval', (0, 0, 0), 'mixed')[0][:10]    # the first of the stream
+    batches = data.training_batches('hotpot', 64, 10, 'retrieval', 0, 'mixed', held_out)
+    forbidden = {row[:start].tobytes() for row in held_out}
+    for _ in range(data.CHUNK // 64):
+        batch, mask = next(batches)
+        assert not any(row[:start].tobytes() in forbidden for row in batch)
+        assert mask[:, -1].any()                                       # cut after the longest sample's end
+
+
+def test_the_chance_of_hotpot_is_that_of_a_guess_among_the_paragraphs_shown():
+    tokens, _, answers = data.generate_hotpot(30_000, 10, 'retrieval', 0, 'mixed')
+    towns = np.isin(np.arange(len(data.HOTPOT_WORDS)), [data.HOTPOT_TOKENS[town] for town in data.TOWN])
+    shown = [len(np.unique(prompt[towns[prompt]])) for prompt in tokens[:, :data.hotpot_prompt_length(10)]]
+    right = np.where(np.isin(answers, (data.TRUE, data.FALSE)), 1 / 2, 1 / np.array(shown))
+    assert abs(right.mean() - data.TASKS['hotpot'].chance(10)) < 4 * right.std() / 30_000 ** 0.5
+
+
+@pytest.mark.parametrize('arguments, word', [
+    ((1, 10, 'cot', 0), 'setup'), ((1, 10, 'retrieval', 0, 'two_star'), 'distribution'), ((1, 9, 'retrieval', 0), 'even'),
+    ((1, 2, 'retrieval', 0), 'n_nodes'), ((1, 18, 'retrieval', 0), 'n_nodes'), ((0, 10, 'retrieval', 0), 'batch_size')])
+def test_impossible_questions_are_refused_by_name(arguments, word):
+    with pytest.raises(ValueError, match=word):
+        data.generate_hotpot(*arguments)
+    one, two = (data.generate_hotpot(7, 16, 'retrieval', (1, 2))[0] for _ in range(2))
+    assert np.array_equal(one, two) and not np.array_equal(one, data.generate_hotpot(7, 16, 'retrieval', 12)[0])
+
+
+@pytest.mark.parametrize('query, found', [
+    ('Search: ^Amber Bell\nFound:', 'Amber Bell: born in Velm and lives in Elsto.\n'), ('Search: ^Ada Tarn\nFound:', 'nothing\n'),
+    ('Search: Elsto|Orsel\nFound:', None), ('Search:\nFound:', 'nothing\n'), ('Search: |\nFound:', None), ('Found:', 'nothing\n'),
+    ('Search: ?\nFound:', 'nothing\n'), ('Search: ^Ada Tarn\nFound: nothing\nSearch: Orsel\nFound:', 'Odo Dahl: a novel set in Orsel.\n')])
+def test_the_small_worlds_retriever_takes_whatever_is_written(query, found):
+    shown = 'Odo Dahl: a novel set in Orsel.\nAmber Bell: born in Velm and lives in Elsto.\n'.replace('Bell', 'Tower')
+    context = data.hotpot_encode(shown + 'Question: Where?\n' + query.replace('Bell', 'Tower'))
+    assert data.hotpot_decode(data.search_paragraphs(context)) == (found or shown).replace('Bell', 'Tower')
 
 
 def test_train_py_writes_what_a_search_finds_whole():
