@@ -483,49 +483,50 @@ def retrieve(context, pattern_of=query_pattern):
 
 # --- two-hop questions: HotpotQA's task in a small world ---------------------------------------------
 #
-#   Ada Tarn: born in Velm and lives in Orsel.                      ten paragraphs, `title: text`: half of them
-#   Amber Bell: a novel by Odo Dahl set in Lomar. ...               on people, half on a novel by each
-#   Question: Where was the author of Amber Bell born?
+#   Ada Tarn: Velm once, Orsel now.                     ten paragraphs, `title: text`, half of them on people
+#   Amber Tower: Odo Dahl wrote it in Lomar. ...        and half on novels, one by each
+#   Question: Where did the author of Amber Tower live once?
 #
-#   gold, full   Thought: Amber Bell: a novel by Odo Dahl set in Lomar. Odo Dahl: born in Ravik and lives in Elsto.
+#   gold, full   Thought: Amber Tower: Odo Dahl wrote it in Lomar. Odo Dahl: Ravik once, Elsto now.
 #                Answer: Ravik
 #
-#   retrieval    Search: ^Amber Bell
-#                Found: *Amber Bell: a novel by Odo Dahl set in Lomar.*
+#   retrieval    Search: ^Amber Tower
+#                Found: *Amber Tower: Odo Dahl wrote it in Lomar.*
 #                Search: ^Odo Dahl
-#                Found: *Odo Dahl: born in Ravik and lives in Elsto.*
+#                Found: *Odo Dahl: Ravik once, Elsto now.*
 #                Answer: Ravik
 #
 # The conditions of eval_hotpot.py: gold (only the two paragraphs that matter are shown), full, and retrieval, where
 # the paragraphs need not be recalled: the model writes regular expressions and is shown, between *, what they find. One
-# model learns all three; the first label after the question is given and tells it which. A word is a token, and so
-# are a label, a sign, and the end of a line with the sign before it.
+# model learns all three; the first label after the question is given and tells it which. A word, with its colon,
+# is a token, and so are signs and the end of a line with the sign before it.
 
 HOTPOT_CONDITIONS = ('gold', 'full', 'retrieval')
 HOTPOT_DISTRIBUTIONS = ('mixed', *HOTPOT_CONDITIONS)        # mixed: each question under all three, in turn
 HOTPOT_PARAGRAPHS, HOTPOT_FOUND = 10, 2                     # of a question; at most shown after a query
-HOTPOT_TRACE = 36                                           # tokens of the longest conversation after the prompt
+HOTPOT_TRACE = 30                                           # tokens of the longest conversation after the prompt
 FIRST, LAST, ADJECTIVE, NOUN, TOWN = map(str.split, (
-    'Ada Bram Cleo Dario Edda Finn Gala Hugo Ines Jory Kaya Odo', 'Arden Bell Corvin Dahl Esker Falk Hale Jarl Lund Moor Rusk Tarn',
+    'Ada Bram Cleo Dario Edda Finn Gala Hugo Ines Jory Kaya Odo',
+    'Arden Bell Corvin Dahl Esker Falk Hale Jarl Lund Moor Rusk Tarn',
     'Amber Bitter Copper Distant Early Frozen Golden Hollow Iron Jade Open Silver',
     'Anchor Bridge Compass Door Engine Forest Garden Harbour Island Jewel Lantern Tower',
     'Aldmoor Brenick Caldry Dunwell Elsto Farrowby Grimsend Hestrel Ilvane Jorvale Kelsund Lomar Mirrick Nethby Orsel '
     'Pellora Quarne Ravik Stennis Torvik Ulmere Velm Wexby Zelle'))
 # the special tokens keep their ids and are written as labels and answers
-HOTPOT_WORDS = ('-', '~', '[PAD]', '[BOS]', 'Answer:', 'yes', 'no', 'Search:', 'Found:', 'nothing', '\n', '.\n', '?\n', '.', ':',
-                '^', '|', *'Question: Thought: a novel by set in born and lives Where was does the author of live Were Do one town'
-                .split(), *FIRST, *LAST, *ADJECTIVE, *NOUN, *TOWN)
+HOTPOT_WORDS = ('-', '~', '[PAD]', '[BOS]', 'Answer:', 'yes', 'no', 'Search:', 'Found:', 'nothing', 'Question:', 'Thought:',
+                '\n', '.\n', '?\n', *'. , ^ | wrote it in once now Where did does the author of live Did Do and one town'.split(),
+                *FIRST, *LAST, *ADJECTIVE, *NOUN, *TOWN, *[f'{word}:' for word in (*LAST, *NOUN)])
 HOTPOT_TOKENS = {word: token for token, word in enumerate(HOTPOT_WORDS)}
 
 
 def hotpot_decode(tokens):
     """Token ids -> text, without padding and [BOS]."""
-    return re.sub(r' (?=[:.?|\n])|(?<=[\n^|]) ', '', ' '.join([HOTPOT_WORDS[t] for t in tokens if t not in (PAD, BOS)]))
+    return re.sub(r' (?=[.,?|\n])|(?<=[\n^|]) ', '', ' '.join([HOTPOT_WORDS[t] for t in tokens if t not in (PAD, BOS)]))
 
 
 def hotpot_encode(text):
     """The inverse: text -> list of token ids. Raises ValueError on an unknown word."""
-    words = re.findall(r'(?:Question|Thought|Search|Found|Answer):|\w+|[.?]?\n|\S', text)
+    words = re.findall(r'\w+:?|[.?]?\n|\S', text)
     try:
         return [HOTPOT_TOKENS[word] for word in words]
     except KeyError as unknown:
@@ -541,19 +542,19 @@ def hotpot_record(rng, n_paragraphs=HOTPOT_PARAGRAPHS):
     people, novels = (rng.sample([f'{a} {b}' for b in rng.sample(twos, 2) for a in rng.sample(ones, half // 2 + 1)], half)
                       for ones, twos in ((FIRST, LAST), (ADJECTIVE, NOUN)))
     towns = rng.sample(TOWN, 3 * half)
-    places, born, lives = towns[:half], towns[half:2 * half], towns[2 * half:]
+    scene, once, now = towns[:half], towns[half:2 * half], towns[2 * half:]
     i, j = rng.sample(range(half), 2)               # about novel i and its author, or people i and j
-    about, verb, be = (born, 'born', 'was') if rng.random() < 0.5 else (lives, 'live', 'does')
+    about, word, one, both = (once, 'once', 'did', 'Did') if rng.random() < 0.5 else (now, 'now', 'does', 'Do')
     if rng.random() < 0.75:
         kind, supporting, answer = 'bridge', (novels[i], people[i]), about[i]
-        question = f'Where {be} the author of {novels[i]} {verb}?'
+        question = f'Where {one} the author of {novels[i]} live {word}?'
     else:
         kind, supporting, answer = 'comparison', (people[i], people[j]), rng.choice(('yes', 'no'))
-        question = f'{"Were" if about is born else "Do"} {people[i]} and {people[j]} {verb} in one town?'
+        question = f'{both} {people[i]} and {people[j]} live in one town {word}?'
         if answer == 'yes':
             about[j] = about[i]
-    context = [[novel, [f'a novel by {person} set in {town}.']] for novel, person, town in zip(novels, people, places)]
-    context += [[person, [f'born in {one} and lives in {two}.']] for person, one, two in zip(people, born, lives)]
+    context = [[novel, [f'{person} wrote it in {town}.']] for novel, person, town in zip(novels, people, scene)]
+    context += [[person, [f'{one} once, {two} now.']] for person, one, two in zip(people, once, now)]
     rng.shuffle(context)
     return dict(_id=f'small-world-{rng.getrandbits(48):012x}', question=question, answer=answer, type=kind, context=context,
                 supporting_facts=[[title, 0] for title in supporting])
@@ -573,13 +574,8 @@ def hotpot_paragraphs(record, gold=False):
 
 
 def hotpot_lines(paragraphs):
-    """Paragraphs as text, a line each."""
-    return ''.join([f'{title}: {text}\n' for title, text in paragraphs])
-
-
-def hotpot_found(paragraphs):
-    """What a model reads after `Found:`."""
-    return hotpot_lines(paragraphs) or 'nothing\n'
+    """Paragraphs, (title, text) pairs, as a model reads them."""
+    return ''.join([f'{title}: {text}\n' for title, text in paragraphs]) or 'nothing\n'
 
 
 def hotpot_prompt(question, paragraphs, condition):
@@ -605,8 +601,8 @@ def hotpot_conversation(record, condition):
 
 
 def hotpot_prompt_length(n_paragraphs):
-    """Tokens of the prompt: [BOS], paragraphs (12 on a novel, 11 on a person), the longest question (11), labels (2)."""
-    return 1 + n_paragraphs // 2 * (12 + 11) + 11 + 2
+    """Tokens of the prompt: [BOS], paragraphs (9 on a novel, 8 on a person), the longest question (12), two labels."""
+    return 1 + n_paragraphs // 2 * (9 + 8) + 12 + 2
 
 
 def generate_hotpot(batch_size, n_paragraphs, setup, seed, distribution='mixed'):
@@ -648,7 +644,8 @@ def search_paragraphs(context):
     HOTPOT_FOUND paragraphs of the prompt in which the query, a regular expression, is found. Returns their token ids,
     or those of `nothing`. (What would make `re` slow cannot be written with the words of this small world.)"""
     paragraphs, _, conversation = hotpot_decode(context).partition('Question:')
-    pattern = hotpot_pattern(conversation.rpartition('Search:')[2].removesuffix('Found:').partition('\n')[0].strip())
+    _, label, query = conversation.rpartition('Search:')
+    pattern = label and hotpot_pattern(query.removesuffix('Found:').partition('\n')[0].strip())
     found = [line for line in paragraphs.splitlines(True) if pattern and re.search(pattern, line)][:HOTPOT_FOUND]
     return hotpot_encode(''.join(found) or 'nothing\n')
 

@@ -86,40 +86,37 @@ def load_hotpot(path):
     [[...], ...]}, a JSON list or a record per line). Raises ValueError naming the first malformed record."""
     try:
         text = Path(path).read_text(encoding='utf-8')
-        lines = text.startswith('{') and '\n{' in text
-        raw = [json.loads(line) for line in text.splitlines() if line.strip()] if lines else json.loads(text)
+        by_line = text.startswith('{') and '\n{' in text
+        raw = [json.loads(line) for line in text.splitlines() if line.strip()] if by_line else json.loads(text)
     except ValueError as error:
         raise ValueError(f'{path}: not JSON ({error})')
     if not isinstance(raw, list) or not raw:
         raise ValueError(f'{path}: expected a list of records')
     is_text = lambda value: isinstance(value, str) and value.strip()
     sentences = lambda value: isinstance(value, list) and all(isinstance(sentence, str) for sentence in value)
-    records, seen = [], set()
+    records, ids = [], set()
     for i, given in enumerate(raw):
         given = given if isinstance(given, dict) else {}
-        record = dict(_id=given.get('_id', given.get('id', f'record-{i}')), type=given.get('type', ''),
-                      question=given.get('question'), answer=given.get('answer'))
+        record = {name: given.get(name) for name in ('question', 'answer', 'context', 'supporting_facts')}
+        record |= dict(_id=given.get('_id', given.get('id', f'record-{i}')), type=given.get('type', ''))
 
-        def need(good, name, what):
+        def need(name, good, what):
             if not good:
                 raise ValueError(f'{path}: record {i} (id {record["_id"]}): {name}: expected {what}')
 
-        def pairs(name, column, good, what):
-            value = given.get(name)
-            if isinstance(value, dict):
-                value = [value.get('title'), value.get(column)]
-                value = [list(p) for p in zip_longest(*value)] if all(isinstance(v, list) for v in value) else None
-            need(isinstance(value, list) and value and all(isinstance(p, list) and len(p) == 2 and isinstance(p[0], str)
-                                                           and good(p[1]) for p in value), name, what)
-            record[name] = value
-
-        need(isinstance(record['_id'], str) and record['_id'] not in seen, '_id', 'a string that no other record has')
-        need(is_text(record['question']), 'question', 'text')
-        need(is_text(record['answer']), 'answer', 'text')
-        pairs('context', 'sentences', sentences, 'pairs of a title and a list of sentences')
-        pairs('supporting_facts', 'sent_id', lambda v: type(v) is int, 'pairs of a title and a sentence number')
-        need(supporting(record) & dict(record['context']).keys(), 'supporting_facts', 'a title of the context')
-        seen.add(record['_id'])
+        need('_id', is_text(record['_id']) and record['_id'] not in ids, 'a string that no other record has')
+        need('question', is_text(record['question']), 'text')
+        need('answer', is_text(record['answer']), 'text')
+        for name, column, good, what in (('context', 'sentences', sentences, 'a list of sentences'), (
+                'supporting_facts', 'sent_id', lambda value: type(value) is int, 'a sentence number')):
+            if isinstance(record[name], dict):
+                columns = record[name].get('title'), record[name].get(column)
+                record[name] = all(isinstance(c, list) for c in columns) and [list(pair) for pair in zip_longest(*columns)]
+            need(name, isinstance(record[name], list) and record[name] and all(
+                isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) and good(pair[1])
+                for pair in record[name]), f'pairs of a title and {what}')
+        need('supporting_facts', supporting(record) & dict(record['context']).keys(), 'a title of the context')
+        ids.add(record['_id'])
         records.append(record)
     return records
 
@@ -177,15 +174,14 @@ def answer_queries():
     import faulthandler, itertools, json, re, sys
     try:
         import resource
-        resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))      # bytes; not on Windows
-    except (ImportError, ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))      # bytes
+    except ImportError:                                                 # Windows
         pass
     for line in sys.stdin:
         pattern, paragraphs, seconds, most = json.loads(line)
         faulthandler.dump_traceback_later(seconds, exit=True)
         try:
-            matches = (i for i, text in enumerate(paragraphs) if re.search(pattern, text))
-            answer = list(itertools.islice(matches, most))
+            answer = list(itertools.islice((i for i, text in enumerate(paragraphs) if re.search(pattern, text)), most))
         except Exception:                                               # re.error, nesting too deep, numbers too large
             answer = None
         faulthandler.cancel_dump_traceback_later()
@@ -267,7 +263,7 @@ def few_shot(condition):
     for question, answer, thought, queries, paragraphs in EXAMPLES:
         text += '\n\n' + data.hotpot_prompt(question, paragraphs, condition)
         if condition == 'retrieval':
-            answered = [f' {query}\nFound: {data.hotpot_found(search(query, paragraphs))}' for query in queries]
+            answered = [f' {query}\nFound: {data.hotpot_lines(search(query, paragraphs))}' for query in queries]
             text += 'Search:'.join(answered) + 'Thought:'
         text += f' {thought}\nAnswer: {answer}'
     return text + '\n\n'
@@ -407,15 +403,12 @@ def trained(out, device):
     """The models that train.py has trained on the task hotpot, in the order of the archs. Raises Refused."""
     found = []
     for result in Path(out).glob('hotpot-*/result.json'):
-        try:
-            cell = json.loads((result.parent / 'config.json').read_text())
-            weights = read_checkpoint(result.parent / 'checkpoint.pt', cell)['model']
-        except (OSError, ValueError, TypeError):
-            raise Refused(f'{result.parent} lacks its config.json or its checkpoint.pt: train it anew')
-        if cell['n_nodes'] == data.HOTPOT_PARAGRAPHS:
+        cell = json.loads(result.with_name('config.json').read_text())
+        checkpoint = read_checkpoint(result.with_name('checkpoint.pt'), cell)
+        if checkpoint and cell['n_nodes'] == data.HOTPOT_PARAGRAPHS:
             model = models.make_model(cell['arch'], cell['size'], len(data.HOTPOT_WORDS), cell['d_state'],
                                       cell['frozen_embedding'])
-            model.load_state_dict(weights)
+            model.load_state_dict(checkpoint['model'])
             found.append((models.ARCHS.index(cell['arch']), '{arch}-{size}-s{seed}'.format(**cell), model))
     if not found:
         raise Refused(f'no model trained on the small world under {out}/: run  python train.py --tasks=hotpot  first '
@@ -444,7 +437,7 @@ def ask(model, record, condition, prefix=None, rounds=3, seconds=1.0):
             queries.append([line[:MAX_PATTERN], outcome])
             titles += [title for title, _ in found]
             label = 'Thought:' if len(queries) >= rounds else ''        # enough searched
-            said = f'Found: {data.hotpot_found(found)}{label}'
+            said = f'Found: {data.hotpot_lines(found)}{label}'
         else:
             label = said = 'Answer:'
     gold = supporting(record) & dict(paragraphs).keys()
@@ -532,12 +525,12 @@ def table(results, subset):
 
 def by_word_overlap(record):
     """The two paragraphs that share most words with the question, rare ones counting more: no model."""
+    words = lambda text: set(normalize_answer(text).split())
     paragraphs = data.hotpot_paragraphs(record)
-    texts = [set(normalize_answer(' '.join(p)).split()) for p in paragraphs]
-    n = Counter(word for text in texts for word in text)
-    asked = set(normalize_answer(record['question']).split())
-    score = [sum(math.log(len(texts) / n[word]) for word in text & asked) for text in texts]
-    return [paragraphs[i] for i in sorted(range(len(texts)), key=lambda i: -score[i])[:2]]
+    n = Counter(word for paragraph in paragraphs for word in words(' '.join(paragraph)))
+    score = lambda paragraph: sum(math.log(len(paragraphs) / n[word])
+                                  for word in words(' '.join(paragraph)) & words(record['question']))
+    return sorted(paragraphs, key=score, reverse=True)[:2]
 
 
 def guess(record, paragraphs):
@@ -548,14 +541,13 @@ def guess(record, paragraphs):
 
 def baselines(records):
     """What needs no model: word overlap and, in the small world, guessing."""
-    overlap = [by_word_overlap(record) for record in records]
-    hits = [len({title for title, _ in two} & supporting(r)) / len(supporting(r)) for r, two in zip(records, overlap)]
+    overlap = [by_word_overlap(r) for r in records]
+    hits = [len(dict(two).keys() & supporting(r)) / len(supporting(r)) for r, two in zip(records, overlap)]
     text = f'word overlap with the question finds {mean(hits)} % of the supporting paragraphs'
     if records[0]['_id'].startswith('small-world'):
         gold, full = ([data.hotpot_paragraphs(r, gold=only) for r in records] for only in (True, False))
-        right = [mean(list(map(guess, records, shown))) for shown in (gold, full, overlap)]
-        text += ('\na guess among yes and no, or the towns: {} % right under gold, {} % under full, {} % on the paragraphs '
-                 'by word overlap').format(*right)
+        text += '\na guess among yes and no, or the towns: {} % right under gold, {} % under full, {} % on those two'.format(
+            *(mean(list(map(guess, records, shown))) for shown in (gold, full, overlap)))
     return text
 
 

@@ -1371,26 +1371,27 @@ def test_what_is_missing_is_one_line_that_says_what_to_do(arguments, words, tmp_
 def test_small_world_answers_follow_from_the_paragraphs():
     kinds = set()
     for record in data.hotpot_records(300):
-        author, born, lives, towns = {}, {}, {}, []
+        author, lived, towns = {}, {'once': {}, 'now': {}}, []
         for title, sentence in [(title, sentences[0]) for title, sentences in record['context']]:
-            if m := re.fullmatch(r'a novel by (.*) set in (\w+)\.', sentence):
+            if m := re.fullmatch(r'(\w+ \w+) wrote it in (\w+)\.', sentence):
                 author[title] = m[1]
                 towns.append(m[2])
             else:
-                born[title], lives[title] = re.fullmatch(r'born in (\w+) and lives in (\w+)\.', sentence).groups()
-                towns += [born[title], lives[title]]
-        assert len(author) == len(born) == 5 and sorted(author.values()) == sorted(born)
-        if m := re.fullmatch(r'(Were|Do) (.*) and (.*) (?:born|live) in one town\?', record['question']):
-            town = born if m[1] == 'Were' else lives
-            answer, gold, kind = 'yes' if town[m[2]] == town[m[3]] else 'no', {m[2], m[3]}, 'comparison'
+                m = re.fullmatch(r'(\w+) once, (\w+) now\.', sentence)
+                lived['once'][title], lived['now'][title] = m.groups()
+                towns += m.groups()
+        assert len(author) == len(lived['now']) == 5 and sorted(author.values()) == sorted(lived['now'])
+        if m := re.fullmatch(r'(?:Did|Do) (.*) and (.*) live in one town (once|now)\?', record['question']):
+            town = lived[m[3]]
+            answer, gold, kind, asked = 'yes' if town[m[1]] == town[m[2]] else 'no', {m[1], m[2]}, 'comparison', m[3]
         else:
-            m = re.fullmatch(r'Where (was|does) the author of (.*) (?:born|live)\?', record['question'])
-            answer, gold, kind = (born if m[1] == 'was' else lives)[author[m[2]]], {m[2], author[m[2]]}, 'bridge'
+            m = re.fullmatch(r'Where (?:did|does) the author of (.*) live (once|now)\?', record['question'])
+            answer, gold, kind, asked = lived[m[2]][author[m[1]]], {m[1], author[m[1]]}, 'bridge', m[2]
         assert (answer, kind, gold) == (record['answer'], record['type'], eval_hotpot.supporting(record))
-        assert len(towns) - len({*towns}) == (answer == 'yes')          # so an answer is never right by another fact
+        assert len(towns) - len({*towns}) == (answer == 'yes')          # so no other fact gives the right answer
         names = [title.split() for title, _ in record['context']]
         assert len(names) == 10 and all(sum(name[1] == other[1] for other in names) > 1 for name in names)
-        kinds.add((kind, answer if kind == 'comparison' else '', m[1]))
+        kinds.add((kind, asked, answer if kind == 'comparison' else ''))
     assert len(kinds) == 6
 
 
@@ -1412,12 +1413,12 @@ def test_a_small_world_sample_is_the_conversation_that_the_evaluation_holds(cond
         assert r['recall'] == (1 if condition == 'retrieval' else None)
         written = [t for t in row if t not in (data.PAD, data.BOS)]
         assert data.hotpot_encode(conversation) == written and written[-1] == data.HOTPOT_TOKENS[record['answer']]
-        # what was found is not to be predicted, everything else is, and the end of the text
-        learned = data.hotpot_decode(row[start:][mask[start:]])
-        found = ''.join(re.findall(r'(?<=Found:)((?: .*\n)(?:(?!Search:|Answer:).*\n)*)', conversation))
-        assert found.count('\n') == (2 if condition == 'retrieval' else 0) and not mask[:start].any()
-        assert len(data.hotpot_encode(learned)) + len(data.hotpot_encode(found)) == (row[start:] != data.PAD).sum()
-        assert not any(line in learned for line in found.splitlines()) and mask.nonzero()[0][-1] == row.nonzero()[0][row[row.nonzero()[0]] != data.PAD][-1] + 1
+        # what was found is not to be predicted; all else after the prompt is, and that the text ends
+        hidden = data.hotpot_decode(row[start:][~mask[start:] & (row[start:] != data.PAD)])
+        assert sorted(hidden.splitlines()) == sorted(f'{title}: {text}' for title, text in
+                                                     data.hotpot_paragraphs(record, gold=True) if condition == 'retrieval')
+        end = start + (row[start:] != data.PAD).sum()
+        assert not mask[:start].any() and mask[end - 2:].tolist()[:3] == [True] * 3 and not mask[end + 1:].any()
 
 
 def test_mixed_asks_each_question_under_all_conditions_and_none_of_them_in_training():
@@ -1454,13 +1455,14 @@ def test_impossible_questions_are_refused_by_name(arguments, word):
 
 
 @pytest.mark.parametrize('query, found', [
-    ('Search: ^Amber Bell\nFound:', 'Amber Bell: born in Velm and lives in Elsto.\n'), ('Search: ^Ada Tarn\nFound:', 'nothing\n'),
-    ('Search: Elsto|Orsel\nFound:', None), ('Search:\nFound:', 'nothing\n'), ('Search: |\nFound:', None), ('Found:', 'nothing\n'),
-    ('Search: ?\nFound:', 'nothing\n'), ('Search: ^Ada Tarn\nFound: nothing\nSearch: Orsel\nFound:', 'Odo Dahl: a novel set in Orsel.\n')])
+    ('Search: ^Amber Tower\nFound:', 'Amber Tower: Odo Dahl wrote it in Lomar.\n'), ('Search: ^Ada Tarn\nFound:', 'nothing\n'),
+    ('Search: Odo Dahl\nFound:', 'everything'), ('Search: ^Odo Dahl|^Amber\nFound:', 'everything'), ('Found:', 'nothing\n'),
+    ('Search: ^Ada\nFound: nothing\nSearch: Elsto\nFound:', 'Odo Dahl: Ravik once, Elsto now.\n'),
+    ('Search:\nFound:', 'nothing\n'), ('Search: ?\nFound:', 'nothing\n'), ('Thought: Odo Dahl\nFound:', 'nothing\n')])
 def test_the_small_worlds_retriever_takes_whatever_is_written(query, found):
-    shown = 'Odo Dahl: a novel set in Orsel.\nAmber Bell: born in Velm and lives in Elsto.\n'.replace('Bell', 'Tower')
-    context = data.hotpot_encode(shown + 'Question: Where?\n' + query.replace('Bell', 'Tower'))
-    assert data.hotpot_decode(data.search_paragraphs(context)) == (found or shown).replace('Bell', 'Tower')
+    shown = 'Odo Dahl: Ravik once, Elsto now.\nAmber Tower: Odo Dahl wrote it in Lomar.\n'
+    context = data.hotpot_encode(f'{shown}Question: Where did the author of Amber Tower live once?\n{query}')
+    assert data.hotpot_decode(data.search_paragraphs(context)) == (shown if found == 'everything' else found)
 
 
 def test_train_py_writes_what_a_search_finds_whole():
