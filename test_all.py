@@ -1411,6 +1411,8 @@ def test_a_small_world_sample_is_the_conversation_that_the_evaluation_holds(cond
         assert r['text'] == conversation + '\n' and r['em'] == 1
         assert len(r['queries']) == (0 if condition != 'retrieval' else 1 if record['type'] == 'comparison' else 2)
         assert r['recall'] == (1 if condition == 'retrieval' else None)
+        prompt = conversation[:conversation.index('?\n') + 2] + ('Search:' if condition == 'retrieval' else 'Thought:')
+        assert eval_hotpot.Words().encode(prompt, True) == row[:start].tolist()
         written = [t for t in row if t not in (data.PAD, data.BOS)]
         assert data.hotpot_encode(conversation) == written and written[-1] == data.HOTPOT_TOKENS[record['answer']]
         # what was found is not to be predicted; all else after the prompt is, and that the text ends
@@ -1433,7 +1435,7 @@ def test_mixed_asks_each_question_under_all_conditions_and_none_of_them_in_train
     for _ in range(data.CHUNK // 64):
         batch, mask = next(batches)
         assert not any(row[:start].tobytes() in forbidden for row in batch)
-        assert mask[:, -1].any()                                       # cut after the longest sample's end
+        assert np.array_equal((mask & (batch == data.PAD)).sum(1), np.ones(64))        # every text learns to end, the longest too
 
 
 def test_the_chance_of_hotpot_is_that_of_a_guess_among_the_paragraphs_shown():
@@ -1442,6 +1444,10 @@ def test_the_chance_of_hotpot_is_that_of_a_guess_among_the_paragraphs_shown():
     shown = [len(np.unique(prompt[towns[prompt]])) for prompt in tokens[:, :data.hotpot_prompt_length(10)]]
     right = np.where(np.isin(answers, (data.TRUE, data.FALSE)), 1 / 2, 1 / np.array(shown))
     assert abs(right.mean() - data.TASKS['hotpot'].chance(10)) < 4 * right.std() / 30_000 ** 0.5
+    for gold, towns in ((True, 3), (False, 15)):                        # and eval_hotpot.py prints the same
+        for record in data.hotpot_records(50):
+            kind = 2 if record['type'] == 'comparison' else towns
+            assert eval_hotpot.guess(record, data.hotpot_paragraphs(record, gold)) == 1 / kind
 
 
 @pytest.mark.parametrize('arguments, word', [
