@@ -620,14 +620,11 @@ def generate_hotpot(batch_size, n_paragraphs, setup, seed, distribution='mixed')
     loss_mask = np.zeros(tokens.shape, bool)
     for i, (record, condition) in enumerate(asked):
         (prompt, _), *pieces = hotpot_conversation(record, condition)
-        row = [BOS, *hotpot_encode(prompt)]
-        tokens[i, start - len(row):start] = row
-        at = start
-        for text, written in pieces:
-            piece = hotpot_encode(text)
-            tokens[i, at:at + len(piece)], loss_mask[i, at:at + len(piece)] = piece, written
-            at += len(piece)
-        loss_mask[i, at] = True
+        prompt = [BOS, *hotpot_encode(prompt)]
+        conversation = [(token, written) for text, written in pieces for token in hotpot_encode(text)] + [(PAD, True)]
+        end = start + len(conversation)
+        tokens[i, start - len(prompt):start] = prompt
+        tokens[i, start:end], loss_mask[i, start:end] = zip(*conversation)
     return tokens, loss_mask, np.array([HOTPOT_TOKENS[record['answer']] for record, _ in asked])
 
 

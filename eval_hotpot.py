@@ -26,6 +26,7 @@ import copy
 import io
 import json
 import math
+import os
 import re
 import shutil
 import string
@@ -442,7 +443,7 @@ def kept(path):
     """The results in a file, {(id, condition): dict}. A last line that a kill has torn is cut off."""
     *lines, torn = path.read_bytes().split(b'\n') if path.exists() else [b'']
     if torn:
-        path.write_bytes(b''.join(line + b'\n' for line in lines))
+        os.truncate(path, path.stat().st_size - len(torn))
     return {(result['id'], result['condition']): result for result in map(json.loads, lines)}
 
 
