@@ -515,8 +515,8 @@ def by_word_overlap(record):
     words = lambda text: set(normalize_answer(text).split())
     paragraphs = data.hotpot_paragraphs(record)
     n = Counter(word for paragraph in paragraphs for word in words(' '.join(paragraph)))
-    score = lambda paragraph: sum(math.log(len(paragraphs) / n[word])
-                                  for word in words(' '.join(paragraph)) & words(record['question']))
+    shared = lambda paragraph: words(' '.join(paragraph)) & words(record['question'])
+    score = lambda paragraph: math.fsum(math.log(len(paragraphs) / n[word]) for word in shared(paragraph))     # in any order
     return sorted(paragraphs, key=score, reverse=True)[:2]
 
 
