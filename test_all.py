@@ -1110,7 +1110,8 @@ def test_real_questions_are_read_in_both_layouts():
 
 
 @pytest.mark.parametrize('change, field', [
-    ({'question': None}, 'question'), ({'answer': 5}, 'answer'), ({'context': []}, 'context'), ({'_id': data.hotpot_records(1)[0]['_id']}, '_id'),
+    ({'question': None}, 'question'), ({'answer': 5}, 'answer'), ({'context': []}, 'context'),
+    ({'_id': data.hotpot_records(1)[0]['_id']}, '_id'),
     ({'context': [['title', 'no list']]}, 'context'), ({'context': {'title': ['a'], 'sentences': []}}, 'context'),
     ({'supporting_facts': [['title']]}, 'supporting_facts'), ({'supporting_facts': [['nowhere', 0]]}, 'supporting_facts')])
 def test_a_malformed_question_is_named_by_index_id_and_field(change, field, tmp_path):
@@ -1402,10 +1403,13 @@ def test_a_small_world_sample_is_the_conversation_that_the_evaluation_holds(cond
     for row, mask, record in zip(tokens, loss_mask, records):
         conversation = data.hotpot_decode(row)
 
-        class Knows:                                                   # writes the rest of the line, which stands in the sample
-            read = lambda self, text, after='': (after or '') + text
-            write = lambda self, state: (line := conversation.removeprefix(state).partition('\n')[0].strip(),
-                                         state + (' ' if conversation[len(state):len(state) + 1] == ' ' else '') + line + '\n')
+        class Knows:                                                   # writes the line as it stands in the sample
+            def read(self, text, after=None):
+                return (after or '') + text
+
+            def write(self, state):
+                line = conversation.removeprefix(state).partition('\n')[0]
+                return line, f'{state}{line}\n'
 
         r = eval_hotpot.ask(Knows(), record, condition)
         assert r['text'] == conversation + '\n' and r['em'] == 1
@@ -1435,7 +1439,7 @@ def test_mixed_asks_each_question_under_all_conditions_and_none_of_them_in_train
     for _ in range(data.CHUNK // 64):
         batch, mask = next(batches)
         assert not any(row[:start].tobytes() in forbidden for row in batch)
-        assert np.array_equal((mask & (batch == data.PAD)).sum(1), np.ones(64))        # every text learns to end, the longest too
+        assert np.array_equal((mask & (batch == data.PAD)).sum(1), np.ones(64))       # every text's end is learned
 
 
 def test_the_chance_of_hotpot_is_that_of_a_guess_among_the_paragraphs_shown():
@@ -1461,7 +1465,8 @@ def test_impossible_questions_are_refused_by_name(arguments, word):
 
 
 @pytest.mark.parametrize('query, found', [
-    ('Search: ^Amber Tower\nFound:', 'Amber Tower: Odo Dahl wrote it in Lomar.\n'), ('Search: ^Ada Tarn\nFound:', 'nothing\n'),
+    ('Search: ^Amber Tower\nFound:', 'Amber Tower: Odo Dahl wrote it in Lomar.\n'),
+    ('Search: ^Ada Tarn\nFound:', 'nothing\n'),
     ('Search: Odo Dahl\nFound:', 'everything'), ('Search: ^Odo Dahl|^Amber\nFound:', 'everything'), ('Found:', 'nothing\n'),
     ('Search: ^Ada\nFound: nothing\nSearch: Elsto\nFound:', 'Odo Dahl: Ravik once, Elsto now.\n'),
     ('Search:\nFound:', 'nothing\n'), ('Search: ?\nFound:', 'nothing\n'), ('Thought: Odo Dahl\nFound:', 'nothing\n')])
