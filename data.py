@@ -641,8 +641,8 @@ def search_paragraphs(context):
     HOTPOT_FOUND paragraphs of the prompt in which the query, a regular expression, is found. Returns their token ids,
     or those of `nothing`. (What would make `re` slow cannot be written with the words of this small world.)"""
     paragraphs, _, conversation = hotpot_decode(context).partition('Question:')
-    _, label, query = conversation.rpartition('Search:')
-    pattern = label and hotpot_pattern(query.removesuffix('Found:').partition('\n')[0].strip())
+    query = conversation.rpartition('Search:')[2].removesuffix('Found:')
+    pattern = hotpot_pattern(query.partition('\n')[0].strip())
     found = [line for line in paragraphs.splitlines(True) if pattern and re.search(pattern, line)][:HOTPOT_FOUND]
     return hotpot_encode(''.join(found) or 'nothing\n')
 

@@ -1113,6 +1113,7 @@ def test_real_questions_are_read_in_both_layouts():
     ({'question': None}, 'question'), ({'answer': 5}, 'answer'), ({'context': []}, 'context'),
     ({'_id': data.hotpot_records(1)[0]['_id']}, '_id'),
     ({'context': [['title', 'no list']]}, 'context'), ({'context': {'title': ['a'], 'sentences': []}}, 'context'),
+    ({'context': {'title': ['a', 'b'], 'sentences': [['x.']]}}, 'context'),
     ({'supporting_facts': [['title']]}, 'supporting_facts'), ({'supporting_facts': [['nowhere', 0]]}, 'supporting_facts')])
 def test_a_malformed_question_is_named_by_index_id_and_field(change, field, tmp_path):
     records = data.hotpot_records(4)
@@ -1197,7 +1198,7 @@ class Scripted:
     """Reads text, writes what its script says for the question: no neural network in it."""
 
     def __init__(self, records, write_line, name='scripted'):
-        self.name, self.write_line, self.reads = name, write_line, 0
+        self.name, self.write_line, self.reads, self.states = name, write_line, 0, []
         self.records = {record['question']: record for record in records}
 
     def read(self, text, after=None):
@@ -1205,6 +1206,7 @@ class Scripted:
         return (after or '') + text
 
     def write(self, state):
+        self.states.append(state)
         record = self.records[re.findall('Question: (.*)', state)[-1]]
         turn = state[state.rindex('Question: '):]
         line = self.write_line(record, turn)
@@ -1223,7 +1225,9 @@ def perfect(record, turn):
 
 def test_a_perfect_model_gets_everything_and_a_bad_one_nothing_under_all_conditions(tmp_path):
     records = hotpot_questions()
-    good = eval_hotpot.evaluate(Scripted(records, perfect), records, tmp_path)
+    model = Scripted(records, perfect)
+    good = eval_hotpot.evaluate(model, records, tmp_path)
+    assert all(state.count('Question: ') == 5 for state in model.states)        # the four examples and this one
     assert len(good) == 3 * len(records)
     for (id, condition), r in good.items():
         assert r['em'] == r['f1'] == 1 and r['recall'] == (1 if condition == 'retrieval' else None)
@@ -1446,8 +1450,9 @@ def test_the_chance_of_hotpot_is_that_of_a_guess_among_the_paragraphs_shown():
     tokens, _, answers = data.generate_hotpot(30_000, 10, 'retrieval', 0, 'mixed')
     towns = np.isin(np.arange(len(data.HOTPOT_WORDS)), [data.HOTPOT_TOKENS[town] for town in data.TOWN])
     shown = [len(np.unique(prompt[towns[prompt]])) for prompt in tokens[:, :data.hotpot_prompt_length(10)]]
-    right = np.where(np.isin(answers, (data.TRUE, data.FALSE)), 1 / 2, 1 / np.array(shown))
-    assert abs(right.mean() - data.TASKS['hotpot'].chance(10)) < 4 * right.std() / 30_000 ** 0.5
+    comparison = np.isin(answers, (data.TRUE, data.FALSE))
+    assert abs(comparison.mean() - 1 / 4) < 0.02
+    assert abs(1 / 4 * 1 / 2 + 3 / 4 * (1 / np.array(shown))[~comparison].mean() - data.TASKS['hotpot'].chance(10)) < 1e-9
     for gold, towns in ((True, 3), (False, 15)):                        # and eval_hotpot.py prints the same
         for record in data.hotpot_records(50):
             kind = 2 if record['type'] == 'comparison' else towns
