@@ -24,7 +24,7 @@ and counting, each drawn at its function below. They have the setups direct and 
 
 Try it:  python data.py          prints one sample of each task and setup
 """
-import math
+import random
 import re
 from functools import partial
 from typing import Callable, NamedTuple
@@ -502,189 +502,168 @@ def retrieve(context, pattern_of=query_pattern):
 
 # --- two-hop questions: HotpotQA's task in a small world ---------------------------------------------
 #
-#   [BOS] Ada Tarn: a lute player from Velm. Amber Bell: a novel by Odo Dahl. ...    (n paragraphs, `title: text`)
-#   Question: Where does the author of Amber Bell come from?
+#   Ada Tarn: Velm once, Orsel now.                     ten paragraphs, `title: text`, half of them on people
+#   Amber Tower: Odo Dahl wrote it in Lomar. ...        and half on novels, one by each
+#   Question: Where did the author of Amber Tower live once?
 #
-#   gold, full   Thought:   Amber Bell is by Odo Dahl, from Ravik. Answer: Ravik
-#   retrieval    Search:    Amber Bell: Found: *Amber Bell: a novel by Odo Dahl.
-#                           Search: Odo Dahl: Found: *Odo Dahl: a harp player from Ravik.
-#                           Thought: Amber Bell is by Odo Dahl, from Ravik. Answer: Ravik
+#   gold, full   Thought: Amber Tower: Odo Dahl wrote it in Lomar. Odo Dahl: Ravik once, Elsto now.
+#                Answer: Ravik
 #
-# One model learns the three conditions of eval_hotpot.py: gold (only the two paragraphs that matter), full and
-# retrieval (what stands after * is what its queries, regular expressions, have found). The first label is part of the
-# prompt and tells the model which it is. A word is a token, and so are the signs : | . , ?
+#   retrieval    Search: ^Amber Tower
+#                Found: *Amber Tower: Odo Dahl wrote it in Lomar.*
+#                Search: ^Odo Dahl
+#                Found: *Odo Dahl: Ravik once, Elsto now.*
+#                Answer: Ravik
+#
+# The conditions of eval_hotpot.py: gold (only the two paragraphs that matter are shown), full, and retrieval, where
+# the paragraphs need not be recalled: the model writes regular expressions and is shown, between *, what they find. One
+# model learns all three; the first label after the question is given and tells it which. A word, with its colon,
+# is a token, and so are signs and the end of a line with the sign before it.
 
-# The special tokens keep their ids and are written as eval_hotpot.py's labels; one word follows Answer:
-HOTPOT_WORDS = ('-', '~', '[PAD]', '[BOS]', 'Answer:', 'yes', 'no', 'Search:', 'Found:', 'nothing') + tuple(
-    'Question: Thought: : | . , ? a novel by player from is playing Where does the author of come Which instrument play '
-    'Do and share town'.split())
-HOTPOT_NAMES = {kind: tuple(names.split()) for kind, names in dict(
-    first='Ada Bram Cleo Dario Edda Finn Gala Hugo Ines Jory Kaya Levi Mira Nilo Odo Petra Quin Rosa Sami Tova Ulf Vera Wim '
-          'Yara',
-    last='Arden Bellow Corvin Dahl Esker Falk Garrow Hale Ibsen Jarl Kestrel Lund Moor Norrow Okker Pell Quist Rusk Solberg '
-         'Tarn Umber Voss Wyler Zand',
-    adjective='Amber Bitter Copper Distant Early Frozen Golden Hollow Iron Jade Kindled Lonely Marble Narrow Open Pale Quiet '
-              'Restless Silver Tender Upper Velvet Winter Yellow',
-    noun='Anchor Bell Compass Door Engine Forest Garden Harbour Island Jewel Key Lantern Mirror Needle Orchard Piano Quarry '
-         'River Staircase Tower Umbrella Valley Window Yard',
-    town='Aldmoor Brenick Caldry Dunwell Elsto Farrowby Grimsend Hestrel Ilvane Jorvale Kelsund Lomar Mirrick Nethby Orsel '
-         'Pellora Quarne Ravik Stennis Torvik Ulmere Velm Wexby Zelle',
-    instrument='banjo bassoon cello drum flute guitar harp lute trumpet tuba viola zither').items()}
-HOTPOT_WORDS += tuple(name for names in HOTPOT_NAMES.values() for name in names)
-HOTPOT_TOKENS = {word: token for token, word in enumerate(HOTPOT_WORDS)}
 HOTPOT_CONDITIONS = ('gold', 'full', 'retrieval')
-HOTPOT_DISTRIBUTIONS = ('mixed', *HOTPOT_CONDITIONS)
-PARAGRAPH, QUESTION = 9, 12                         # tokens, the label after the question included
-HOTPOT_PARAGRAPHS, HOTPOT_FOUND = 10, 2             # of a question; at most returned by a query
+HOTPOT_DISTRIBUTIONS = ('mixed', *HOTPOT_CONDITIONS)        # mixed: each question under all three, in turn
+HOTPOT_PARAGRAPHS, HOTPOT_FOUND = 10, 2                     # of a question; at most shown after a query
+HOTPOT_TRACE = 30                                           # tokens of the longest conversation after the prompt
+FIRST, LAST, ADJECTIVE, NOUN, TOWN = map(str.split, (
+    'Ada Bram Cleo Dario Edda Finn Gala Hugo Ines Jory Kaya Odo',
+    'Arden Bell Corvin Dahl Esker Falk Hale Jarl Lund Moor Rusk Tarn',
+    'Amber Bitter Copper Distant Early Frozen Golden Hollow Iron Jade Open Silver',
+    'Anchor Bridge Compass Door Engine Forest Garden Harbour Island Jewel Lantern Tower',
+    'Aldmoor Brenick Caldry Dunwell Elsto Farrowby Grimsend Hestrel Ilvane Jorvale Kelsund Lomar Mirrick Nethby Orsel '
+    'Pellora Quarne Ravik Stennis Torvik Ulmere Velm Wexby Zelle'))
+# the special tokens keep their ids and are written as labels and answers
+HOTPOT_WORDS = ('-', '~', '[PAD]', '[BOS]', 'Answer:', 'yes', 'no', 'Search:', 'Found:', 'nothing', 'Question:', 'Thought:',
+                '\n', '.\n', '?\n', *'. , ^ | wrote it in once now Where did does the author of live Did Do and one town'.split(),
+                *FIRST, *LAST, *ADJECTIVE, *NOUN, *TOWN, *[f'{word}:' for word in (*LAST, *NOUN)])
+HOTPOT_TOKENS = {word: token for token, word in enumerate(HOTPOT_WORDS)}
 
 
 def hotpot_decode(tokens):
-    """Token ids -> text, one line per paragraph and per label."""
-    text = ' '.join([HOTPOT_WORDS[t] for t in tokens if t not in (PAD, BOS)])
-    text = re.sub(r' ([:.,?])', r'\1', re.sub(r' ?\| ?', '|', text))
-    return re.sub(r'(?<=[.?]) | (?=Found:|Answer:)', '\n', text)
+    """Token ids -> text, without padding and [BOS]."""
+    return re.sub(r' (?=[.,?|\n])|(?<=[\n^|]) ', '', ' '.join([HOTPOT_WORDS[t] for t in tokens if t not in (PAD, BOS)]))
 
 
 def hotpot_encode(text):
-    """The inverse of hotpot_decode, without [BOS]: text -> list of token ids. Raises ValueError on an unknown word."""
-    words = re.findall(r'(?:Question|Search|Found|Thought|Answer):|\w+|[^\w\s]', text)
-    if unknown := [word for word in words if word not in HOTPOT_TOKENS]:
-        raise ValueError(f'unknown word {unknown[0]!r}: this small world has {len(HOTPOT_WORDS)} words')
-    return [HOTPOT_TOKENS[word] for word in words]
+    """The inverse: text -> list of token ids. Raises ValueError on an unknown word."""
+    words = re.findall(r'\w+:?|[.?]?\n|\S', text)
+    try:
+        return [HOTPOT_TOKENS[word] for word in words]
+    except KeyError as unknown:
+        raise ValueError(f'unknown word {unknown}: this small world has {len(HOTPOT_WORDS)} words')
 
 
-def side_by_side(*parts):
-    """Side by side: strings, the same words in every row, and tokens (B,) or (B, k). Returns (B, L)."""
-    batch_size = next(len(part) for part in parts if not isinstance(part, str))
-    return np.concatenate([
-        np.broadcast_to([HOTPOT_TOKENS[word] for word in part.split()], (batch_size, len(part.split())))
-        if isinstance(part, str) else part.reshape(batch_size, -1) for part in parts], 1)
+def hotpot_record(rng, n_paragraphs=HOTPOT_PARAGRAPHS):
+    """Draw a question (rng: random.Random) as a record in the layout of HotpotQA's official file, see
+    eval_hotpot.load_hotpot; supporting_facts in the order in which they are needed. Three in four go from a novel to
+    its author (bridge), the others compare two people. There are only two last names, and two nouns in titles, so
+    that each paragraph has others of nearly the same name; all towns differ, but for people with one in common."""
+    half = n_paragraphs // 2
+    people, novels = (rng.sample([f'{a} {b}' for b in rng.sample(twos, 2) for a in rng.sample(ones, half // 2 + 1)], half)
+                      for ones, twos in ((FIRST, LAST), (ADJECTIVE, NOUN)))
+    towns = rng.sample(TOWN, 3 * half)
+    scene, once, now = towns[:half], towns[half:2 * half], towns[2 * half:]
+    i, j = rng.sample(range(half), 2)               # about novel i and its author, or people i and j
+    about, word, one, both = (once, 'once', 'did', 'Did') if rng.random() < 0.5 else (now, 'now', 'does', 'Do')
+    if rng.random() < 0.75:
+        kind, supporting, answer = 'bridge', (novels[i], people[i]), about[i]
+        question = f'Where {one} the author of {novels[i]} live {word}?'
+    else:
+        kind, supporting, answer = 'comparison', (people[i], people[j]), rng.choice(('yes', 'no'))
+        question = f'{both} {people[i]} and {people[j]} live in one town {word}?'
+        if answer == 'yes':
+            about[j] = about[i]
+    context = [[novel, [f'{person} wrote it in {town}.']] for novel, person, town in zip(novels, people, scene)]
+    context += [[person, [f'{one} once, {two} now.']] for person, one, two in zip(people, once, now)]
+    rng.shuffle(context)
+    return dict(_id=f'small-world-{rng.getrandbits(48):012x}', question=question, answer=answer, type=kind, context=context,
+                supporting_facts=[[title, 0] for title in supporting])
 
 
-def some_names(rng, batch_size, count, kind):
-    """(B, count) different names of a kind."""
-    return HOTPOT_TOKENS[HOTPOT_NAMES[kind][0]] + permutations(rng, batch_size, len(HOTPOT_NAMES[kind]))[:, :count]
+def hotpot_records(size, n_paragraphs=HOTPOT_PARAGRAPHS, seed=VALIDATION_SEED):
+    """A list of records, those from which the samples of the same seed are made."""
+    rng = random.Random(repr(seed))
+    return [hotpot_record(rng, n_paragraphs) for _ in range(size)]
 
 
-def sharing_names(rng, batch_size, count, kind1, kind2):
-    """(B, count, 2) distinct two-word names out of a grid of few first and few last words, so that almost
-    every name shares each of its words with another one."""
-    side = math.ceil(math.sqrt(1.5 * count))
-    one, two = np.divmod(permutations(rng, batch_size, side * side)[:, :count], side)
-    return np.stack((np.take_along_axis(some_names(rng, batch_size, side, kind1), one, 1),
-                     np.take_along_axis(some_names(rng, batch_size, side, kind2), two, 1)), -1)
+def hotpot_paragraphs(record, gold=False):
+    """[(title, text), ...] of the context; gold: of the supporting ones only."""
+    supporting = dict(record['supporting_facts'])
+    return [(title, ' '.join([sentence.strip() for sentence in sentences])) for title, sentences in record['context']
+            if not gold or title in supporting]
 
 
-def two_hop(rng, batch_size, n_paragraphs):
-    """Draw small worlds of n/2 novels and n/2 people, the authors, and a question about each: three in four
-    follow a novel to its author (bridge), the others compare two people. Returns a dict of
-    paragraphs (B, n, 9), question (B, 11), thought (B, 10), answer (B,), queries (B, 2, 7) padded with -1 (a
-    comparison has one query), gold (B, 2) the places of the paragraphs that matter, in the order a search
-    finds them, comparison (B,) bool."""
-    B, K = batch_size, n_paragraphs // 2
-    rows = np.arange(B)
-    people, novels = sharing_names(rng, B, K, 'first', 'last'), sharing_names(rng, B, K, 'adjective', 'noun')
-    towns, instruments = some_names(rng, B, K, 'town'), some_names(rng, B, K, 'instrument')
-    a, b = permutations(rng, B, K)[:, :2].T             # the question is about novel a, or about people a and b
-    comparison, about_town = rng.integers(0, 4, B) == 0, rng.integers(0, 2, B) == 0
-    same = comparison & (rng.integers(0, 2, B) == 0)
-    towns[rows[same], b[same]] = towns[rows[same], a[same]]
+def hotpot_lines(paragraphs):
+    """Paragraphs, (title, text) pairs, as a model reads them."""
+    return ''.join([f'{title}: {text}\n' for title, text in paragraphs]) or 'nothing\n'
 
-    place = permutations(rng, B, 2 * K)                 # where novel i and person K + i stand in the context
-    paragraphs = np.empty((B, 2 * K, PARAGRAPH), np.int64)
-    for i in range(K):                                  # (novel i is by person i; the order says nothing)
-        paragraphs[rows, place[:, i]] = side_by_side(novels[:, i], ': a novel by', people[:, i], '.')
-        paragraphs[rows, place[:, K + i]] = side_by_side(people[:, i], ': a', instruments[:, i], 'player from',
-                                                    towns[:, i], '.')
-    novel, person, other, town = novels[rows, a], people[rows, a], people[rows, b], towns[rows, a]
-    instrument, town_b, c, t = instruments[rows, a], towns[rows, b], comparison[:, None], about_town[:, None]
-    question = np.where(c, side_by_side('Question: Do', person, 'and', other, 'share a town ?'), np.where(
-        t, side_by_side('Question: Where does the author of', novel, 'come from ?'),
-        side_by_side('Question: Which instrument does the author of', novel, 'play ?')))
-    thought = np.where(c, side_by_side(person, 'from', town, ',', other, 'from', town_b, '.'), np.where(
-        t, side_by_side(novel, 'is by', person, ', from', town, '.'),
-        side_by_side(novel, 'is by', person, ', playing', instrument, '.')))
-    gold = np.stack((place[rows, np.where(comparison, K + b, a)], place[rows, K + a]), 1)
-    none = np.full((B, 4), -1)
-    queries = np.stack((np.where(c, side_by_side(person, ': |', other, ':'), side_by_side(novel, ':', none)),
-                        np.where(c, -1, side_by_side(person, ':', none))), 1)
-    return dict(
-        paragraphs=paragraphs, question=question, thought=thought, queries=queries, comparison=comparison,
-        answer=np.where(comparison, np.where(same, TRUE, FALSE), np.where(about_town, town, instrument)),
-        gold=np.where(c, np.sort(gold, 1), gold))
+
+def hotpot_prompt(question, paragraphs, condition):
+    """What a model reads before it writes; ends with the label of the first line that it writes."""
+    return f'{hotpot_lines(paragraphs)}Question: {question}\n' + ('Search:' if condition == 'retrieval' else 'Thought:')
+
+
+def hotpot_conversation(record, condition):
+    """A question of the small world as drawn above: [(text, whether the model is to write it), ...]."""
+    gold = hotpot_paragraphs(record, gold=True)
+    titles = [title for title, _ in record['supporting_facts']]
+    prompt = hotpot_prompt(record['question'], gold if condition == 'gold' else hotpot_paragraphs(record), condition)
+    if condition != 'retrieval':
+        recalled = ' '.join([f'{title}: {dict(gold)[title]}' for title in titles])
+        return [(prompt, False), (f' {recalled}\nAnswer: {record["answer"]}', True)]
+    pieces, label = [(prompt, False)], ''
+    for hop in [titles] if record['type'] == 'comparison' else [[title] for title in titles]:
+        query = '|'.join([f'^{title}' for title in hop])
+        found = hotpot_lines([(title, text) for title, text in gold if title in hop])
+        pieces += [(f'{label} {query}\nFound:', True), (f' {found}', False)]
+        label = 'Search:'
+    return [*pieces, (f'Answer: {record["answer"]}', True)]
 
 
 def hotpot_prompt_length(n_paragraphs):
-    """Tokens of the prompt: [BOS], paragraphs, question, label. With fewer paragraphs it is padded on the left."""
-    return 1 + n_paragraphs * PARAGRAPH + QUESTION
+    """Tokens of the prompt: [BOS], paragraphs (9 on a novel, 8 on a person), the longest question (12), two labels."""
+    return 1 + n_paragraphs // 2 * (9 + 8) + 12 + 2
 
 
 def generate_hotpot(batch_size, n_paragraphs, setup, seed, distribution='mixed'):
-    """A batch of questions as drawn at the head of this section; distribution: a condition, or mixed for a
-    third of each. Returns what generate returns, with the answers in place of is_tree."""
-    if setup != 'retrieval' or distribution not in HOTPOT_DISTRIBUTIONS or n_paragraphs % 2 or not 4 <= n_paragraphs <= 24:
-        raise ValueError(f'hotpot has the setup retrieval, an even number of paragraphs from 4 to 24 and one of '
-                         f'the distributions {", ".join(HOTPOT_DISTRIBUTIONS)}, not {setup}, {n_paragraphs}, {distribution}')
-    rng = np.random.default_rng(seed)
-    w = two_hop(rng, batch_size, n_paragraphs)
-    rows, start = np.arange(batch_size), hotpot_prompt_length(n_paragraphs)
-    condition = rng.integers(0, 3, batch_size) if distribution == 'mixed' else \
-        np.full(batch_size, HOTPOT_CONDITIONS.index(distribution))
-    gold, searches = condition == 0, (condition == 2)[:, None]
-    hops = searches & ~w['comparison'][:, None]
-
-    label = np.where(searches, START, HOTPOT_TOKENS['Thought:'])
-    prompt = side_by_side(np.full(batch_size, BOS), w['paragraphs'].reshape(batch_size, -1), w['question'], label)
-    short = start - hotpot_prompt_length(2)
-    prompt[gold, :short], prompt[gold, short] = PAD, BOS
-    prompt[gold, short + 1:-QUESTION] = w['paragraphs'][rows[:, None], np.sort(w['gold'], 1)][gold].reshape(-1, 2 * PARAGRAPH)
-
-    found1, found2 = w['paragraphs'][rows, w['gold'][:, 0]], w['paragraphs'][rows, w['gold'][:, 1]]
-    parts = [(searches, w['queries'][:, 0]), (searches, side_by_side('Found:', rows)[:, :1]), (searches, found1),
-             (hops, side_by_side('Search:', w['queries'][:, 1], 'Found:')), (searches, found2),
-             (searches, side_by_side('Thought:', rows)[:, :1]), (True, side_by_side(w['thought'], 'Answer:', w['answer']))]
-    trace = np.concatenate([np.where(needed, part, -1) for needed, part in parts], 1)
-    given = np.concatenate([np.full(part.shape, part is found1 or part is found2) for _, part in parts], 1)
-    written = trace >= 0
-    length = written.sum(1)
-    tokens = np.full((batch_size, start + length.max()), PAD, np.int64)
+    """A batch of questions as drawn above. distribution: a condition, or mixed. Returns tokens (B, L), shorter prompts
+    padded on the left; loss_mask (B, L), True on what the model writes and on one [PAD] after it, so that it learns to
+    stop; answers (B,), token ids. Raises ValueError as generate does."""
+    check(batch_size, n_paragraphs, (4, 2 * (len(TOWN) // 3)), setup, ('retrieval',), distribution, HOTPOT_DISTRIBUTIONS)
+    if n_paragraphs % 2:
+        raise ValueError(f'n_nodes={n_paragraphs} is impossible: give an even number of paragraphs')
+    conditions = HOTPOT_CONDITIONS if distribution == 'mixed' else (distribution,)
+    records = hotpot_records(-(-batch_size // len(conditions)), n_paragraphs, seed)
+    asked = [(record, condition) for record in records for condition in conditions][:batch_size]
+    start = hotpot_prompt_length(n_paragraphs)
+    tokens = np.full((batch_size, start + HOTPOT_TRACE + 1), PAD)
     loss_mask = np.zeros(tokens.shape, bool)
-    tokens[:, :start] = prompt
-    where = np.arange(length.max()) < length[:, None]
-    tokens[:, start:][where], loss_mask[:, start:][where] = trace[written], ~given[written]
-    return tokens, loss_mask, w['answer']
+    for i, (record, condition) in enumerate(asked):
+        (prompt, _), *pieces = hotpot_conversation(record, condition)
+        prompt = [BOS, *hotpot_encode(prompt)]
+        conversation = [(token, written) for text, written in pieces for token in hotpot_encode(text)] + [(PAD, True)]
+        end = start + len(conversation)
+        tokens[i, start - len(prompt):start] = prompt
+        tokens[i, start:end], loss_mask[i, start:end] = zip(*conversation)
+    return tokens, loss_mask, np.array([HOTPOT_TOKENS[record['answer']] for record, _ in asked])
+
+
+def hotpot_pattern(query):
+    """The query itself if it is a regular expression, None if it is malformed."""
+    try:
+        return re.compile(query).pattern.strip() or None
+    except re.error:
+        return None
 
 
 def search_paragraphs(context):
     """Answer the query at the end of a context, token ids (L,) that end with `Search: query Found:`: the first
-    paragraphs of the prompt that the query, a regular expression, matches. Returns token ids, of `nothing`
-    if there are none or the expression is malformed. (Its words cannot say what would make `re` slow.)"""
-    context = np.asarray(context)
-    start = max(np.flatnonzero(context == START), default=-1)
-    pattern = hotpot_pattern(hotpot_decode(context[start + 1:-1]))
-    lines = hotpot_decode(context[:np.flatnonzero(context == HOTPOT_TOKENS['Question:'])[0]]).splitlines()
-    found = [line for line in lines if pattern and re.search(pattern, line)][:HOTPOT_FOUND]
-    return hotpot_encode(' '.join(found)) or [FAILED]
-
-
-def hotpot_pattern(query):
-    """The query itself if it is a regular expression, None if it is malformed (here: empty)."""
-    return query.strip() or None
-
-
-def hotpot_records(size, n_paragraphs=10, seed=VALIDATION_SEED):
-    """Questions of the small world as records in the layout of HotpotQA's official file, a list of dicts."""
-    w = two_hop(np.random.default_rng(seed), size, n_paragraphs)
-    records = []
-    for i in range(size):
-        context = []
-        for paragraph in w['paragraphs'][i]:
-            title, text = hotpot_decode(paragraph).split(': ')
-            context.append([title, [text]])
-        records.append(dict(_id=f'small-world-{i}', question=hotpot_decode(w['question'][i]).removeprefix('Question: '),
-                            answer=HOTPOT_WORDS[w['answer'][i]], type='comparison' if w['comparison'][i] else 'bridge',
-                            supporting_facts=[[context[j][0], 0] for j in w['gold'][i]], context=context))
-    return records
+    HOTPOT_FOUND paragraphs of the prompt in which the query, a regular expression, is found. Returns their token ids,
+    or those of `nothing`. (What would make `re` slow cannot be written with the words of this small world.)"""
+    paragraphs, _, conversation = hotpot_decode(context).partition('Question:')
+    query = conversation.rpartition('Search:')[2].removesuffix('Found:')
+    pattern = hotpot_pattern(query.partition('\n')[0].strip())
+    found = [line for line in paragraphs.splitlines(True) if pattern and re.search(pattern, line)][:HOTPOT_FOUND]
+    return hotpot_encode(''.join(found) or 'nothing\n')
 
 
 # --- tasks, training stream and validation set ---------------------------------------------------
@@ -717,8 +696,10 @@ TASKS = {
     'recall': primitive(recall, lambda n: 4 * n, lambda n: 2 * n, 1, 4, lambda n: 1 / n),
     'cgram': primitive(cgram, lambda n: n, lambda n: n, 2, 5, lambda n: 2 / n),
     'counting': primitive(counting, lambda n: n, lambda n: n, 1, 6 * (MAX_COUNT + 1), lambda n: 1 / (MAX_COUNT + 1)),
+    # hotpot's chance: of a guess at yes or no, or among the towns of the paragraphs shown (3 under gold), mixed
     'hotpot': Task(generate_hotpot, lambda n: len(HOTPOT_WORDS), hotpot_prompt_length,
-                   lambda n, setup: hotpot_prompt_length(n) + 40, lambda n: 1 / 4 * 1 / 2 + 3 / 4 * 2 / n,
+                   lambda n, setup: hotpot_prompt_length(n) + HOTPOT_TRACE,
+                   lambda n: 1 / 4 * 1 / 2 + 3 / 4 * (1 / 3 * 1 / 3 + 2 / 3 * 2 / (3 * n)),
                    hotpot_pattern, search_paragraphs, HOTPOT_DISTRIBUTIONS, ('retrieval',), HOTPOT_WORDS),
 }
 
@@ -759,7 +740,7 @@ def training_batches(task, batch_size, n_nodes, setup, seed, distribution='two_s
                 tokens, loss_mask = tokens[keep], loss_mask[keep]
         for i in range(skip, per_chunk):
             rows = slice(i * batch_size, (i + 1) * batch_size)
-            length = int(np.flatnonzero((tokens[rows] != PAD).any(0))[-1]) + 1
+            length = int(np.flatnonzero(loss_mask[rows].any(0))[-1]) + 1
             yield tokens[rows, :length], loss_mask[rows, :length]
         chunk, skip = chunk + 1, 0
 
@@ -767,4 +748,4 @@ def training_batches(task, batch_size, n_nodes, setup, seed, distribution='two_s
 if __name__ == '__main__':
     for name, task in TASKS.items():
         for setup in task.setups:
-            print(f'{name}, {setup}:\n{decode(task.generate(1, 6, setup, seed=0)[0][0])}\n')
+            print(f'{name}, {setup}:\n{decode(task.generate(1, 6, setup, seed=0)[0][0], task.words)}\n')

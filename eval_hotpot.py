@@ -23,9 +23,12 @@ Questions that every model answers right under gold are reported apart, as in th
 kept in out/hotpot/*.jsonl, a line per question and condition: run the same command again to continue.
 """
 import copy
+import io
 import json
 import math
+import os
 import re
+import shutil
 import string
 import subprocess
 import sys
@@ -35,16 +38,13 @@ import zlib
 from collections import Counter
 from dataclasses import dataclass
 from inspect import getsource, signature
+from itertools import product, zip_longest
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
-
-try:
-    import resource
-except ImportError:                         # Windows
-    resource = None
 
 import data
 import models
@@ -87,66 +87,57 @@ def load_hotpot(path):
     [[...], ...]}, a JSON list or a record per line). Raises ValueError naming the first malformed record."""
     try:
         text = Path(path).read_text(encoding='utf-8')
-        lines = text.startswith('{') and '\n{' in text
-        raw = [json.loads(line) for line in text.splitlines() if line.strip()] if lines else json.loads(text)
+        by_line = text.startswith('{') and '\n{' in text
+        raw = [json.loads(line) for line in text.splitlines() if line.strip()] if by_line else json.loads(text)
     except ValueError as error:
         raise ValueError(f'{path}: not JSON ({error})')
     if not isinstance(raw, list) or not raw:
         raise ValueError(f'{path}: expected a list of records')
-    records, seen = [], set()
+    is_text = lambda value: isinstance(value, str) and value.strip()
+    sentences = lambda value: isinstance(value, list) and all(isinstance(sentence, str) for sentence in value)
+    records, ids = [], set()
     for i, given in enumerate(raw):
         given = given if isinstance(given, dict) else {}
-        record = dict(_id=given.get('_id', given.get('id', f'record-{i}')), type=given.get('type', ''))
+        record = {name: given.get(name) for name in ('question', 'answer', 'context', 'supporting_facts')}
+        record |= dict(_id=given.get('_id', given.get('id', f'record-{i}')), type=given.get('type', ''))
 
-        def need(good, name, what):
+        def need(name, good, what):
             if not good:
                 raise ValueError(f'{path}: record {i} (id {record["_id"]}): {name}: expected {what}')
 
-        strings = lambda values: isinstance(values, list) and all(isinstance(v, str) for v in values)
-        need(isinstance(record['_id'], str) and record['_id'] not in seen, '_id', 'a string that no other record has')
-        seen.add(record['_id'])
-        for name in ('question', 'answer'):
-            record[name] = given.get(name)
-            need(isinstance(record[name], str) and record[name].strip(), name, 'text')
-        for name, second in (('context', 'sentences'), ('supporting_facts', 'sent_id')):
-            pairs = given.get(name)
-            if isinstance(pairs, dict):
-                titles, others = pairs.get('title'), pairs.get(second)
-                need(isinstance(titles, list) and isinstance(others, list) and len(titles) == len(others),
-                     name, f'lists title and {second} of one length')
-                pairs = list(zip(titles, others))
-            need(isinstance(pairs, list) and pairs and all(isinstance(p, (list, tuple)) and len(p) == 2 and
-                 isinstance(p[0], str) and (strings(p[1]) if name == 'context' else type(p[1]) is int) for p in pairs),
-                 name, f'pairs of a title and {"a list of sentences" if name == "context" else "a sentence number"}')
-            record[name] = [list(pair) for pair in pairs]
-        titles = [title for title, _ in record['context']]
-        need(any(title in titles for title, _ in record['supporting_facts']), 'supporting_facts', 'a title of the context')
+        need('_id', is_text(record['_id']) and record['_id'] not in ids, 'a string that no other record has')
+        need('question', is_text(record['question']), 'text')
+        need('answer', is_text(record['answer']), 'text')
+        for name, column, good, what in (('context', 'sentences', sentences, 'a list of sentences'), (
+                'supporting_facts', 'sent_id', lambda value: type(value) is int, 'a sentence number')):
+            if isinstance(record[name], dict):
+                columns = record[name].get('title'), record[name].get(column)
+                record[name] = all(isinstance(c, list) for c in columns) and [list(pair) for pair in zip_longest(*columns)]
+            need(name, isinstance(record[name], list) and record[name] and all(
+                isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) and good(pair[1])
+                for pair in record[name]), f'pairs of a title and {what}')
+        need('supporting_facts', supporting(record) & dict(record['context']).keys(), 'a title of the context')
+        ids.add(record['_id'])
         records.append(record)
     return records
+
+
+def supporting(record):
+    """Titles of the paragraphs that matter."""
+    return {title for title, _ in record['supporting_facts']}
 
 
 def download(path):
     """Fetch the official file, with a progress bar, and check that it holds the questions it should."""
     part = Path(f'{path}.part')
     part.parent.mkdir(parents=True, exist_ok=True)
-    with urllib.request.urlopen(URL, timeout=60) as response, open(part, 'wb') as file:
-        with tqdm(total=int(response.headers.get('Content-Length', 0)) or None, unit='B', unit_scale=True,
-                  desc=Path(path).name) as progress:
-            while block := response.read(1 << 16):
-                file.write(block)
-                progress.update(len(block))
+    with urllib.request.urlopen(URL, timeout=60) as body, open(part, 'wb') as file:
+        size = int(body.headers.get('Content-Length', 0)) or None
+        with tqdm.wrapattr(body, 'read', total=size, desc=path.name) as body:
+            shutil.copyfileobj(body, file)
     if (n := len(load_hotpot(part))) != RECORDS:
         raise Refused(f'{part}: {n:,} questions came instead of {RECORDS:,}, not kept as {path}')
     part.replace(path)
-
-
-def paragraphs_of(record):
-    """[(title, text), ...] of the context."""
-    return [(title, ' '.join(sentence.strip() for sentence in sentences)) for title, sentences in record['context']]
-
-
-def supporting(record):
-    return {title for title, _ in record['supporting_facts']}
 
 
 # --- metrics: the official normalisation and definitions ------------------------------------------------
@@ -168,11 +159,8 @@ def f1_score(prediction, answer):
     if prediction != answer and {prediction, answer} & {'yes', 'no', 'noanswer'}:
         return 0.0
     prediction, answer = prediction.split(), answer.split()
-    common = sum((Counter(prediction) & Counter(answer)).values())
-    if not common:
-        return 0.0
-    precision, recall = common / len(prediction), common / len(answer)
-    return 2 * precision * recall / (precision + recall)
+    common = (Counter(prediction) & Counter(answer)).total()
+    return 2 * common / (len(prediction) + len(answer)) if common else 0.0
 
 
 # --- retrieval: an untrusted regular expression ---------------------------------------------------------
@@ -180,36 +168,21 @@ def f1_score(prediction, answer):
 MAX_PATTERN, MAX_FOUND, MAX_TEXT = 200, data.HOTPOT_FOUND, 1000      # characters, paragraphs, characters of each
 
 
-class Found(list):
-    """The paragraphs that a query found, (title, text) pairs, and its outcome: 'found', 'no match',
-    'malformed' or 'timed out'."""
-
-    def __init__(self, paragraphs, outcome):
-        super().__init__(paragraphs)
-        self.outcome = outcome
-
-
 def answer_queries():
-    """The other end of search(), run as a program of its own, because nothing can interrupt `re` within a
+    """The other end of find(), run as a program of its own, because nothing can interrupt `re` within a
     process: reads queries, a JSON line each, and answers with the numbers of the matching paragraphs.
     When a query takes too long, a watchdog (a C thread, so also while `re` runs) ends the process."""
-    import faulthandler
-    import itertools
-    import json
-    import re
-    import sys
+    import faulthandler, itertools, json, re, sys
     try:
         import resource
-        resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))      # bytes; not on Windows
-    except (ImportError, ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))      # bytes
+    except ImportError:                                                 # Windows
         pass
     for line in sys.stdin:
         pattern, paragraphs, seconds, most = json.loads(line)
         faulthandler.dump_traceback_later(seconds, exit=True)
         try:
-            expression = re.compile(pattern)
-            matches = (i for i, text in enumerate(paragraphs) if expression.search(text))
-            answer = list(itertools.islice(matches, most))
+            answer = list(itertools.islice((i for i, text in enumerate(paragraphs) if re.search(pattern, text)), most))
         except Exception:                                               # re.error, nesting too deep, numbers too large
             answer = None
         faulthandler.cancel_dump_traceback_later()
@@ -219,34 +192,32 @@ def answer_queries():
 worker = None                               # the process, started by the first query and after a timeout
 
 
-def search(pattern, paragraphs, seconds=1.0):
-    """Find the first paragraphs, (title, text) pairs, in whose line `title: text` the regular expression
-    matches (Python's re.search). Returns them as a Found list: MAX_FOUND at most, texts cut to MAX_TEXT.
-    The pattern may be anything: what takes longer than `seconds` is ended, outcome 'timed out'."""
+def find(pattern, paragraphs, seconds=1.0):
+    """Find the first paragraphs, (title, text) pairs, in whose line `title: text` the regular expression matches
+    (Python's re.search). Returns them, MAX_FOUND at most, texts cut to MAX_TEXT, and the outcome: 'found',
+    'no match', 'malformed' or 'timed out'. The pattern may be anything: after `seconds` it is given up."""
     global worker
     if not pattern.strip() or len(pattern) > MAX_PATTERN:
-        return Found([], 'malformed')
+        return [], 'malformed'
     if worker is None or worker.poll() is not None:
-        worker = subprocess.Popen([sys.executable, '-I', '-c', getsource(answer_queries) + 'answer_queries()'],
-                                  stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    lines = [f'{title}: {text}' for title, text in paragraphs]
-    try:
-        worker.stdin.write(json.dumps([pattern, lines, seconds, MAX_FOUND]) + '\n')
-        worker.stdin.flush()
-        answer = worker.stdout.readline()
-    except BaseException:                   # Ctrl-C: its answer must not be taken for that of the next query
-        worker.kill()
-        raise
-    if not answer:
+        worker = subprocess.Popen([sys.executable, '-I', '-c', getsource(answer_queries) + 'answer_queries()'], text=True,
+                                  stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    query = [pattern, [f'{title}: {text}' for title, text in paragraphs], seconds, MAX_FOUND]
+    print(json.dumps(query), file=worker.stdin, flush=True)
+    if not (answer := worker.stdout.readline()):
         worker.communicate()
-        return Found([], 'timed out')
+        return [], 'timed out'
     if (numbers := json.loads(answer)) is None:
-        return Found([], 'malformed')
-    found = [(paragraphs[i][0], paragraphs[i][1][:MAX_TEXT]) for i in numbers]
-    return Found(found, 'found' if found else 'no match')
+        return [], 'malformed'
+    return [(paragraphs[i][0], paragraphs[i][1][:MAX_TEXT]) for i in numbers], 'found' if numbers else 'no match'
 
 
-# --- prompts -----------------------------------------------------------------------------------------
+def search(pattern, paragraphs, seconds=1.0):
+    """The matching paragraphs alone, see find."""
+    return find(pattern, paragraphs, seconds)[0]
+
+
+# --- the worked examples -----------------------------------------------------------------------------
 
 # question, answer, thought, queries, paragraphs (two support the answer, the third is a distractor)
 EXAMPLES = [
@@ -279,25 +250,16 @@ EXAMPLES = [
        'evolution.')])]
 
 
-def prompt(question, paragraphs, condition):
-    """The text that a model reads before it writes; ends with the label of the first line that it writes."""
-    context = ''.join(f'{title}: {text}\n' for title, text in paragraphs)
-    return f'{context}Question: {question}\n' + ('Search:' if condition == 'retrieval' else 'Thought:')
-
-
-def found_text(found):
-    return 'Found: ' + ('\n'.join(f'{title}: {text}' for title, text in found) or 'nothing') + '\n'
-
-
 def few_shot(condition):
     """The four examples, worked out for a condition."""
     text = 'Read the paragraphs and answer the question in a few words.'
     if condition == 'retrieval':
         text += ' First search the paragraphs with regular expressions.'
     for question, answer, thought, queries, paragraphs in EXAMPLES:
-        text += '\n\n' + prompt(question, paragraphs, condition)
+        text += '\n\n' + data.hotpot_prompt(question, paragraphs, condition)
         if condition == 'retrieval':
-            text += 'Search:'.join(f' {query}\n{found_text(search(query, paragraphs))}' for query in queries) + 'Thought:'
+            answered = [f' {query}\nFound: {data.hotpot_lines(search(query, paragraphs))}' for query in queries]
+            text += 'Search:'.join(answered) + 'Thought:'
         text += f' {thought}\nAnswer: {answer}'
     return text + '\n\n'
 
@@ -305,35 +267,24 @@ def few_shot(condition):
 # --- language models: read(text, after=None) -> state, write(state) -> (line, state) --------------------
 
 class LanguageModel:
-    """A model of models.py and a tokenizer from the hub. A state is (cache, logits of the next token);
-    read() leaves the state it is given as it was, so that a prefix is read once and reused."""
+    """A model of models.py and a tokenizer. A state is (cache, logits of the next token); read() leaves the
+    state it is given as it was, so that a prefix is read once and reused."""
 
     def __init__(self, name, model, tokenizer, line_tokens=64):
         self.name, self.model, self.tokenizer, self.line_tokens = name, model, tokenizer, line_tokens
         self.device = next(model.parameters()).device
         self.version = f'{sum(p.detach().cpu().double().abs().sum().item() for p in model.parameters()):.10g}'
-        self.newline = tokenizer.encode('\n', add_special_tokens=False) if tokenizer else None
+        self.newline = tokenizer.encode('\n', add_special_tokens=False)
 
     def encode(self, text, first):
         """Token ids; `first`: of the beginning of a text, with the special tokens that belong there."""
-        tokens = self.tokenizer.encode(text, add_special_tokens=first)
-        return tokens[:-1] if tokens[-1:] == [self.tokenizer.eos_token_id] else tokens
-
-    def decode(self, tokens):
-        return self.tokenizer.decode(tokens)
+        return self.tokenizer.encode(text, add_special_tokens=first)
 
     def branch(self, cache, more):
         """A copy of a cache (None: an empty one) with room for `more` tokens."""
-        if cache is None:
-            return self.model.init_state(1, more)
-        new = self.model.init_state(1, cache.seen + more)
-        new.seen = cache.seen
-        for layer, old_layer in zip(new.layers, cache.layers):
-            for i, old in enumerate(old_layer):
-                if old.dim() == 4:                                      # keys or values, of the tokens seen
-                    layer[i][:, :, :cache.seen] = old[:, :, :cache.seen]
-                else:
-                    layer[i] = old.clone()
+        new = copy.deepcopy(cache) if cache else self.model.init_state(1, 0)
+        for layer in new.layers:                                        # 4 dimensions: keys or values
+            layer[:] = [F.pad(t[:, :, :new.seen], (0, 0, 0, more)) if t.dim() == 4 else t for t in layer]
         return new
 
     def feed(self, tokens, cache):
@@ -345,31 +296,28 @@ class LanguageModel:
     def read(self, text, after=None):
         """The state after a text, or after the text that continues what the state `after` has read."""
         tokens = self.encode(text, first=after is None)
-        logits, cache = self.feed(tokens, self.branch(after and after[0], len(tokens) + self.line_tokens + len(self.newline)))
+        cache = self.branch(after and after[0], len(tokens) + self.line_tokens + len(self.newline))
+        logits, cache = self.feed(tokens, cache)
         return cache, logits
 
     @torch.inference_mode()
     def write(self, state):
         """Greedily write the rest of the line. Returns its text, without the line's end, and the state after it.
         A line ends with a newline, a token that ends texts, or line_tokens."""
-        cache, logits = state
-        line, text = [], ''
-        for _ in range(self.line_tokens):
+        (cache, logits), line, text = state, [], ''
+        while '\n' not in text:
             token = int(logits.argmax())
-            if token == self.tokenizer.eos_token_id:
+            if token == self.tokenizer.eos_token_id or len(line) == self.line_tokens:
+                logits, cache = self.feed(self.newline, cache)
                 break
             logits, cache = self.feed([token], cache)
             line.append(token)
-            text = self.decode(line)
-            if '\n' in text:
-                return text.split('\n')[0], (cache, logits)
-        logits, cache = self.feed(self.newline, cache)
-        return text, (cache, logits)
+            text = self.tokenizer.decode(line)
+        return text.split('\n')[0], (cache, logits)
 
     def memory(self, state):
         """Bytes of a state."""
-        return sum((t[:, :, :state[0].seen] if t.dim() == 4 else t).numel() * t.element_size()
-                   for layer in state[0].layers for t in layer)
+        return sum((t[:, :, :state[0].seen] if t.dim() == 4 else t).nbytes for layer in state[0].layers for t in layer)
 
 
 class HubModel(LanguageModel):
@@ -386,8 +334,7 @@ class HubModel(LanguageModel):
             expected = self.model(input_ids=torch.tensor([sample], device=self.device)).logits[0, -1]
             for self.stride in (1 << 20, 1, 0):                         # 0: no cache, everything again
                 try:
-                    _, cache = self.feed(sample[:6], None)
-                    got, _ = self.feed(sample[6:], self.branch(cache, 0))
+                    got, _ = self.feed(sample[6:], self.branch(self.feed(sample[:6], None)[1], 0))
                 except Exception:                                       # it cannot
                     continue
                 if (got - expected).abs().max() < 1e-3 * expected.abs().max():
@@ -401,53 +348,26 @@ class HubModel(LanguageModel):
         if not self.stride:
             cache = (cache or []) + tokens
             return self.model(input_ids=torch.tensor([cache], device=self.device)).logits[0, -1], cache
-        size = self.stride if cache is not None else len(tokens)
-        for i in range(0, len(tokens), size):
-            out = self.model(input_ids=torch.tensor([tokens[i:i + size]], device=self.device), use_cache=True,
-                             **({self.cache_name: cache} if cache is not None else {}))
+        for part in torch.tensor([tokens], device=self.device).split(self.stride if cache is not None else len(tokens), 1):
+            given = {} if cache is None else {self.cache_name: cache}
+            out = self.model(input_ids=part, use_cache=True, **given)
             cache = out.get(self.cache_name)
         return out.logits[0, -1], cache
 
     def memory(self, state):
-        def size(thing, depth=6):                                       # caches are lists in objects in dicts in ...
-            if torch.is_tensor(thing) or not depth:
-                return thing.numel() * thing.element_size() if depth else 0
-            parts = thing if isinstance(thing, (list, tuple, dict)) else getattr(thing, '__dict__', {})
-            return sum(size(part, depth - 1) for part in (parts.values() if isinstance(parts, dict) else parts))
-        return size(state[0])
+        torch.save(state[0], file := io.BytesIO())                      # (caches come in all sorts of classes)
+        return file.tell()
 
 
-class SmallWorldModel(LanguageModel):
-    """A model that train.py has trained on the task hotpot: a token per word, and a label ends a line."""
+class Words:
+    """The tokenizer of the small world. A first prompt is padded as in training, and [PAD] ends a text."""
+    eos_token_id = data.PAD
+    decode = staticmethod(data.hotpot_decode)
 
-    LABELS = [data.HOTPOT_TOKENS[word] for word in ('Question:', 'Search:', 'Found:', 'Thought:', 'Answer:')]
-
-    def __init__(self, name, model, n_paragraphs):
-        super().__init__(name, model, None)
-        self.prompt_length = data.hotpot_prompt_length(n_paragraphs)
-        self.newline = []
-
-    def encode(self, text, first):
+    def encode(self, text, add_special_tokens):
         tokens = data.hotpot_encode(text)
-        if first:                                                       # a short prompt is padded as in training
-            tokens = [data.PAD] * (self.prompt_length - 1 - len(tokens)) + [data.BOS] + tokens
-        return tokens
-
-    def read(self, text, after=None):
-        return *super().read(text, after), self.encode(text, False)[-1]
-
-    @torch.inference_mode()
-    def write(self, state):
-        cache, logits, last = state
-        line = []
-        for _ in range(self.line_tokens):
-            token = int(logits.argmax())
-            if line and (token in self.LABELS or last == data.EOS):     # one word follows Answer:
-                break
-            logits, cache = self.feed([token], cache)
-            line.append(token)
-        text = data.hotpot_decode(line).replace('\n', ' ')
-        return ' ' * (last in self.LABELS) + text, (cache, logits, line[-1])
+        padding = data.hotpot_prompt_length(data.HOTPOT_PARAGRAPHS) - 1 - len(tokens)
+        return [data.PAD] * padding + [data.BOS] + tokens if add_special_tokens else tokens
 
 
 def pretrained(name, c, device):
@@ -457,10 +377,8 @@ def pretrained(name, c, device):
     except ImportError:
         raise Refused('pretrained models need one more package: pip install transformers')
     dtype, code = getattr(torch, c.dtype), dict(trust_remote_code=c.trust_remote_code)
-    what = 'tokenizer'
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **code)
-        what, kind = 'model', LanguageModel
+        tokenizer, kind = AutoTokenizer.from_pretrained(name, **code), LanguageModel
         try:
             model = models.from_pretrained(name, dtype)
         except ValueError as reason:
@@ -469,32 +387,25 @@ def pretrained(name, c, device):
             if (limit := getattr(model.config, 'max_position_embeddings', None) or 4096) < 4096:
                 print(f'{name}: made for {limit:,} tokens; what does not fit may end in an error or in nonsense')
     except Exception as error:                                          # transformers raises all sorts
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise Refused(f'{name}: no {what} to be had ({reason[0]})')
-    if not tokenizer.encode('\n', add_special_tokens=False):
-        raise Refused(f'{name}: its tokenizer knows no newline, which ends every line here')
+        raise Refused(f'{name}: no model or tokenizer to be had ({(str(error).strip() or repr(error)).splitlines()[0]})')
     return kind(name, model.to(device).eval(), tokenizer, c.line_tokens)
 
 
 def trained(out, device):
     """The models that train.py has trained on the task hotpot, in the order of the archs. Raises Refused."""
     found = []
-    for result in sorted(Path(out).glob('hotpot-*/result.json')):
-        try:
-            cell = json.loads((result.parent / 'config.json').read_text())
-            weights = read_checkpoint(result.parent / 'checkpoint.pt', cell)['model']
-        except (OSError, ValueError, TypeError):
-            raise Refused(f'{result.parent} lacks its config.json or its checkpoint.pt: train it anew')
-        if cell['n_nodes'] != data.HOTPOT_PARAGRAPHS:
-            continue
-        model = models.make_model(cell['arch'], cell['size'], len(data.HOTPOT_WORDS), cell['d_state'], cell['frozen_embedding'])
-        model.load_state_dict(weights)
-        name = '{arch}-{size}-s{seed}'.format(**cell)
-        found.append((models.ARCHS.index(cell['arch']), name, model.to(device).eval()))
+    for result in Path(out).glob('hotpot-*/result.json'):
+        cell = json.loads(result.with_name('config.json').read_text())
+        checkpoint = read_checkpoint(result.with_name('checkpoint.pt'), cell)
+        if checkpoint and cell['n_nodes'] == data.HOTPOT_PARAGRAPHS:
+            model = models.make_model(cell['arch'], cell['size'], len(data.HOTPOT_WORDS), cell['d_state'],
+                                      cell['frozen_embedding'])
+            model.load_state_dict(checkpoint['model'])
+            found.append((models.ARCHS.index(cell['arch']), '{arch}-{size}-s{seed}'.format(**cell), model))
     if not found:
         raise Refused(f'no model trained on the small world under {out}/: run  python train.py --tasks=hotpot  first '
                       '(some 5 minutes a model), or name pretrained ones, see --help')
-    return [SmallWorldModel(name, model, data.HOTPOT_PARAGRAPHS) for _, name, model in sorted(found, key=lambda f: f[:2])]
+    return [LanguageModel(name, model.to(device).eval(), Words()) for _, name, model in sorted(found, key=lambda f: f[:2])]
 
 
 # --- the conversation ----------------------------------------------------------------------------------
@@ -502,51 +413,38 @@ def trained(out, device):
 def ask(model, record, condition, prefix=None, rounds=3, seconds=1.0):
     """Put one question to a model under a condition. prefix: the model's state after the examples, None
     without. Returns all there is to know about it, a dict: a line of the results."""
-    started, everything = time.monotonic(), paragraphs_of(record)
-    shown = [p for p in everything if condition != 'gold' or p[0] in supporting(record)]
-    text = said = prompt(record['question'], shown, condition)
-    label, prediction, queries, titles = said.rsplit('\n', 1)[1], None, [], []
-    state = prefix
-    while prediction is None:
-        state = model.read(said, state)
-        line, state = model.write(state)
-        text += f'{line}\n'
+    started, paragraphs = time.monotonic(), data.hotpot_paragraphs(record)
+    said = data.hotpot_prompt(record['question'], data.hotpot_paragraphs(record, condition == 'gold'), condition)
+    label, state, text, queries, titles = said.split()[-1], prefix, '', [], []
+    while True:
+        line, state = model.write(model.read(said, state))
         line = line.strip()
+        text += f'{said} {line}\n' if label else f'{said}{line}\n'
         if not label:                                                   # the model has chosen what to do
-            label, _, line = line.partition(':') if line.startswith(('Search:', 'Answer:')) else ('Thought', '', line)
-            label, line = label + ':', line.strip()
+            label, line = re.fullmatch('(Search:|Answer:|) *(.*)', line, re.DOTALL).groups()
+        if label == 'Answer:':
+            break
         if label == 'Search:':
-            found = search(line, everything, seconds)
-            queries.append([line[:MAX_PATTERN], found.outcome])
+            found, outcome = find(line, paragraphs, seconds)
+            queries.append([line[:MAX_PATTERN], outcome])
             titles += [title for title, _ in found]
             label = 'Thought:' if len(queries) >= rounds else ''        # enough searched
-            said = found_text(found) + label
-        elif label == 'Answer:':
-            prediction = line
+            said = f'Found: {data.hotpot_lines(found)}{label}'
         else:
             label = said = 'Answer:'
-        if prediction is None:
-            text += said
-    gold = supporting(record) & {title for title, _ in everything}
-    return dict(id=record['_id'], condition=condition, question=record['question'], answer=record['answer'],
-                prediction=prediction, em=exact_match(prediction, record['answer']), f1=f1_score(prediction, record['answer']),
-                queries=queries, titles=titles, recall=len(gold & {*titles}) / len(gold) if condition == 'retrieval' else None,
+    gold = supporting(record) & dict(paragraphs).keys()
+    return dict(id=record['_id'], condition=condition, question=record['question'], answer=record['answer'], prediction=line,
+                em=exact_match(line, record['answer']), f1=f1_score(line, record['answer']), queries=queries, titles=titles,
+                recall=len(gold & {*titles}) / len(gold) if condition == 'retrieval' else None,
                 seconds=time.monotonic() - started, text=text)
 
 
 def kept(path):
     """The results in a file, {(id, condition): dict}. A last line that a kill has torn is cut off."""
-    if not path.exists():
-        return {}
-    lines = path.read_bytes().split(b'\n')
-    if lines.pop():
-        with open(path, 'rb+') as file:
-            file.truncate(sum(len(line) + 1 for line in lines))
-    try:
-        results = [json.loads(line) for line in lines]
-        return {(result['id'], result['condition']): result for result in results}
-    except (ValueError, KeyError, TypeError):
-        raise Refused(f'{path} is damaged: delete it')
+    *lines, torn = path.read_bytes().split(b'\n') if path.exists() else [b'']
+    if torn:
+        os.truncate(path, path.stat().st_size - len(torn))
+    return {(result['id'], result['condition']): result for result in map(json.loads, lines)}
 
 
 def evaluate(model, records, folder, shots=True, rounds=3, seconds=1.0):
@@ -559,24 +457,18 @@ def evaluate(model, records, folder, shots=True, rounds=3, seconds=1.0):
     path = Path(folder) / f'{re.sub(r"[^0-9A-Za-z.-]+", "-", model.name)}-{zlib.crc32(settings.encode()):08x}.jsonl'
     path.parent.mkdir(parents=True, exist_ok=True)
     results, prefixes = kept(path), dict.fromkeys(CONDITIONS)
-    if shots and len(results) < len(CONDITIONS) * len(records):
-        for condition in CONDITIONS:
-            text = few_shot(condition)
-            prefixes[condition] = prefixes['gold'] if condition == 'full' else model.read(text)
+    todo = [(r, condition) for r in records for condition in CONDITIONS if (r['_id'], condition) not in results]
+    if shots and todo:
+        prefixes['gold'] = prefixes['full'] = model.read(few_shot('gold'))
+        prefixes['retrieval'] = model.read(few_shot('retrieval'))
         if hasattr(model, 'memory'):
-            print(f'{model.name}: the four examples are {len(model.encode(few_shot("gold"), True)):,} tokens '
-                  f'({len(model.encode(text, True)):,} with searches), read once; their state is '
-                  f'{model.memory(prefixes["gold"]) / 1e6:.2f} MB ({model.memory(prefixes["retrieval"]) / 1e6:.2f} MB)')
-    with open(path, 'a', encoding='utf-8') as file, \
-            tqdm(total=len(CONDITIONS) * len(records), initial=len(results), desc=model.name, dynamic_ncols=True) as progress:
-        for record in records:
-            for condition in CONDITIONS:
-                key = record['_id'], condition
-                if key not in results:
-                    results[key] = ask(model, record, condition, prefixes[condition], rounds, seconds)
-                    file.write(json.dumps(results[key]) + '\n')
-                    file.flush()
-                    progress.update()
+            tokens, size = len(model.encode(few_shot('retrieval'), True)), model.memory(prefixes['retrieval']) / 1e6
+            print(f'{model.name}: four examples with searches, {tokens:,} tokens, read once; their state is {size:.2f} MB')
+    with open(path, 'a', encoding='utf-8') as file:
+        for r, condition in tqdm(todo, model.name, len(todo) + len(results), initial=len(results), dynamic_ncols=True):
+            results[r['_id'], condition] = result = ask(model, r, condition, prefixes[condition], rounds, seconds)
+            file.write(json.dumps(result) + '\n')
+            file.flush()
     print(f'{model.name}: {path}')
     return results
 
@@ -586,16 +478,14 @@ def evaluate(model, records, folder, shots=True, rounds=3, seconds=1.0):
 def mean(values):
     """'mean ± standard error' of numbers in [0, 1], in percent."""
     values = 100 * np.array(values, float)
-    if not len(values):
-        return '      -      '
-    return f'{values.mean():5.1f} ± {values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan:4.1f}'
+    error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return f'{values.mean():5.1f} ± {error:4.1f}' if len(values) else '-'
 
 
 def right_under_gold(results, most):
     """ids of the questions that every model answers right under gold, at most `most` of them, in order."""
-    right = [{id: None for (id, condition), r in of_model.items() if condition == 'gold' and r['em']}
-             for of_model in results.values()]
-    return [id for id in right[0] if all(id in others for others in right)][:most]
+    ids = [id for id, condition in next(iter(results.values())) if condition == 'gold']
+    return [id for id in ids if all(of_model[id, 'gold']['em'] for of_model in results.values())][:most]
 
 
 def table(results, subset):
@@ -607,78 +497,71 @@ def table(results, subset):
     lines.append('-' * len(lines[1]))
     for name, of_model in results.items():
         for condition in CONDITIONS:
-            rows = [r for (_, c), r in of_model.items() if c == condition]
-            few = [of_model[id, condition] for id in subset]
-            parts = [f'{mean([r[m] for r in chosen]):^13}' for chosen in (few, rows) for m in ('em', 'f1')]
-            outcomes = Counter(outcome for r in rows for _, outcome in r['queries'])
-            n = outcomes.total()
-            searched = f'{mean([r["recall"] for r in rows]):>12}  {n / len(rows):7.2f} ' + ' '.join(
-                f'{100 * outcomes[o] / max(n, 1):{w}.1f}' for o, w in (('malformed', 9), ('no match', 8), ('timed out', 8))) \
-                if condition == 'retrieval' else ' ' * 49
-            lines.append(f'{name[-28:]:28} {condition:10}  {parts[0]}   {parts[1]}  {parts[2]}   {parts[3]}  {searched}'
+            rows, searched = [r for (_, c), r in of_model.items() if c == condition], ''
+            scores = [f'{mean([r["em"] for r in some]):^13}   {mean([r["f1"] for r in some]):^13}'
+                      for some in ([of_model[id, condition] for id in subset], rows)]
+            if condition == 'retrieval':
+                outcomes = [outcome for r in rows for _, outcome in r['queries']]
+                share = [100 * outcomes.count(o) / len(outcomes) for o in ('malformed', 'no match', 'timed out')]
+                searched = (f'{mean([r["recall"] for r in rows]):>12}  {len(outcomes) / len(rows):7.2f} '
+                            '{:9.1f} {:8.1f} {:8.1f}'.format(*share))
+            lines.append(f'{name[-28:]:28} {condition:10}  {scores[0]}  {scores[1]}  {searched:49}'
                          f'  {np.mean([r["seconds"] for r in rows]):10.3f}')
     return '\n'.join(lines)
 
 
 def by_word_overlap(record):
     """The two paragraphs that share most words with the question, rare ones counting more: no model."""
-    texts = [set(normalize_answer(' '.join(p)).split()) for p in paragraphs_of(record)]
-    n = Counter(word for text in texts for word in text)
-    asked = set(normalize_answer(record['question']).split())
-    score = [sum(math.log(len(texts) / n[word]) for word in text & asked) for text in texts]
-    return [paragraphs_of(record)[i] for i in sorted(range(len(texts)), key=lambda i: -score[i])[:2]]
+    words = lambda text: set(normalize_answer(text).split())
+    paragraphs = data.hotpot_paragraphs(record)
+    n = Counter(word for paragraph in paragraphs for word in words(' '.join(paragraph)))
+    shared = lambda paragraph: words(' '.join(paragraph)) & words(record['question'])
+    score = lambda paragraph: math.fsum(math.log(len(paragraphs) / n[word]) for word in shared(paragraph))     # in any order
+    return sorted(paragraphs, key=score, reverse=True)[:2]
+
+
+def guess(record, paragraphs):
+    """Small world: chance that yes or no, or a town out of these paragraphs, drawn blindly, is right."""
+    towns = {word for _, text in paragraphs for word in re.findall(r'\w+', text)} & {*data.TOWN}
+    return 1 / 2 if record['type'] == 'comparison' else (record['answer'] in towns) / len(towns)
 
 
 def baselines(records):
-    """Lines on what needs no model: supporting paragraphs by word overlap and, in the small world, where the
-    possible answers to a question are known, a guess among those that stand in the paragraphs."""
-    hits = [len({p[0] for p in by_word_overlap(r)} & supporting(r)) / len(supporting(r)) for r in records]
-    lines = [f'word overlap with the question finds {mean(hits)} % of the supporting paragraphs']
-
-    def guess(record, paragraphs):
-        """Chance that a random answer of the right kind, out of these paragraphs, is right."""
-        kind = 'town' if record['question'].startswith('Where') else 'instrument'
-        known = {'yes', 'no'} if record['type'] == 'comparison' else set(data.HOTPOT_NAMES[kind])
-        there = known if 'yes' in known else {w for _, text in paragraphs for w in re.findall(r'\w+', text)} & known
-        return (record['answer'] in there) / len(there) if there else guess(record, paragraphs_of(record))
-
+    """What needs no model: word overlap and, in the small world, guessing."""
+    overlap = [by_word_overlap(r) for r in records]
+    hits = [len(dict(two).keys() & supporting(r)) / len(supporting(r)) for r, two in zip(records, overlap)]
+    text = f'word overlap with the question finds {mean(hits)} % of the supporting paragraphs'
     if records[0]['_id'].startswith('small-world'):
-        gold = [guess(r, [p for p in paragraphs_of(r) if p[0] in supporting(r)]) for r in records]
-        lines += [f'a guess among the answers of the right kind: {mean(gold)} % right under gold, '
-                  f'{mean([guess(r, paragraphs_of(r)) for r in records])} % under full, '
-                  f'{mean([guess(r, by_word_overlap(r)) for r in records])} % on the paragraphs by word overlap']
-    return '\n'.join(lines)
+        gold, full = ([data.hotpot_paragraphs(r, gold=only) for r in records] for only in (True, False))
+        text += '\na guess among yes and no, or the towns: {} % right under gold, {} % under full, {} % on those two'.format(
+            *(mean(list(map(guess, records, shown))) for shown in (gold, full, overlap)))
+    return text
 
 
 def main(argv):
     argv = [f'{a}=True' if a in ('--download', '--trust_remote_code') else a for a in argv]
     c = parse(argv, Constants, 'eval_hotpot.py', {'default': {}})
-    device = pick_device(c.device)
+    device, results = pick_device(c.device), {}
     if c.models:
         path = Path(c.data)
+        if not path.exists() and not c.download:
+            raise Refused(f'{path} is not there: add --download to fetch it from {URL} (45 MB), or name a file, --data=...')
         if not path.exists():
-            if not c.download:
-                raise Refused(f'{path} is not there: add --download to fetch it from {URL} (45 MB), or name a file, --data=...')
             download(path)
         records = load_hotpot(path)[:c.questions or None]
         loaded = (pretrained(name, c, device) for name in c.models.split(','))      # one at a time
     else:
         loaded = trained(c.out, device)
         records = data.hotpot_records(c.questions or 500)
-    results = {}
     for model in loaded:
         results[model.name] = evaluate(model, records, Path(c.out) / 'hotpot', bool(c.models), c.rounds, c.query_seconds)
         del model
-    for name, of_model in results.items():
-        for record in records[:c.show]:
-            for condition in CONDITIONS:
-                r = of_model[record['_id'], condition]
-                print(f'\n=== {name}, {condition}: expected {r["answer"]!r}, EM {r["em"]:.0f}, F1 {r["f1"]:.2f}\n{r["text"]}')
+    for record in records[:c.show]:
+        for (name, of_model), condition in product(results.items(), CONDITIONS):
+            r = of_model[record['_id'], condition]
+            print(f'\n=== {name}, {condition}: expected {r["answer"]!r}, EM {r["em"]:.0f}, F1 {r["f1"]:.2f}\n{r["text"]}')
     print(f'\n{table(results, right_under_gold(results, c.subset))}\n\nEM and F1 in percent ± standard error. '
           f'{len(records):,} questions; {baselines(records)}')
-    if resource:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
-        print(f'peak memory {peak / 1e9:.2f} GB')
 
 
 if __name__ == '__main__':

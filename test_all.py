@@ -1169,8 +1169,10 @@ def test_real_questions_are_read_in_both_layouts():
 
 
 @pytest.mark.parametrize('change, field', [
-    ({'question': None}, 'question'), ({'answer': 5}, 'answer'), ({'context': []}, 'context'), ({'_id': 'small-world-0'}, '_id'),
+    ({'question': None}, 'question'), ({'answer': 5}, 'answer'), ({'context': []}, 'context'),
+    ({'_id': data.hotpot_records(1)[0]['_id']}, '_id'),
     ({'context': [['title', 'no list']]}, 'context'), ({'context': {'title': ['a'], 'sentences': []}}, 'context'),
+    ({'context': {'title': ['a', 'b'], 'sentences': [['x.']]}}, 'context'),
     ({'supporting_facts': [['title']]}, 'supporting_facts'), ({'supporting_facts': [['nowhere', 0]]}, 'supporting_facts')])
 def test_a_malformed_question_is_named_by_index_id_and_field(change, field, tmp_path):
     records = data.hotpot_records(4)
@@ -1206,11 +1208,12 @@ PARAGRAPHS = [('Nile', 'The Nile is a river in Africa.'), ('Danube', 'The Danube
 def test_any_pattern_gets_its_outcome_in_bounded_time_and_size(pattern, titles, outcome):
     eval_hotpot.search('warm', PARAGRAPHS)
     started = time.monotonic()
-    found = eval_hotpot.search(pattern, PARAGRAPHS, seconds=0.3)
-    assert ([title for title, _ in found], found.outcome) == (titles, outcome)
+    found, said = eval_hotpot.find(pattern, PARAGRAPHS, seconds=0.3)
+    assert ([title for title, _ in found], said) == (titles, outcome)
     assert time.monotonic() - started < 3
     again = eval_hotpot.search('^Long: a', PARAGRAPHS)                 # whatever happened, the next query is answered
-    assert again.outcome == 'found' and len(again[0][1]) == 1000
+    assert [title for title, _ in again] == ['Long'] and len(again[0][1]) == 1000
+    assert eval_hotpot.search(pattern, PARAGRAPHS, seconds=0.3) == found       # the same paragraphs, a plain list
 
 
 def test_the_process_that_searches_stays_warm_and_dies_with_this_one(tmp_path):
@@ -1254,7 +1257,7 @@ class Scripted:
     """Reads text, writes what its script says for the question: no neural network in it."""
 
     def __init__(self, records, write_line, name='scripted'):
-        self.name, self.write_line, self.reads = name, write_line, 0
+        self.name, self.write_line, self.reads, self.states = name, write_line, 0, []
         self.records = {record['question']: record for record in records}
 
     def read(self, text, after=None):
@@ -1262,6 +1265,7 @@ class Scripted:
         return (after or '') + text
 
     def write(self, state):
+        self.states.append(state)
         record = self.records[re.findall('Question: (.*)', state)[-1]]
         turn = state[state.rindex('Question: '):]
         line = self.write_line(record, turn)
@@ -1280,7 +1284,9 @@ def perfect(record, turn):
 
 def test_a_perfect_model_gets_everything_and_a_bad_one_nothing_under_all_conditions(tmp_path):
     records = hotpot_questions()
-    good = eval_hotpot.evaluate(Scripted(records, perfect), records, tmp_path)
+    model = Scripted(records, perfect)
+    good = eval_hotpot.evaluate(model, records, tmp_path)
+    assert all(state.count('Question: ') == 5 for state in model.states)        # the four examples and this one
     assert len(good) == 3 * len(records)
     for (id, condition), r in good.items():
         assert r['em'] == r['f1'] == 1 and r['recall'] == (1 if condition == 'retrieval' else None)
@@ -1367,7 +1373,7 @@ def test_a_prefix_read_once_gives_the_text_that_transformers_generates(family, t
                                   pad_token_id=0)[0, len(tokens):].tolist()
             ended = [i for i, token in enumerate(out) if token in (1, ours.newline[0])]
             out = out[:ended[0]] if ended else out
-            assert written == ours.decode(out)
+            assert written == ours.tokenizer.decode(out)
             tokens = tokens + out + ours.newline + ours.encode('Found: nothing. Answer:', False)
     assert ours.memory(prefix) < ours.memory(state) if family != 'mamba' else ours.memory(prefix) == ours.memory(state)
 
@@ -1429,46 +1435,109 @@ def test_what_is_missing_is_one_line_that_says_what_to_do(arguments, words, tmp_
 def test_small_world_answers_follow_from_the_paragraphs():
     kinds = set()
     for record in data.hotpot_records(300):
-        author, town, plays = {}, {}, {}
+        author, lived, towns = {}, {'once': {}, 'now': {}}, []
         for title, sentence in [(title, sentences[0]) for title, sentences in record['context']]:
-            if m := re.fullmatch(r'a novel by (.*)\.', sentence):
+            if m := re.fullmatch(r'(\w+ \w+) wrote it in (\w+)\.', sentence):
                 author[title] = m[1]
+                towns.append(m[2])
             else:
-                plays[title], town[title] = re.fullmatch(r'a (\w+) player from (\w+)\.', sentence).groups()
-        assert len(author) == len(town) == 5 and sorted(author.values()) == sorted(town)
-        if m := re.fullmatch(r'Do (.*) and (.*) share a town\?', record['question']):
-            answer, gold, kind = 'yes' if town[m[1]] == town[m[2]] else 'no', {m[1], m[2]}, 'comparison'
-        elif m := re.fullmatch(r'Where does the author of (.*) come from\?', record['question']):
-            answer, gold, kind = town[author[m[1]]], {m[1], author[m[1]]}, 'bridge'
+                m = re.fullmatch(r'(\w+) once, (\w+) now\.', sentence)
+                lived['once'][title], lived['now'][title] = m.groups()
+                towns += m.groups()
+        assert len(author) == len(lived['now']) == 5 and sorted(author.values()) == sorted(lived['now'])
+        if m := re.fullmatch(r'(?:Did|Do) (.*) and (.*) live in one town (once|now)\?', record['question']):
+            town = lived[m[3]]
+            answer, gold, kind, asked = 'yes' if town[m[1]] == town[m[2]] else 'no', {m[1], m[2]}, 'comparison', m[3]
         else:
-            novel = re.fullmatch(r'Which instrument does the author of (.*) play\?', record['question'])[1]
-            answer, gold, kind = plays[author[novel]], {novel, author[novel]}, 'bridge'
+            m = re.fullmatch(r'Where (?:did|does) the author of (.*) live (once|now)\?', record['question'])
+            answer, gold, kind, asked = lived[m[2]][author[m[1]]], {m[1], author[m[1]]}, 'bridge', m[2]
         assert (answer, kind, gold) == (record['answer'], record['type'], eval_hotpot.supporting(record))
-        words = [word for title, _ in record['context'] for word in title.split()]
-        assert len(set(words)) <= 12 and len(words) == 20              # titles share their words
-        kinds.add((kind, answer if kind == 'comparison' else record['question'].split()[0]))
-    assert len(kinds) == 4
+        assert len(towns) - len({*towns}) == (answer == 'yes')          # so no other fact gives the right answer
+        names = [title.split() for title, _ in record['context']]
+        assert len(names) == 10 and all(sum(name[1] == other[1] for other in names) > 1 for name in names)
+        kinds.add((kind, asked, answer if kind == 'comparison' else ''))
+    assert len(kinds) == 6
 
 
 @pytest.mark.parametrize('condition', data.HOTPOT_CONDITIONS)
 def test_a_small_world_sample_is_the_conversation_that_the_evaluation_holds(condition):
-    records = data.hotpot_records(40)
+    records, start = data.hotpot_records(40), data.hotpot_prompt_length(10)
     tokens, loss_mask, answers = data.generate_hotpot(40, 10, 'retrieval', data.VALIDATION_SEED, condition)
-    labels = [data.HOTPOT_TOKENS[word] for word in ('Search:', 'Found:', 'Thought:', 'Answer:')]
-
-    def next_line(row, state):
-        rest = [t for t in row if t not in (data.PAD, data.BOS)][len(data.hotpot_encode(state)):]
-        return data.hotpot_decode(rest[:next((i for i, t in enumerate(rest) if i and t in labels), None)])
-
     for row, mask, record in zip(tokens, loss_mask, records):
-        text, said = data.hotpot_decode(row), Scripted([record], None)
-        said.write = lambda state: (line := next_line(row, state), f'{state}{line}\n')
-        r = eval_hotpot.ask(said, record, condition)
-        assert re.sub(r'\s+', '', r['text']) == re.sub(r'\s+', '', text) and r['em'] == 1
-        assert data.hotpot_encode(text) == [t for t in row if t not in (data.PAD, data.BOS)]
-        assert row[row != data.PAD][-1] == data.HOTPOT_TOKENS[record['answer']]
-        hidden = data.hotpot_decode(row[~mask & (np.arange(len(row)) >= data.hotpot_prompt_length(10))])
-        assert hidden.count(':') == (2 if condition == 'retrieval' else 0)     # what was found is not to be predicted
+        conversation = data.hotpot_decode(row)
+
+        class Knows:                                                   # writes the line as it stands in the sample
+            def read(self, text, after=None):
+                return (after or '') + text
+
+            def write(self, state):
+                line = conversation.removeprefix(state).partition('\n')[0]
+                return line, f'{state}{line}\n'
+
+        r = eval_hotpot.ask(Knows(), record, condition)
+        assert r['text'] == conversation + '\n' and r['em'] == 1
+        assert len(r['queries']) == (0 if condition != 'retrieval' else 1 if record['type'] == 'comparison' else 2)
+        assert r['recall'] == (1 if condition == 'retrieval' else None)
+        prompt = conversation[:conversation.index('?\n') + 2] + ('Search:' if condition == 'retrieval' else 'Thought:')
+        assert eval_hotpot.Words().encode(prompt, True) == row[:start].tolist()
+        written = [t for t in row if t not in (data.PAD, data.BOS)]
+        assert data.hotpot_encode(conversation) == written and written[-1] == data.HOTPOT_TOKENS[record['answer']]
+        # what was found is not to be predicted; all else after the prompt is, and that the text ends
+        hidden = data.hotpot_decode(row[start:][~mask[start:] & (row[start:] != data.PAD)])
+        assert sorted(hidden.splitlines()) == sorted(f'{title}: {text}' for title, text in
+                                                     data.hotpot_paragraphs(record, gold=True) if condition == 'retrieval')
+        end = start + (row[start:] != data.PAD).sum()
+        assert not mask[:start].any() and mask[end - 2:].tolist()[:3] == [True] * 3 and not mask[end + 1:].any()
+
+
+def test_mixed_asks_each_question_under_all_conditions_and_none_of_them_in_training():
+    tokens, loss_mask, _ = data.validation_set('hotpot', 30, 10, 'retrieval', 'mixed')
+    for i, condition in enumerate(data.HOTPOT_CONDITIONS):
+        alone, alone_mask, _ = data.validation_set('hotpot', 10, 10, 'retrieval', condition)
+        assert np.array_equal(tokens[i::3], alone) and np.array_equal(loss_mask[i::3], alone_mask)
+    start, seen = data.hotpot_prompt_length(10), 0
+    held_out = data.generate_hotpot(data.CHUNK, 10, 'retrieval', (0, 0, 0), 'mixed')[0][:10]    # the first of the stream
+    batches = data.training_batches('hotpot', 64, 10, 'retrieval', 0, 'mixed', held_out)
+    forbidden = {row[:start].tobytes() for row in held_out}
+    for _ in range(data.CHUNK // 64):
+        batch, mask = next(batches)
+        assert not any(row[:start].tobytes() in forbidden for row in batch)
+        assert np.array_equal((mask & (batch == data.PAD)).sum(1), np.ones(64))       # every text's end is learned
+
+
+def test_the_chance_of_hotpot_is_that_of_a_guess_among_the_paragraphs_shown():
+    tokens, _, answers = data.generate_hotpot(30_000, 10, 'retrieval', 0, 'mixed')
+    towns = np.isin(np.arange(len(data.HOTPOT_WORDS)), [data.HOTPOT_TOKENS[town] for town in data.TOWN])
+    shown = [len(np.unique(prompt[towns[prompt]])) for prompt in tokens[:, :data.hotpot_prompt_length(10)]]
+    comparison = np.isin(answers, (data.TRUE, data.FALSE))
+    assert abs(comparison.mean() - 1 / 4) < 0.02
+    assert abs(1 / 4 * 1 / 2 + 3 / 4 * (1 / np.array(shown))[~comparison].mean() - data.TASKS['hotpot'].chance(10)) < 1e-9
+    for gold, towns in ((True, 3), (False, 15)):                        # and eval_hotpot.py prints the same
+        for record in data.hotpot_records(50):
+            kind = 2 if record['type'] == 'comparison' else towns
+            assert eval_hotpot.guess(record, data.hotpot_paragraphs(record, gold)) == 1 / kind
+
+
+@pytest.mark.parametrize('arguments, word', [
+    ((1, 10, 'cot', 0), 'setup'), ((1, 10, 'retrieval', 0, 'two_star'), 'distribution'), ((1, 9, 'retrieval', 0), 'even'),
+    ((1, 2, 'retrieval', 0), 'n_nodes'), ((1, 18, 'retrieval', 0), 'n_nodes'), ((0, 10, 'retrieval', 0), 'batch_size')])
+def test_impossible_questions_are_refused_by_name(arguments, word):
+    with pytest.raises(ValueError, match=word):
+        data.generate_hotpot(*arguments)
+    one, two = (data.generate_hotpot(7, 16, 'retrieval', (1, 2))[0] for _ in range(2))
+    assert np.array_equal(one, two) and not np.array_equal(one, data.generate_hotpot(7, 16, 'retrieval', 12)[0])
+
+
+@pytest.mark.parametrize('query, found', [
+    ('Search: ^Amber Tower\nFound:', 'Amber Tower: Odo Dahl wrote it in Lomar.\n'),
+    ('Search: ^Ada Tarn\nFound:', 'nothing\n'),
+    ('Search: Odo Dahl\nFound:', 'everything'), ('Search: ^Odo Dahl|^Amber\nFound:', 'everything'), ('Found:', 'nothing\n'),
+    ('Search: ^Ada\nFound: nothing\nSearch: Elsto\nFound:', 'Odo Dahl: Ravik once, Elsto now.\n'),
+    ('Search:\nFound:', 'nothing\n'), ('Search: ?\nFound:', 'nothing\n'), ('Thought: Odo Dahl\nFound:', 'nothing\n')])
+def test_the_small_worlds_retriever_takes_whatever_is_written(query, found):
+    shown = 'Odo Dahl: Ravik once, Elsto now.\nAmber Tower: Odo Dahl wrote it in Lomar.\n'
+    context = data.hotpot_encode(f'{shown}Question: Where did the author of Amber Tower live once?\n{query}')
+    assert data.hotpot_decode(data.search_paragraphs(context)) == (shown if found == 'everything' else found)
 
 
 def test_train_py_writes_what_a_search_finds_whole():

@@ -75,11 +75,12 @@ PAPER = dict(sizes=('0.5M', '1M', '2M'), n_nodes=(16, 32, 64), n_val=5000, d_sta
              lr={'transformer': 1e-3, 'mamba': 3e-4, 'hybrid': 3e-4},
              eval_every=dict.fromkeys(data.SETUPS, 100_000),
              warmup_samples=10_000, grad_clip=0.0)
-HOTPOT = dict(tasks=('hotpot',), setups=('retrieval',), n_nodes=(data.HOTPOT_PARAGRAPHS,), distribution='mixed', d_state=16,
-              samples=dict.fromkeys(data.SETUPS, 100_000), batch_size=dict.fromkeys(data.SETUPS, 64),
-              lr=dict.fromkeys(models.ARCHS, 3e-3), eval_every=dict.fromkeys(data.SETUPS, 20_000))     # for eval_hotpot.py
-PRIMITIVES = dict(tasks=('recall', 'index'), setups=('direct', 'retrieval'), n_nodes=(4, 6, 8, 12), batch_size=dict.fromkeys(data.SETUPS, 16),
-                  samples={'direct': 32_000, 'cot': 0, 'retrieval': 8_000}, eval_every=dict.fromkeys(data.SETUPS, 8_000))
+HOTPOT = dict(tasks=('hotpot',), setups=('retrieval',), n_nodes=(data.HOTPOT_PARAGRAPHS,), distribution='mixed', n_val=1500,
+              d_state=16, samples=dict.fromkeys(data.SETUPS, 80_000), batch_size=dict.fromkeys(data.SETUPS, 16),
+              lr={'transformer': 1e-3, 'mamba': 4e-3, 'hybrid': 3e-3}, eval_every=dict.fromkeys(data.SETUPS, 20_000))
+PRIMITIVES = dict(tasks=('recall', 'index'), setups=('direct', 'retrieval'), n_nodes=(4, 6, 8, 12),
+                  samples={'direct': 32_000, 'cot': 0, 'retrieval': 8_000}, batch_size=dict.fromkeys(data.SETUPS, 16),
+                  eval_every=dict.fromkeys(data.SETUPS, 8_000))
 PRESETS = {'default': {}, 'paper': PAPER, 'hotpot': HOTPOT, 'primitives': PRIMITIVES}
 CHOICES = dict(tasks=data.TASKS, archs=models.ARCHS, setups=data.SETUPS, sizes=models.SIZES,
                distribution=[*data.DISTRIBUTIONS, *data.HOTPOT_DISTRIBUTIONS], dtype=('float32', 'bfloat16'), device=('auto', 'cpu', 'cuda', 'mps'))
