@@ -444,7 +444,10 @@ def kept(path):
     *lines, torn = path.read_bytes().split(b'\n') if path.exists() else [b'']
     if torn:
         os.truncate(path, path.stat().st_size - len(torn))
-    return {(result['id'], result['condition']): result for result in map(json.loads, lines)}
+    try:
+        return {(result['id'], result['condition']): result for result in map(json.loads, lines)}
+    except (ValueError, KeyError, TypeError):
+        raise Refused(f'{path} is damaged: delete it to ask anew')
 
 
 def evaluate(model, records, folder, shots=True, rounds=3, seconds=1.0):

@@ -1324,6 +1324,11 @@ def test_a_killed_evaluation_continues_and_a_torn_line_is_asked_again(tmp_path):
     strip = lambda results: {key: r | {'seconds': 0} for key, r in results.items()}
     assert strip(results) == strip(whole) and 0 < done < 18
     assert len(file.read_text().splitlines()) == 18 and json.loads(file.read_text().splitlines()[-1])
+    damaged = tmp_path / 'damaged'
+    damaged.mkdir()
+    (damaged / file.name).write_bytes(file.read_bytes().replace(b'"condition"', b'"c"', 1))
+    with pytest.raises(train.Refused, match='damaged: delete it'):
+        eval_hotpot.evaluate(Scripted(records, perfect), records, damaged)
     lazy = Scripted(records, None)
     assert strip(eval_hotpot.evaluate(lazy, records, tmp_path)) == strip(whole) and lazy.reads == 0
     eval_hotpot.evaluate(Scripted(records, perfect), records, tmp_path, rounds=2)      # other constants: another file
