@@ -304,8 +304,9 @@ KINDS = ('next neighbour', 'return to the parent', 'query', 'record', 'answer')
 
 
 def token_kinds(tokens, loss_mask):
-    """What the tokens that an IsTree model has to predict are for: (B, L) tokens and loss_mask -> (B, L) indices of KINDS, -1
-    where loss_mask is False. A node of the tour that has been written before is a return; [EOS] is part of the answer."""
+    """What the tokens that an IsTree model has to predict are for: tokens and loss_mask (B, L) -> (B, L) indices of
+    KINDS, -1 where loss_mask is False. A node of the tour that has been written before is a return; [EOS] is part of the
+    answer."""
     in_query = np.cumsum(tokens == START, 1) > np.cumsum(tokens == END, 1) - (tokens == END)
     record = tokens == RECORD
     record[:, 1:] |= tokens[:, :-1] == RECORD
@@ -533,7 +534,8 @@ FIRST, LAST, ADJECTIVE, NOUN, TOWN = map(str.split, (
     'Pellora Quarne Ravik Stennis Torvik Ulmere Velm Wexby Zelle'))
 # the special tokens keep their ids and are written as labels and answers
 HOTPOT_WORDS = ('-', '~', '[PAD]', '[BOS]', 'Answer:', 'yes', 'no', 'Search:', 'Found:', 'nothing', 'Question:', 'Thought:',
-                '\n', '.\n', '?\n', *'. , ^ | wrote it in once now Where did does the author of live Did Do and one town'.split(),
+                '\n', '.\n', '?\n', *'. , ^ | wrote it in once now'.split(),
+                *'Where did does the author of live Did Do and one town'.split(),
                 *FIRST, *LAST, *ADJECTIVE, *NOUN, *TOWN, *[f'{word}:' for word in (*LAST, *NOUN)])
 HOTPOT_TOKENS = {word: token for token, word in enumerate(HOTPOT_WORDS)}
 

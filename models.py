@@ -437,7 +437,7 @@ def generation_cost(size='0.5M', lengths=tuple(2 ** k for k in range(6, 18)), re
                     model.step(torch.ones(1, dtype=torch.int64, device=device), state).argmax().item()
                     seconds.append(time.perf_counter() - started)
             rows.append(dict(arch=arch, size=size, length=length, seconds=statistics.median(seconds), bytes=memory,
-                             device=torch.cuda.get_device_name() if device.type == 'cuda' else 'cpu', threads=torch.get_num_threads()))
+                             device=device.type, threads=torch.get_num_threads()))
             print(f'{arch:12} {size}  {length:>8,} tokens of context   {1e3 * rows[-1]["seconds"]:8.2f} ms a token   '
                   f'{memory / 1e6:10.3f} MB')
     return rows

@@ -71,6 +71,10 @@ def curve(axes, results, x, dodge=0.0, **style):
     axes.errorbar(*zip(*points), capsize=2, markersize=5, **style)
 
 
+def label(arch, size, sizes):
+    return f'{NAMES[arch]}, {size}' if len(sizes) > 1 else NAMES[arch]
+
+
 def panels(titles, width=2.9, height=2.9):
     """A figure with a panel for each title, side by side, and the panels by title."""
     figure, axes = plt.subplots(1, len(titles), figsize=(1 + width * len(titles), height), sharey=True, squeeze=False)
@@ -81,21 +85,21 @@ def panels(titles, width=2.9, height=2.9):
 
 def finish(figure, unfinished=()):
     """The legend of all panels, each label once, at the right; the unfinished cells below."""
-    labels = {label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels())}
+    labels = {text: handle for axes in figure.axes for handle, text in zip(*axes.get_legend_handles_labels())}
     figure.tight_layout()
     figure.legend(labels.values(), labels.keys(), loc='center left', bbox_to_anchor=(1, 0.5))
     if unfinished:
         names = [f'{c["task"]} {c["arch"]} {c["setup"]} {c["size"]} n={c["n_nodes"]} seed {c["seed"]}' for c in unfinished]
         more = f' and {len(names) - 6} more' if len(names) > 6 else ''
-        figure.text(0.01, -0.02, f'not finished: {", ".join(names[:6])}{more}', fontsize=6, color='grey', va='top', wrap=True)
+        figure.text(0.01, -0.02, f'not finished: {", ".join(names[:6])}{more}', fontsize=6, color='grey', va='top')
     return figure
 
 
-def axis_of_n(axes, ns, label):
+def axis_of_n(axes, ns, name):
     axes.set_xscale('log', base=2)
     axes.set_xticks(ns, ns)
     axes.minorticks_off()
-    axes.set(xlabel=label, ylim=(0, 104))
+    axes.set(xlabel=name, xlim=(ns[0] / 1.15, ns[-1] * 1.15), ylim=(0, 104))
 
 
 # --- the figures ----------------------------------------------------------------------------------------
@@ -111,8 +115,8 @@ def accuracy(found):
         axes[setup].axhline(50, linestyle=':', color='grey', label='chance')
         for i, (arch, size) in enumerate((arch, size) for size in sizes for arch in models.ARCHS):
             if line := where(results, setup=setup, arch=arch, size=size):
-                curve(axes[setup], line, 'n_nodes', 0.03 * (i - len(sizes) * 1.5), color=COLOURS[arch], marker=MARKERS[arch],
-                      linestyle=['-', '--', ':', '-.'][sizes.index(size)], label=NAMES[arch] + f', {size}' * (len(sizes) > 1))
+                curve(axes[setup], line, 'n_nodes', 0.03 * (i - (3 * len(sizes) - 1) / 2), label=label(arch, size, sizes),
+                      color=COLOURS[arch], marker=MARKERS[arch], linestyle=['-', '--', ':', '-.'][sizes.index(size)])
         axis_of_n(axes[setup], values(results, 'n_nodes'), 'n, nodes of the graph')
     axes[setups[0]].set_ylabel('accuracy (%)')
     yield 'accuracy', finish(figure, where(found['unfinished'], task='istree'))
@@ -132,7 +136,7 @@ def learning(found):
                 points = [(line['samples'], line['accuracy']) for line in r['log'] if line['samples'] < 0.99 * r['samples']]
                 x, y = zip(*points, (r['samples'], r['accuracy']))
                 axes[setup].plot(np.array(x) / 1000, 100 * np.array(y), color=COLOURS[r['arch']], marker=MARKERS[r['arch']],
-                                 markersize=4, alpha=0.8, label=NAMES[r['arch']] + f', {r["size"]}' * (len(values(results, 'size')) > 1))
+                                 markersize=4, alpha=0.8, label=label(r['arch'], r['size'], values(results, 'size')))
             axes[setup].set(xlabel='thousand samples', ylim=(0, 104))
         axes[setups[0]].set_ylabel(f'accuracy (%), n={n}')
         yield f'learning-n{n}', finish(figure)
@@ -163,7 +167,7 @@ def errors(found):
     for size, n in sorted({(r['size'], r['n_nodes']) for r in all_results}):
         results = where(all_results, size=size, n_nodes=n)
         setups = [s for s in LINES if where(results, setup=s)]
-        figure, axes = panels(setups, width=3.4)
+        figure, axes = panels(setups, width=3.7)
         for setup in setups:
             kinds = [kind for kind in data.KINDS if kind in where(results, setup=setup)[0]['errors']]
             for i, arch in enumerate(models.ARCHS):
@@ -172,7 +176,8 @@ def errors(found):
                     bars = axes[setup].bar(np.arange(len(kinds)) + 0.27 * (i - 1), rates, 0.25, color=COLOURS[arch],
                                            hatch=HATCHES[arch], edgecolor='white', label=NAMES[arch])
                     axes[setup].bar_label(bars, [f'{rate:.1f}' for rate in rates], fontsize=6)
-            axes[setup].set_xticks(range(len(kinds)), [kind.replace(' to', '\nto').replace('next ', 'next\n') for kind in kinds])
+            names = [kind.replace(' to ', ' to\n').replace('next ', 'next\n') for kind in kinds]
+            axes[setup].set_xticks(range(len(kinds)), names, fontsize=8)
         axes[setups[0]].set_ylabel(f'wrong tokens (%), n={n}')
         yield f'errors-{size}-n{n}', finish(figure)
 
@@ -184,8 +189,8 @@ def generation(found):
         for arch in models.ARCHS:
             line = where(rows, arch=arch)
             for axes, name, unit in ((time, 'seconds', 1e3), (space, 'bytes', 1e-6)):
-                axes.plot([r['length'] for r in line], [unit * r[name] for r in line], color=COLOURS[arch], marker=MARKERS[arch],
-                          markersize=4, label=NAMES[arch])
+                axes.plot([r['length'] for r in line], [unit * r[name] for r in line], label=NAMES[arch],
+                          color=COLOURS[arch], marker=MARKERS[arch], markersize=4)
                 axes.set_xscale('log', base=2)
                 axes.set_yscale('log')
                 axes.set_xlabel('tokens of context')
@@ -224,7 +229,7 @@ def primitives(found):
             panel.plot(ns, [100 * data.TASKS[task].chance(n) for n in ns], ':', color='grey', label='chance')
             for i, (arch, setup) in enumerate(lines):
                 if line := where(results, task=task, arch=arch, setup=setup):
-                    curve(panel, line, 'n_nodes', 0.06 * (i - (len(lines) - 1) / 2), label=f'{NAMES[arch]}, {setup}',
+                    curve(panel, line, 'n_nodes', 0.035 * (i - (len(lines) - 1) / 2), label=f'{NAMES[arch]}, {setup}',
                           color=COLOURS[arch], marker=MARKERS[arch], linestyle=LINES[setup],
                           markerfacecolor=COLOURS[arch] if setup == 'direct' else 'white')
             axis_of_n(panel, ns, 'n, pairs in the context' if task == 'recall' else 'n, tokens in the context')
@@ -239,7 +244,8 @@ def load(out):
     """What there is to draw below a folder: results and unfinished cells of train.py (dicts, with their log), lists of rows
     of models.py, (model name, rows) of eval_hotpot.py."""
     lines = lambda path: [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    results = [json.loads(path.read_text()) | dict(log=lines(path.with_name('log.jsonl'))) for path in sorted(out.glob('**/result.json'))]
+    results = [json.loads(path.read_text()) | dict(log=lines(path.with_name('log.jsonl')))
+               for path in sorted(out.glob('**/result.json'))]
     results.sort(key=lambda r: (models.ARCHS.index(r['arch']), r['n_nodes'], r['seed']))
     unfinished = [json.loads(path.read_text()) for path in sorted(out.glob('**/config.json'))
                   if not path.with_name('result.json').exists()]

@@ -57,7 +57,7 @@ class Constants:
     samples: dict = field(default_factory=lambda: {'direct': 40_000, 'cot': 160_000, 'retrieval': 10_000})  # trained on
     batch_size: dict = field(default_factory=lambda: {'direct': 32, 'cot': 32, 'retrieval': 8})  # samples per step
     lr: dict = field(default_factory=lambda: {'transformer': 3e-3, 'mamba': 6e-3, 'hybrid': 4e-3})  # highest learning rate
-    eval_every: dict = field(default_factory=lambda: {'direct': 10_000, 'cot': 25_000, 'retrieval': 2_500})  # samples between two lines of the log
+    eval_every: dict = field(default_factory=lambda: {'direct': 10_000, 'cot': 25_000, 'retrieval': 2_500})  # samples per line
     warmup_samples: int = 2000              # learning rate rises linearly, then falls as a cosine to 0
     grad_clip: float = 1.0                  # largest norm of the gradient, 0: no limit
     dtype: str = 'float32'                  # or bfloat16: autocast
@@ -83,7 +83,8 @@ PRIMITIVES = dict(tasks=('recall', 'index'), setups=('direct', 'retrieval'), n_n
                   eval_every=dict.fromkeys(data.SETUPS, 8_000))
 PRESETS = {'default': {}, 'paper': PAPER, 'hotpot': HOTPOT, 'primitives': PRIMITIVES}
 CHOICES = dict(tasks=data.TASKS, archs=models.ARCHS, setups=data.SETUPS, sizes=models.SIZES,
-               distribution=[*data.DISTRIBUTIONS, *data.HOTPOT_DISTRIBUTIONS], dtype=('float32', 'bfloat16'), device=('auto', 'cpu', 'cuda', 'mps'))
+               distribution=[*data.DISTRIBUTIONS, *data.HOTPOT_DISTRIBUTIONS],
+               dtype=('float32', 'bfloat16'), device=('auto', 'cpu', 'cuda', 'mps'))
 
 
 RANK = int(os.environ.get('RANK', 0))       # of this process among those that share the grid
