@@ -57,7 +57,7 @@ class Constants:
     samples: dict = field(default_factory=lambda: {'direct': 40_000, 'cot': 160_000, 'retrieval': 10_000})  # trained on
     batch_size: dict = field(default_factory=lambda: {'direct': 32, 'cot': 32, 'retrieval': 8})  # samples per step
     lr: dict = field(default_factory=lambda: {'transformer': 3e-3, 'mamba': 6e-3, 'hybrid': 4e-3})  # highest learning rate
-    eval_every: dict = field(default_factory=lambda: {'direct': 10_000, 'cot': 25_000, 'retrieval': 2_500})  # samples per line
+    eval_every: dict = field(default_factory=lambda: {'direct': 10_000, 'cot': 25_000, 'retrieval': 2_500})  # per log line
     warmup_samples: int = 2000              # learning rate rises linearly, then falls as a cosine to 0
     grad_clip: float = 1.0                  # largest norm of the gradient, 0: no limit
     dtype: str = 'float32'                  # or bfloat16: autocast
