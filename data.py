@@ -55,14 +55,6 @@ def decode(tokens, words=WORDS):
     return ' '.join([words[t] for t in tokens if t != PAD])
 
 
-def encode(text):
-    """The inverse of decode: text -> list of token ids. Raises ValueError on an unknown word."""
-    words = text.split()
-    if unknown := [word for word in words if word not in TOKENS]:
-        raise ValueError(f'unknown word {unknown[0]!r}: a token is one of {" ".join(SPECIALS)} or a number')
-    return [TOKENS[word] for word in words]
-
-
 # --- graphs: (B, n-1, 2) edges, (B,) labels ------------------------------------------------------
 
 def permutations(rng, batch_size, n):
@@ -480,9 +472,9 @@ def primitive_pattern(query):
 
 
 def split_query(context, words=WORDS):
-    """Token ids that end with `[STARTSEARCH] query [ENDSEARCH]` -> the text before, the text of the query."""
-    before, _, query = decode(context, words).rpartition(words[START] + ' ')
-    return before, query.removesuffix(' ' + words[END])
+    """Token ids (L,) that end with `[STARTSEARCH] query [ENDSEARCH]` -> those before it, the text of the query."""
+    start = max(np.flatnonzero(np.asarray(context) == START), default=-1)
+    return context[:max(start, 0)], decode(context[start + 1:-1], words)
 
 
 def retrieve(context, pattern_of=query_pattern):
@@ -497,7 +489,7 @@ def retrieve(context, pattern_of=query_pattern):
     before, query = split_query(context)
     if (pattern := pattern_of(query)) is None:
         return FAILED
-    found = [m[m.lastindex] for m in re.finditer(pattern, before) if m.lastindex]
+    found = [m[m.lastindex] for m in re.finditer(pattern, decode(before)) if m.lastindex]
     return TOKENS[found[-1]] if found else FAILED
 
 

@@ -38,6 +38,10 @@ GRAPHS = [(n, distribution) for n in N_NODES for distribution in data.DISTRIBUTI
 
 # --- data.py ---------------------------------------------------------------------------------------
 
+def encode(text):
+    return [data.TOKENS[word] for word in text.split()]
+
+
 def words_of(row):
     """One sample as a list of words, without padding."""
     return data.decode(row).split()
@@ -208,7 +212,7 @@ def test_kinds_of_the_tokens_in_the_header_are_the_hand_written_ones():
         '[STARTSEARCH] 4 ~ [ENDSEARCH] [FAILED] 4 ~ 0 4 [STARTSEARCH] 4 ~ [ENDSEARCH] 0 0 [EOS] [TRUE]':
             'n' 'qqqq.' 'qqqq.' 'qqqq.' 'cccn' 'qqqq.' 'raa'}
     for text, kinds in samples.items():
-        prompt, trace = (data.encode(part) for part in text.split('|'))
+        prompt, trace = (encode(part) for part in text.split('|'))
         tokens = np.array([prompt + trace + [data.PAD]])
         loss_mask = np.array([[False] * len(prompt) + [kind != '.' for kind in kinds] + [False]])
         found = data.token_kinds(tokens, loss_mask)[0, len(prompt):-1]
@@ -238,7 +242,7 @@ def test_hand_worked_example_of_the_header():
     assert trace.startswith('0 [STARTSEARCH] 0 ~ [ENDSEARCH] [FAILED] [STARTSEARCH] 0 - [ENDSEARCH] 4 [STARTSEARCH] '
                             '4 ~ [ENDSEARCH] [FAILED] 4 ~ 0 4 [STARTSEARCH] 4 ~ [ENDSEARCH] 0 [STARTSEARCH] 4 - '
                             '[ENDSEARCH] 0 [STARTSEARCH] 4 - 0 [ENDSEARCH] 3 [STARTSEARCH] 3 ~ [ENDSEARCH] [FAILED]')
-    ask = lambda query: data.decode([data.retrieve(data.encode(f'{prompt} {trace} [STARTSEARCH] {query} [ENDSEARCH]'))])
+    ask = lambda query: data.decode([data.retrieve(encode(f'{prompt} {trace} [STARTSEARCH] {query} [ENDSEARCH]'))])
     assert [ask(q) for q in ('2 ~', '0 ~', '4 -', '4 - 0', '4 - 1', '2 - 4', '~', '4 4')] == [
         '1', '[FAILED]', '0', '3', '[FAILED]', '[FAILED]', '[FAILED]', '[FAILED]']
 
@@ -352,7 +356,7 @@ def test_replaying_a_primitives_queries_through_the_retriever_gives_every_retrie
 
 def test_what_a_sequence_does_not_hold_and_malformed_queries_get_failed():
     ask = lambda task, prompt, query: data.decode([data.TASKS[task].retrieve(
-        data.encode(f'[BOS] {prompt} [STARTSEARCH] {query} [ENDSEARCH]'))])
+        encode(f'[BOS] {prompt} [STARTSEARCH] {query} [ENDSEARCH]'))])
     assert [ask('index', '13 0 4 1 12 ~ 2', q) for q in ('- 0', '- 1', '- 4', '- 5', '-', '- -', '- 1 1', '[FAILED]')] == [
         '13', '0', '12', *['[FAILED]'] * 5]
     assert [ask('recall', '1 15 0 13 12 14 ~ 0', q) for q in ('1', '12', '0', '2', '14', '~', '0 ~', '3', '5')] == [
