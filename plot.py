@@ -52,11 +52,11 @@ def where(results, **wanted):
 
 
 def alike(results):
-    """Of results that differ in more than a figure shows (those of a sweep over d_state, say), the largest group
-    with the same constants."""
-    key = lambda r: (r['distribution'], r['d_state'], r['frozen_embedding'])
-    commonest = Counter(map(key, results)).most_common(1)
-    return [r for r in results if key(r) == commonest[0][0]]
+    """Of results that differ in more than a figure shows (those of a sweep over d_state, say), for each setup the
+    largest group with the same constants."""
+    key = lambda r: (r['distribution'], r['d_state'], r['frozen_embedding'], r['samples'])
+    commonest = {setup: Counter(map(key, where(results, setup=setup))).most_common(1)[0][0] for setup in values(results, 'setup')}
+    return [r for r in results if key(r) == commonest[r['setup']]]
 
 
 def curve(axes, results, x, dodge=0.0, **style):

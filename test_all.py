@@ -1603,6 +1603,7 @@ def test_figures_show_the_means_the_errors_between_seeds_and_what_is_missing(tmp
     written_results(tmp_path, arch='hybrid', n_nodes=16, accuracy=None)
     for d_state in (2, 4, 8):                               # a sweep: in the figure on memory, not in the main one
         written_results(tmp_path, d_state=d_state, accuracy=0.95)
+    written_results(tmp_path, arch='transformer', samples=9999, accuracy=0.95)      # trained longer: not comparable
     found = plot.load(tmp_path)
     (name, figure), = plot.accuracy(found)
     panel, = figure.axes
