@@ -34,6 +34,8 @@ COLOURS = {'transformer': '#0072B2', 'mamba': '#D55E00', 'hybrid': '#009E73'}
 MARKERS = {'transformer': 's', 'mamba': 'o', 'hybrid': '^'}
 HATCHES = {'transformer': '', 'mamba': '///', 'hybrid': '...'}
 LINES = {'direct': '-', 'cot': '-.', 'retrieval': '--'}
+CELL = ('task', 'arch', 'setup', 'size', 'n_nodes', 'seed')
+CONSTANTS = ('distribution', 'd_state', 'frozen_embedding', 'samples', 'batch_size', 'warmup_samples', 'grad_clip', 'dtype')
 TITLES = {'index': 'Index', 'recall': 'Associative recall', 'cgram': 'c-gram retrieval', 'counting': 'Counting'}
 
 plt.rcParams |= {'font.size': 9, 'axes.spines.top': False, 'axes.spines.right': False, 'legend.frameon': False,
@@ -51,11 +53,12 @@ def where(results, **wanted):
     return [r for r in results if all(r[name] == value for name, value in wanted.items())]
 
 
-def alike(results):
+def alike(results, but=()):
     """Of results that differ in more than a figure shows (those of a sweep over d_state, say), for each setup the
-    largest group with the same constants."""
-    key = lambda r: (r['distribution'], r['d_state'], r['frozen_embedding'], r['samples'])
-    commonest = {setup: Counter(map(key, where(results, setup=setup))).most_common(1)[0][0] for setup in values(results, 'setup')}
+    largest group with the same constants, apart from those named in `but`."""
+    key = lambda r: tuple(r.get(name) for name in CONSTANTS if name not in but)
+    commonest = {setup: Counter(map(key, where(results, setup=setup))).most_common(1)[0][0]
+                 for setup in values(results, 'setup')}
     return [r for r in results if key(r) == commonest[r['setup']]]
 
 
@@ -145,7 +148,7 @@ def learning(found):
 def memory(found):
     """The claim itself: accuracy on IsTree with chain of thought against the floats that a model carries from token
     to token at the end of the prompt."""
-    all_results = where(found['results'], task='istree', setup='cot')
+    all_results = alike(where(found['results'], task='istree', setup='cot'), but=['d_state'])
     for n in values(all_results, 'n_nodes'):
         results = where(all_results, n_nodes=n)
         figure, axes = panels([f'IsTree, chain of thought, n={n}'], width=3.4)
@@ -175,7 +178,7 @@ def errors(found):
                     rates = np.mean([[100 * r['errors'][kind] for kind in kinds] for r in group], 0)
                     bars = axes[setup].bar(np.arange(len(kinds)) + 0.27 * (i - 1), rates, 0.25, color=COLOURS[arch],
                                            hatch=HATCHES[arch], edgecolor='white', label=NAMES[arch])
-                    axes[setup].bar_label(bars, [f'{rate:.1f}' for rate in rates], fontsize=6)
+                    axes[setup].bar_label(bars, ['<0.1' if 0 < rate < 0.1 else f'{rate:.1f}' for rate in rates], fontsize=6)
             names = [kind.replace(' to ', ' to\n').replace('next ', 'next\n') for kind in kinds]
             axes[setup].set_xticks(range(len(kinds)), names, fontsize=8)
         axes[setups[0]].set_ylabel(f'wrong tokens (%), n={n}')
@@ -207,8 +210,9 @@ def hotpot(found):
     figure, axes = plt.subplots(figsize=(1.5 + 1.6 * len(found['hotpot']), 2.9))
     for i, (condition, colour, hatch) in enumerate(zip(conditions, ('#999999', '#E69F00', '#56B4E9'), ('', '///', '...'))):
         right = [[100 * r['em'] for r in where(rows, condition=condition)] for _, rows in found['hotpot']]
-        bars = axes.bar(np.arange(len(right)) + 0.27 * (i - 1), [np.mean(r) for r in right], 0.25, color=colour, hatch=hatch,
-                        yerr=[np.std(r) / len(r) ** 0.5 for r in right], capsize=2, edgecolor='white', label=condition)
+        bars = axes.bar(np.arange(len(right)) + 0.27 * (i - 1), [np.mean(r) for r in right], 0.25, color=colour,
+                        hatch=hatch, yerr=[np.std(r, ddof=1) / len(r) ** 0.5 for r in right], capsize=2,
+                        edgecolor='white', label=condition)
         axes.bar_label(bars, [f'{np.mean(r):.0f}' for r in right], fontsize=7, padding=2)
     axes.set_xticks(range(len(found['hotpot'])), [name for name, _ in found['hotpot']])
     axes.set(ylabel='exact match (%)', ylim=(0, 108))
@@ -242,25 +246,46 @@ FIGURES = [accuracy, learning, memory, errors, generation, hotpot, primitives]
 
 def load(out):
     """What there is to draw below a folder: results and unfinished cells of train.py (dicts, with their log), lists of rows
-    of models.py, (model name, rows) of eval_hotpot.py."""
-    lines = lambda path: [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    results = [json.loads(path.read_text()) | dict(log=lines(path.with_name('log.jsonl')))
-               for path in sorted(out.glob('**/result.json'))]
-    results.sort(key=lambda r: (models.ARCHS.index(r['arch']), r['n_nodes'], r['seed']))
-    unfinished = [json.loads(path.read_text()) for path in sorted(out.glob('**/config.json'))
-                  if not path.with_name('result.json').exists()]
-    return dict(results=results, unfinished=unfinished,
-                generation=[json.loads(path.read_text()) for path in sorted(out.glob('**/generation.json'))],
-                hotpot=[(path.stem.rpartition('-')[0], lines(path)) for path in sorted(out.glob('**/hotpot/*.jsonl'))])
+    of models.py, (model name, rows) of eval_hotpot.py. Raises Refused on a damaged file."""
+    def read(path):
+        try:
+            text = path.read_text()
+            return [json.loads(part) for part in (text.splitlines() if path.suffix == '.jsonl' else [text])]
+        except ValueError as error:
+            raise Refused(f'{path} is damaged ({error}): delete it')
+
+    results, unfinished, hotpot = {}, [], []
+    for path in sorted(out.glob('**/config.json')):
+        if not path.with_name('result.json').exists():
+            unfinished += read(path)
+    for path in sorted(out.glob('**/result.json')):
+        result, = read(path)
+        if not {*CELL, 'accuracy'} <= {*result}:
+            raise Refused(f'{path} is not a result of train.py: delete it')
+        log = path.with_name('log.jsonl')
+        cell = tuple(result.get(name) for name in CELL + CONSTANTS)
+        if cell in results:
+            print(f'{path} is left out: {results[cell]["path"]} is of the same cell')
+        results.setdefault(cell, result | dict(path=path, log=read(log) if log.exists() else []))
+    for path in sorted(out.glob('**/hotpot/*.jsonl')):
+        rows = read(path)
+        if len({len(where(rows, condition=c)) for c in data.HOTPOT_CONDITIONS}) == 1:
+            hotpot.append((path.stem.rpartition('-')[0], rows))
+        else:
+            print(f'{path} is left out: not finished')
+    order = lambda name: [i for i, arch in enumerate(models.ARCHS) if name.startswith(arch)] or [len(models.ARCHS)]
+    return dict(results=sorted(results.values(), key=lambda r: (order(r['arch']), r['n_nodes'], r['seed'])),
+                unfinished=unfinished, hotpot=sorted(hotpot, key=lambda found: order(found[0])),
+                generation=[rows for path in sorted(out.glob('**/generation.json')) for rows in read(path)])
 
 
 def main(argv):
     c = parse(argv, Constants, 'plot.py', {'default': {}})
     found = load(Path(c.out))
-    Path(c.figures).mkdir(parents=True, exist_ok=True)
     names = []
     for draw in FIGURES:
         for name, figure in draw(found):
+            Path(c.figures).mkdir(parents=True, exist_ok=True)
             names.append(Path(c.figures) / f'{name}.png')
             for path in (names[-1], names[-1].with_suffix('.pdf')):
                 figure.savefig(path)

@@ -1012,8 +1012,10 @@ def test_two_processes_share_a_grid_and_do_no_cell_twice(tmp_path):
     ('--archs=lstm', 'transformer, mamba, hybrid'), ('--setups=chain', 'direct, cot, retrieval'),
     ('--sizes=3M', '0.5M'), ('--learning_rate=1', 'no such constant'), ('--n_nodes=3', 'n_nodes=3'),
     ('--n_nodes=abc', 'expected int'), ('--lr=rnn:1', 'transformer, mamba, hybrid'), ('--preset=big', 'paper'),
-    ('--lr=-1', 'negative'), ('archs=mamba', '--name=value'), ('--frozen_embedding=maybe', 'True or False'),
-    ('--distribution=star', 'two_star'), ('--tasks=index --setups=cot', 'index has direct, retrieval'), ('--n_nodes=4 --n_val=5000', 'validation set'),
+    ('--lr=-1', 'at least 0'), ('--lr=mamba:x', '--lr=mamba:x: expected float'), ('--batch_size=cot:0', 'at least 1'),
+    ('--n_val=0', 'at least 1'), ('--d_state=0', 'at least 1'), ('--seeds=99999999999999999999', 'not infinite'), ('archs=mamba', '--name=value'), ('--frozen_embedding=maybe', 'True or False'),
+    ('--distribution=star', 'two_star'), ('--tasks=index --setups=cot', 'index has direct, retrieval'),
+    ('--n_nodes=4 --n_val=5000', 'validation set'),
     ('--device=cuda', 'no such device'), ('--out=test_all.py', 'test_all.py')])
 def test_bad_constants_get_one_line_and_exit_code_2(override, words, tmp_path, capsys):
     if override == '--device=cuda' and torch.cuda.is_available():
@@ -1595,7 +1597,7 @@ def lines_of(axes):
     return found
 
 
-def test_figures_show_the_means_the_errors_between_seeds_and_what_is_missing(tmp_path):
+def test_figures_show_the_means_the_errors_between_seeds_and_what_is_missing(tmp_path, capsys):
     for seed, accuracy in enumerate((0.6, 0.8, 0.7)):
         written_results(tmp_path, seed=seed, accuracy=accuracy)
     written_results(tmp_path, n_nodes=16, accuracy=0.5)
@@ -1604,7 +1606,10 @@ def test_figures_show_the_means_the_errors_between_seeds_and_what_is_missing(tmp
     for d_state in (2, 4, 8):                               # a sweep: in the figure on memory, not in the main one
         written_results(tmp_path, d_state=d_state, accuracy=0.95)
     written_results(tmp_path, arch='transformer', samples=9999, accuracy=0.95)      # trained longer: not comparable
+    (tmp_path / 'z').mkdir()
+    written_results(tmp_path / 'z', arch='hybrid', accuracy=0.1)                 # of the same cell: left out, and said
     found = plot.load(tmp_path)
+    assert re.match(f'{tmp_path}/z/.* is left out: {tmp_path}/istree', capsys.readouterr().out)
     (name, figure), = plot.accuracy(found)
     panel, = figure.axes
     lines = lines_of(panel)
@@ -1624,13 +1629,21 @@ def test_plot_py_draws_whatever_there_is(tmp_path):
                                   cwd=HERE, text=True, capture_output=True)
     empty = draw()
     assert empty.returncode == 2 and 'run train.py first' in empty.stderr and len(empty.stderr.splitlines()) == 1
+    (tmp_path / 'out').mkdir()
+    for text, words in (('{"arch"', 'is damaged'), ('{}', 'is not a result')):
+        (tmp_path / 'out' / 'result.json').write_text(text)
+        bad = draw()
+        assert bad.returncode == 2 and f'out/result.json {words}' in bad.stderr and len(bad.stderr.splitlines()) == 1
+    (tmp_path / 'out' / 'result.json').unlink()
     (tmp_path / 'out' / 'hotpot').mkdir(parents=True)
     written_results(tmp_path / 'out', accuracy=0.6)
     written_results(tmp_path / 'out', task='recall', setup='direct', distribution='uniform', accuracy=0.6)
     (tmp_path / 'out' / 'hotpot' / 'model-0a.jsonl').write_text(''.join(
         json.dumps(dict(condition=c, em=1.0)) + '\n' for c in data.HOTPOT_CONDITIONS))
     (tmp_path / 'out' / 'generation.json').write_text(json.dumps(models.generation_cost('tiny', (4, 8), 3)))
+    (tmp_path / 'out' / 'hotpot' / 'begun-0a.jsonl').write_text('{"condition": "gold", "em": 1.0}\n')
     done = draw()
+    assert 'begun-0a.jsonl is left out: not finished' in done.stdout
     names = {'accuracy', 'learning-n8', 'errors-tiny-n8', 'hotpot', 'generation-tiny', 'primitives-tiny'}
     assert done.returncode == 0 and {path.name for path in (tmp_path / 'figures').iterdir()} == {
         f'{name}.{kind}' for name in names for kind in ('png', 'pdf')}

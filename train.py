@@ -42,9 +42,9 @@ import models
 class Constants:
     # the grid: each a value or several, separated by commas
     tasks: tuple = ('istree',)              # what is learned (data.TASKS)
-    archs: tuple = ('transformer', 'mamba', 'hybrid')   # models.ARCHS
+    archs: tuple = ('transformer', 'mamba', 'hybrid')   # the architectures (models.ARCHS)
     setups: tuple = ('direct', 'cot', 'retrieval')      # answer at once, after a chain of thought, with a retriever
-    sizes: tuple = ('tiny',)                # models.SIZES: tiny, 0.5M, 1M, 2M
+    sizes: tuple = ('tiny',)                # of the models (models.SIZES): tiny, 0.5M, 1M, 2M
     n_nodes: tuple = (12,)                  # size of the task: nodes of the graph, length of the sequence
     seeds: tuple = (0,)                     # of the initial weights and the training data
     # the task
@@ -54,13 +54,13 @@ class Constants:
     d_state: int = 1                        # size of Mamba's state per inner channel: its memory (the paper: 16)
     frozen_embedding: bool = False          # sinusoids that are not trained (the paper), or learned
     # training: where there are names, give one value for all or name:value,...
-    samples: dict = field(default_factory=lambda: {'direct': 40_000, 'cot': 160_000, 'retrieval': 10_000})  # trained on
-    batch_size: dict = field(default_factory=lambda: {'direct': 32, 'cot': 32, 'retrieval': 8})  # samples per step
+    samples: dict = field(default_factory=lambda: dict(direct=40_000, cot=160_000, retrieval=10_000))   # to train on
+    batch_size: dict = field(default_factory=lambda: dict(direct=32, cot=32, retrieval=8))  # samples per step
     lr: dict = field(default_factory=lambda: {'transformer': 3e-3, 'mamba': 6e-3, 'hybrid': 4e-3})  # highest learning rate
-    eval_every: dict = field(default_factory=lambda: {'direct': 10_000, 'cot': 25_000, 'retrieval': 2_500})  # per log line
+    eval_every: dict = field(default_factory=lambda: dict(direct=10_000, cot=25_000, retrieval=2_500))  # samples a log line
     warmup_samples: int = 2000              # learning rate rises linearly, then falls as a cosine to 0
     grad_clip: float = 1.0                  # largest norm of the gradient, 0: no limit
-    dtype: str = 'float32'                  # or bfloat16: autocast
+    dtype: str = 'float32'                  # float32, or bfloat16 by autocast
     # running
     out: str = 'out'                        # folder of the results
     device: str = 'auto'                    # auto, cpu, cuda or mps
@@ -110,15 +110,14 @@ def help_text(program, constants, presets):
 
 def parse_value(name, text, default):
     """The text of an override -> a value of the default's type. Raises Refused."""
-    def one(text, kind):
+    def one(part, kind):
         try:
-            if kind is bool:
-                return {'true': True, 'false': False}[text.lower()]
-            value = kind(text)
+            value = {'true': True, 'false': False}[part.lower()] if kind is bool else kind(part)
         except (ValueError, KeyError):
             raise Refused(f'--{name}={text}: expected {"True or False" if kind is bool else kind.__name__}')
-        if kind in (int, float) and not 0 <= value < math.inf:
-            raise Refused(f'--{name}={text}: must not be negative or infinite')
+        low = 1 if name in ('batch_size', 'n_val', 'eval_batch', 'd_state') else 0
+        if kind in (int, float) and not low <= value < 2 ** 63:
+            raise Refused(f'--{name}={text}: must be at least {low} and not infinite')
         return value
 
     if isinstance(default, tuple):
@@ -297,9 +296,9 @@ def evaluate(model, cell, reference, batch_size, device, progress=None):
         expected = reference[i:i + batch_size]
         tokens, queries, floats = generate(model, cell['task'], cell['n_nodes'], cell['setup'], expected[:, :start], device)
         for row, other in zip(tokens, expected):
-            row, other = row[row != data.PAD], other[other != data.PAD]
-            right += bool(row[-1] == other[-1] and (row[-2] == data.EOS or cell['setup'] == 'direct'))
-            exact += np.array_equal(row, other)
+            end, other_end = (np.flatnonzero(t != data.PAD)[-1] for t in (row, other))
+            right += bool(row[end] == other[other_end] and (row[end - 1] == data.EOS or cell['setup'] == 'direct'))
+            exact += np.array_equal(row[:end + 1], other[:other_end + 1])
         written, well_formed = written + queries[0], well_formed + queries[1]
         if progress:
             progress.set_postfix_str(f'evaluating {i}/{len(reference)}')
@@ -334,7 +333,7 @@ def learning_rate(cell, samples):
 def run_cell(c, cell, device):
     """Train, evaluate and write result.json; continues from the cell's checkpoint. Raises Refused."""
     path = folder(c, cell)
-    for left_by_a_kill in path.glob('checkpoint.pt.*.tmp'):
+    for left_by_a_kill in path.glob('*.tmp'):
         left_by_a_kill.unlink()
     made = data.TASKS[cell['task']]
     n, setup, batch_size = cell['n_nodes'], cell['setup'], cell['batch_size']
