@@ -289,7 +289,8 @@ class LanguageModel:
 
     def feed(self, tokens, cache):
         """Read more tokens, changing the cache. Returns the logits (V,) after the last, and the cache."""
-        hidden = self.model.hidden(torch.tensor([tokens], device=self.device), cache)
+        for part in torch.tensor([tokens], device=self.device).split(1024, 1):     # bounds the attention mask
+            hidden = self.model.hidden(part, cache)
         return self.model.head(hidden[0, -1]), cache
 
     @torch.inference_mode()
