@@ -116,7 +116,7 @@ def parse_value(name, text, default):
         except (ValueError, KeyError):
             raise Refused(f'--{name}={text}: expected {"True or False" if kind is bool else kind.__name__}')
         low = 1 if name in ('batch_size', 'n_val', 'eval_batch', 'd_state') else 0
-        if kind in (int, float) and not low <= value < 2 ** 63:
+        if kind in (int, float) and not low <= value < (2 ** 63 if kind is int else math.inf):
             raise Refused(f'--{name}={text}: must be at least {low} and not infinite')
         return value
 
