@@ -246,7 +246,8 @@ class Model(nn.Module):
         else:
             nn.init.normal_(self.embedding.weight, std=c.d_model ** -0.5)
         # torch's default for the matrices, as in the authors' hybrid: LLaMA's N(0, 0.02) is meant for widths in
-        # the thousands, at d_model=64 a hybrid stayed on a plateau with it (IsTree, cot, n=12: 68.4%, now 99.0%)
+        # the thousands, at d_model=64 a hybrid stayed on a plateau with it (IsTree, cot, n=12, seed 1, 150,000
+        # samples: 68.4%, with this 99.0%)
         for layer in self.layers[:c.n_mamba]:                   # Mamba: the same, except for these
             bound = c.d_conv ** -0.5
             nn.init.uniform_(layer.conv_weight, -bound, bound)

@@ -216,7 +216,7 @@ def test_kinds_of_the_tokens_in_the_header_are_the_hand_written_ones():
         tokens = np.array([prompt + trace + [data.PAD]])
         loss_mask = np.array([[False] * len(prompt) + [kind != '.' for kind in kinds] + [False]])
         found = data.token_kinds(tokens, loss_mask)[0, len(prompt):-1]
-        assert [data.KINDS[k][0].replace('r', 'c' if data.KINDS[k] == 'record' else 'r') if k >= 0 else '.' for k in found] == [*kinds]
+        assert ''.join('nrqca'[k] if k >= 0 else '.' for k in found) == kinds       # the KINDS, record as c
     for setup in ('cot', 'retrieval'):              # every return is to a node above, every next neighbour is new
         tokens, loss_mask, _ = data.generate(50, 14, setup, 5)
         for row, kinds in zip(tokens, data.token_kinds(tokens, loss_mask)):
@@ -1506,7 +1506,7 @@ def test_mixed_asks_each_question_under_all_conditions_and_none_of_them_in_train
     for i, condition in enumerate(data.HOTPOT_CONDITIONS):
         alone, alone_mask, _ = data.validation_set('hotpot', 10, 10, 'retrieval', condition)
         assert np.array_equal(tokens[i::3], alone) and np.array_equal(loss_mask[i::3], alone_mask)
-    start, seen = data.hotpot_prompt_length(10), 0
+    start = data.hotpot_prompt_length(10)
     held_out = data.generate_hotpot(data.CHUNK, 10, 'retrieval', (0, 0, 0), 'mixed')[0][:10]    # the first of the stream
     batches = data.training_batches('hotpot', 64, 10, 'retrieval', 0, 'mixed', held_out)
     forbidden = {row[:start].tobytes() for row in held_out}

@@ -333,7 +333,7 @@ def learning_rate(cell, samples):
 def run_cell(c, cell, device):
     """Train, evaluate and write result.json; continues from the cell's checkpoint. Raises Refused."""
     path = folder(c, cell)
-    for left_by_a_kill in path.glob('*.tmp'):
+    for left_by_a_kill in path.glob('checkpoint.pt.*.tmp'):     # (a config's may be another process's)
         left_by_a_kill.unlink()
     made = data.TASKS[cell['task']]
     n, setup, batch_size = cell['n_nodes'], cell['setup'], cell['batch_size']
