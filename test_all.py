@@ -911,7 +911,7 @@ def test_linear_through_onednn_has_the_gradients_of_float64():
 # --- train.py --------------------------------------------------------------------------------------
 
 SMALL = ['--archs=hybrid', '--setups=cot', '--n_nodes=5', '--samples=1280', '--n_val=40', '--device=cpu',
-         '--eval_every=320', '--processes=1', '--checkpoint_seconds=0']
+         '--evaluations=4', '--processes=1', '--checkpoint_seconds=0']
 
 
 def run(*arguments, env=None, **options):
@@ -921,7 +921,7 @@ def run(*arguments, env=None, **options):
 
 
 def cell_folder(out):
-    return out / 'istree-hybrid-cot-tiny-n5-s0'
+    return out / 'istree-hybrid-cot-tiny-d1-n5-s0'
 
 
 def final_weights(out):
@@ -943,8 +943,7 @@ def finished(tmp_path_factory):
 
 def test_a_cell_reports_what_was_promised(finished):
     result = json.loads((cell_folder(finished) / 'result.json').read_text())
-    for name in ('arch setup size n_nodes seed distribution params state_floats samples accuracy accuracy_se exact_trace '
-                 'well_formed_queries seconds samples_per_second device torch').split():
+    for name in [*train.RESULT, *'distribution errors samples_per_second device torch'.split()]:
         assert name in result
     assert result['samples'] == 1280 and len(log_without_times(finished)) == 3
     assert abs(result['accuracy_se'] - (result['accuracy'] * (1 - result['accuracy']) / 40) ** 0.5) < 1e-12
@@ -1001,7 +1000,7 @@ def test_two_processes_share_a_grid_and_do_no_cell_twice(tmp_path):
                              stderr=subprocess.STDOUT, env=os.environ | {'OMP_NUM_THREADS': '1'}) for _ in range(2)]
     printed = [process.communicate()[0] for process in both]
     assert [process.returncode for process in both] == [0, 0]
-    tables = [text[text.index('task  '):] for text in printed]
+    tables = [text[text.index('cell  '):] for text in printed]
     assert tables[0] == tables[1] and tables[0].count('istree') == 8
     # every cell was trained by exactly one of the two: its progress is in one output
     for folder in tmp_path.iterdir():
@@ -1010,10 +1009,13 @@ def test_two_processes_share_a_grid_and_do_no_cell_twice(tmp_path):
 
 @pytest.mark.parametrize('override, words', [
     ('--archs=lstm', 'transformer, mamba, hybrid'), ('--setups=chain', 'direct, cot, retrieval'),
-    ('--sizes=3M', '0.5M'), ('--learning_rate=1', 'no such constant'), ('--n_nodes=3', 'n_nodes=3'),
-    ('--n_nodes=abc', 'expected int'), ('--lr=rnn:1', 'transformer, mamba, hybrid'), ('--preset=big', 'paper'),
-    ('--lr=-1', 'at least 0'), ('--lr=mamba:x', '--lr=mamba:x: expected float'), ('--batch_size=cot:0', 'at least 1'),
-    ('--n_val=0', 'at least 1'), ('--d_state=0', 'at least 1'), ('--seeds=99999999999999999999', 'not infinite'), ('archs=mamba', '--name=value'), ('--frozen_embedding=maybe', 'True or False'),
+    ('--sizes=3M', '0.5M'), ('--learning_rate=1', 'unrecognized arguments: --learning_rate=1'), ('--n_nodes=3', 'n_nodes=3'),
+    ('--n_nodes=abc', 'expected int'), ('--lr=rnn:1', 'names out of direct.transformer'), ('--preset=big', 'paper'),
+    ('--lr=-1', 'must be from 0'), ('--lr=mamba:x', '--lr=mamba:x: expected float'), ('--batch_size=cot:0', 'must be from 1'),
+    ('--n_val=0', 'must be from 1'), ('--d_state=0', 'must be from 1'), ('--d_state=65', 'must be from 1 to 64'),
+    ('--seeds=99999999999999999999', 'must be from'), ('archs=mamba', 'unrecognized arguments: archs=mamba'),
+    ('--frozen_embedding=maybe', 'True or False'), ('--n_val=100000000000', 'must be from'),
+    ('--batch_size=1000000000000', 'must be from'), ('--layers=MXA', 'X'), ('--lr=nan', 'must be from'),
     ('--distribution=star', 'two_star'), ('--tasks=index --setups=cot', 'index has direct, retrieval'),
     ('--n_nodes=4 --n_val=5000', 'validation set'),
     ('--device=cuda', 'no such device'), ('--out=test_all.py', 'test_all.py')])
@@ -1051,14 +1053,16 @@ def test_a_loss_that_is_not_finite_stops_the_cell_and_says_so(tmp_path):
     result = run(*SMALL, '--archs=hybrid,mamba', '--lr=hybrid:1e30', '--grad_clip=0', '--processes=2', f'--out={tmp_path}')
     assert result.returncode == 2 and 'the loss is nan' in result.stderr and 'Traceback' not in result.stderr
     assert not (cell_folder(tmp_path) / 'result.json').exists()
-    assert (tmp_path / 'istree-mamba-cot-tiny-n5-s0' / 'result.json').exists()      # the others go on
+    assert (tmp_path / 'istree-mamba-cot-tiny-d1-n5-s0' / 'result.json').exists()      # the others go on
 
 
 def test_help_lists_every_constant_with_its_comment():
     text = run('--help').stdout
     for constant in dataclasses.fields(train.Constants):
         assert f'--{constant.name} ' in text
-    assert "rises linearly, then falls as a cosine to 0" in text and "default ('istree',)" in text
+    text = ' '.join(text.split())
+    assert 'peak learning rate' in text and 'fixed sinusoids (the paper) instead of a learned embedding' in text
+    assert '(default: transformer,mamba,hybrid)' in text
 
 
 def test_the_papers_preset_is_the_papers_grid():
@@ -1066,7 +1070,8 @@ def test_the_papers_preset_is_the_papers_grid():
     assert len(grid) == 81 and {cell['n_nodes'] for cell in grid} == {16, 32, 64}
     assert {(cell['arch'], cell['lr']) for cell in grid} == {('transformer', 1e-3), ('mamba', 3e-4), ('hybrid', 3e-4)}
     cell = grid[0]
-    assert cell['batch_size'] == 64 and cell['d_state'] == 16 and cell['samples'] == 1_000_000 and cell['n_val'] == 5000 and cell['frozen_embedding']
+    assert cell['batch_size'] == 64 and cell['d_state'] == 16 and cell['samples'] == 1_000_000
+    assert cell['n_val'] == 5000 and cell['frozen_embedding'] and not cell['solved'] and not cell['grad_clip']
     assert train.learning_rate(cell, 5_000) == cell['lr'] / 2 and train.learning_rate(cell, 1_000_000) < 1e-12
 
 
@@ -1091,8 +1096,11 @@ class Recites:
 
     train = eval
 
-    def prefill(self, prompts, max_length):
-        return self.logits(prompts.shape[1]), SimpleNamespace(t=prompts.shape[1], floats=lambda: 7)
+    def __call__(self, tokens):
+        return torch.stack([self.logits(t) for t in range(1, tokens.shape[1] + 1)], 1)
+
+    def prefill(self, prompts):
+        return self.logits(prompts.shape[1]), SimpleNamespace(t=prompts.shape[1])
 
     def step(self, token, state):
         state.t += 1
@@ -1101,14 +1109,19 @@ class Recites:
 
 @pytest.mark.parametrize('setup', data.SETUPS)
 def test_evaluation_gives_a_perfect_model_everything_and_a_spoiled_one_nothing(setup):
-    tokens = data.validation_set('istree', 60, 16, setup)[0]
-    cell = dict(task='istree', n_nodes=16, setup=setup)
-    measured = train.evaluate(Recites(tokens), cell, tokens, 60, torch.device('cpu'))
-    assert measured['accuracy'] == measured['exact_trace'] == 1 and measured['state_floats'] == 7
+    tokens, loss_mask, _ = data.validation_set('istree', 60, 16, setup)
+    cell, cpu = dict(task='istree', setup=setup), torch.device('cpu')
+    measured, samples = train.evaluate(Recites(tokens), cell, 16, tokens, loss_mask, 60, cpu)
+    assert measured['accuracy'] == measured['exact_trace'] == 1
     assert measured['well_formed_queries'] == (1 if setup == 'retrieval' else None)
+    for sample, row in zip(samples, tokens, strict=False):
+        assert sample['written'] == sample['expected']
+        assert f'{sample["prompt"]} {sample["expected"]}' == data.decode(row)
+        words = sample['written'].split()
+        assert sample['retrieved'] == [i + 1 for i, word in enumerate(words) if word == '[ENDSEARCH]']
     # answers turned around: always wrong; no [EOS]: no answer, which is wrong too; broken queries: counted
     for spoil in ((data.TRUE, data.FALSE), (data.EOS, data.EDGE), (data.START, data.EDGE)):
-        spoiled = train.evaluate(Recites(tokens, spoil), cell, tokens, 60, torch.device('cpu'))
+        spoiled, _ = train.evaluate(Recites(tokens, spoil), cell, 16, tokens, loss_mask, 60, cpu)
         if spoil[0] == data.TRUE:
             assert abs(spoiled['accuracy'] - (tokens == data.FALSE).any(1).mean()) < 1e-12
         elif setup != 'direct' and spoil[0] == data.EOS:
@@ -1125,7 +1138,8 @@ def test_errors_by_kind_are_those_of_a_model_that_errs_where_we_know():
     spoiled[answers] += 1
     model = lambda batch: F.one_hot(torch.from_numpy(spoiled[:, 1:]), 64)[rows.pop(0)]
     rows = [slice(0, 25), slice(25, 40)]
-    errors = train.errors_by_kind(model, tokens, loss_mask, 25, torch.device('cpu'))
+    wrong, _ = train.teacher_forced(model, tokens, loss_mask, 25, torch.device('cpu'))
+    errors = train.errors_by_kind(wrong, tokens, loss_mask)
     assert errors == {'next neighbour': 0, 'return to the parent': 0, 'query': 0, 'record': 1, 'answer': 0.5}
 
 
@@ -1333,7 +1347,7 @@ def test_a_killed_evaluation_continues_and_a_torn_line_is_asked_again(tmp_path):
     damaged = tmp_path / 'damaged'
     damaged.mkdir()
     (damaged / file.name).write_bytes(file.read_bytes().replace(b'"condition"', b'"c"', 1))
-    with pytest.raises(train.Refused, match='damaged: delete it'):
+    with pytest.raises(train.UserError, match='damaged: delete it'):
         eval_hotpot.evaluate(Scripted(records, perfect), records, damaged)
     lazy = Scripted(records, None)
     assert strip(eval_hotpot.evaluate(lazy, records, tmp_path)) == strip(whole) and lazy.reads == 0
