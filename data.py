@@ -26,7 +26,7 @@ Try it:  python data.py          prints one sample of each task and setup
 """
 import random
 import re
-from functools import partial
+from functools import lru_cache, partial
 from typing import Callable, NamedTuple
 
 import numpy as np
@@ -41,8 +41,8 @@ TOKENS = {word: token for token, word in enumerate(WORDS)}
 SETUPS = ('direct', 'cot', 'retrieval')
 MAX_COUNT = 3                                       # of the task counting
 QUERIES = 32                                        # per sample of a retrieval primitive
-VALIDATION_SEED = (2402, 18510)                     # of a training seed, one chunk at most: held out all the same
-CHUNK = 1024                                        # training samples made at a time
+# how the seeds of random numbers begin, so that no training seed is ever one of the others
+TRAINING, VALIDATION_SEED, TUNING_SEED = 0, (1, 2402, 18510), (2, 2402, 18510)
 
 
 def vocab_size(n_nodes):
@@ -58,17 +58,13 @@ def decode(tokens, words=WORDS):
 # --- graphs: (B, n-1, 2) edges, (B,) labels ------------------------------------------------------
 
 def permutations(rng, batch_size, n):
-    """(batch_size, n) int64, each row a random order of 0..n-1: sorts random 48-bit numbers that
-    carry their own index in the low bits (several times faster than argsort)."""
-    keys = rng.integers(0, 2**64, (batch_size, n), dtype=np.uint64)
-    keys = keys & np.uint64(2**64 - 2**16) | np.arange(n, dtype=np.uint64)
-    keys.sort(axis=1)
-    return (keys & np.uint64(2**16 - 1)).astype(np.int64)
+    """(batch_size, n) int64, each row a random order of 0..n-1."""
+    return rng.permuted(np.tile(np.arange(n), (batch_size, 1)), axis=1)
 
 
 def two_star(rng, batch_size, n_nodes):
     """The paper's distribution (appendix; 'binary' in the authors' code). p[0] and p[1] are centres,
-    each other node hangs on one of them by a fair coin, one more edge joins two leaves:
+    each other node is joined to one of them by a fair coin, and one more edge joins two leaves:
 
         2   3   4          2   3   4
          \\ /    |           \\ /    |       left: leaves of different centres are joined, a tree;
@@ -88,142 +84,99 @@ def two_star(rng, batch_size, n_nodes):
 
 
 def random_graph(rng, batch_size, n_nodes):
-    """Half the time a random recursive tree (node i is joined to a uniform earlier one, then nodes
-    are renamed at random), otherwise such a tree with one edge rewired: the edge above a random node
-    is cut and two nodes of the same part, not yet joined, are joined instead, which closes a cycle.
-    Cut and new edge are drawn uniformly among the possible ones, by rejection.
+    """Half the time a random recursive tree: node i is joined to a uniform earlier one. Otherwise one of
+    its edges is replaced, which closes a cycle: the edge above a node `cut` is taken away, and two nodes
+    on the same side of the cut, u and v, are joined. In the end the nodes are renamed at random.
+
+          0                 0              cut = 2 takes 0 - 2 away; below the cut are 2, 4 and 5. There, u = 4
+         / \\               /               and v = 5 can be joined, above it no two nodes that are not joined
+        1   2             1   2            already. cut, u and v are drawn again until they fit, so that every
+       /   / \\           /   / \\           possible choice is as likely.
+      3   4   5         3   4---5
 
     Returns edges (B, n-1, 2) int64 and is_tree (B,) bool, P(tree) = 1/2."""
-    parent = np.zeros((batch_size, n_nodes), np.int64)
-    parent[:, 1:] = rng.integers(0, np.arange(1, n_nodes), (batch_size, n_nodes - 1))
-    edges = np.stack([parent[:, 1:], np.broadcast_to(np.arange(1, n_nodes), (batch_size, n_nodes - 1))], -1)
-    is_tree = rng.integers(0, 2, batch_size).astype(bool)
-    todo = np.flatnonzero(~is_tree)
-    while len(todo):
-        cut = rng.integers(1, n_nodes, len(todo))
-        u, v = rng.integers(0, n_nodes, (2, len(todo)))
-        below = np.zeros((len(todo), n_nodes), bool)            # in the part below the cut?
-        rows = np.arange(len(todo))
-        for i in range(1, n_nodes):                             # parents come before their children
-            below[:, i] = below[rows, parent[todo, i]] | (cut == i)
-        joined = (parent[todo, u] == v) | (parent[todo, v] == u)
-        good = (u != v) & (below[rows, u] == below[rows, v]) & ~joined
-        edges[todo[good], cut[good] - 1, 0], edges[todo[good], cut[good] - 1, 1] = u[good], v[good]
-        todo = todo[~good]
-    p = permutations(rng, batch_size, n_nodes)
-    return np.take_along_axis(p, edges.reshape(batch_size, -1), 1).reshape(edges.shape), is_tree
+    graphs, is_tree = np.empty((batch_size, n_nodes - 1, 2), np.int64), rng.integers(0, 2, batch_size) == 1
+    for b in range(batch_size):
+        parent = [None, *rng.integers(0, np.arange(1, n_nodes)).tolist()]
+        edges = [(parent[i], i) for i in range(1, n_nodes)]
+        fits = is_tree[b]
+        while not fits:
+            cut, u, v = rng.integers((1, 0, 0), n_nodes).tolist()
+            below = {cut}
+            for i in range(cut + 1, n_nodes):                   # parents come before their children
+                if parent[i] in below:
+                    below.add(i)
+            fits = u != v and (u in below) == (v in below) and parent[u] != v and parent[v] != u
+            edges[cut - 1] = (u, v) if fits else edges[cut - 1]
+        graphs[b] = rng.permutation(n_nodes)[np.array(edges)]
+    return graphs, is_tree
 
 
 DISTRIBUTIONS = {'two_star': two_star, 'random': random_graph}
 
 
-# --- traces: the whole batch searches in lock step ----------------------------------------------
+# --- the paper's two algorithms, on one graph ------------------------------------------------------
 
-class Search(NamedTuple):
-    """A batch of depth-first searches. The batch is treated as one big graph: node v of sample b has
-    the number b*n + v, and each edge is two half-edges, h (u -> v) and h^1 (v -> u), so that every
-    step of all searches is a handful of one-dimensional look-ups. NONE (no such half-edge) leads to
-    SINK, a node without edges at which a search that has ended stays for ever."""
-    visit: np.ndarray       # (B, T) the node on top of the stack at each step, SINK after the end
-    via: np.ndarray         # (B, T) the half-edge it was reached by, NONE at the start and after the end
-    parent: np.ndarray      # (B*n+1,) the half-edge from a node to its parent, -1 if never visited
-    first: np.ndarray       # (B*n+1,) a node's first half-edge in the order of the prompt
-    following: np.ndarray   # (B*2(n-1)+2,) the half-edge after h that leaves the same node
-    target: np.ndarray      # (B*2(n-1)+2,) where a half-edge leads
+ROOT = NODE                                         # node 0, where every search begins
 
 
-def depth_first_search(edges):
-    """Search from node 0 of every sample, neighbours in the order of the edges, and stop at the first
-    visited node other than the parent (paper, Algorithm 1). edges (B, n-1, 2) -> Search."""
-    batch_size, n_edges, _ = edges.shape
-    n_nodes = n_edges + 1
-    SINK, NONE = batch_size * n_nodes, batch_size * 2 * n_edges
-    root = np.arange(batch_size) * n_nodes
-    nodes = edges.reshape(batch_size, -1) + root[:, None]               # half-edge -> node it leaves
-    target = np.append(edges[:, :, ::-1].reshape(batch_size, -1) + root[:, None], [SINK, SINK])
-    first = np.full(SINK + 1, NONE)
-    following = np.full(NONE + 2, NONE)
-    for h in reversed(range(2 * n_edges)):                              # linked lists, from the back
-        half_edge = np.arange(h, NONE, 2 * n_edges)
-        following[half_edge] = first[nodes[:, h]]
-        first[nodes[:, h]] = half_edge
-
-    parent = np.full(SINK + 1, -1)
-    parent[root] = parent[SINK] = NONE
-    visit = np.full((2 * n_nodes - 1, batch_size), SINK)
-    via = np.full((2 * n_nodes - 1, batch_size), NONE)
-    node, walked, onward = root, np.full(batch_size, NONE), first[root]
-    for t in range(2 * n_nodes - 1):
-        visit[t], via[t] = node, walked
-        up = parent[node]
-        onward = np.where(onward == up, following[onward], onward)      # never straight back up
-        returns = onward == NONE
-        walked = np.where(returns, up, onward)
-        node = target[walked]
-        above = parent[node]
-        enters = above < 0
-        cycle = ~(enters | returns)
-        walked[cycle], node[cycle], above[cycle] = NONE, SINK, NONE
-        parent[node] = np.where(enters, walked ^ 1, above)
-        onward = np.where(enters, first[node], following[walked ^ 1])
-    return Search(visit.T, via.T, parent, first, following, target)
+def adjacency(edges, n_nodes):
+    """[(u, v), ...] -> {node: its neighbours, in the order of the edges}, every node given by its token."""
+    neighbours = {NODE + v: [] for v in range(n_nodes)}
+    for u, v in edges:
+        neighbours[NODE + u].append(NODE + v)
+        neighbours[NODE + v].append(NODE + u)
+    return neighbours
 
 
-def cot_trace(edges):
-    """Euler tours (Algorithm 1). edges (B, n-1, 2) -> (B, 2n-1) tokens, -1 where there is none."""
-    search = depth_first_search(edges)
-    n_nodes = edges.shape[1] + 1
-    root = np.arange(len(edges))[:, None] * n_nodes
-    visit = search.visit.copy()
-    return np.where(visit == len(edges) * n_nodes, -1, visit - root + NODE)
+def cot_trace(neighbours):
+    """Algorithm 1: the Euler tour of a depth-first search from node 0, cut short at the first node that has been
+    visited and is not the parent. neighbours: see adjacency. Returns a list of tokens, 2n-1 at most."""
+    tour, parent, v = [], {ROOT: None}, ROOT
+    remaining = {v: iter(others) for v, others in neighbours.items()}
+    while v is not None:
+        tour.append(v)
+        w = next((w for w in remaining[v] if w != parent[v]), None)
+        if w is None:                               # nothing remains: return
+            v = parent[v]
+        elif w in parent:                           # visited before: a cycle
+            break
+        else:
+            parent[w], v = v, w                     # enter w
+    return tour
 
 
-def retrieval_trace(edges):
-    """The search with every look-up written as a query (Algorithm 2). Each step of the search, on node
-    v reached from `prev`, fills the 26 slots below, where a slot that is not needed stays -1:
+def retrieval_trace(neighbours):
+    """Algorithm 2: the same search, where all that must be looked up is asked for. neighbours: see adjacency.
+    Returns a list of tokens, 37n-26 at most, those that the retriever writes included."""
+    answers = {}                                    # what the retriever would find: query -> token
+    for v, others in neighbours.items():
+        queries = [(v, EDGE), *[(v, EDGE, w) for w in others]]
+        answers.update(zip(queries, others))
+    trace, stack, prev = [], [ROOT], None
 
-        v [STARTSEARCH] v ~ [ENDSEARCH] parent          0..5
-        [STARTSEARCH] v - prev [ENDSEARCH] next         6..11    without prev when reached from the parent
-        [STARTSEARCH] v - parent [ENDSEARCH] next      12..17    only if the last answer was the parent
-        [STARTSEARCH] w ~ [ENDSEARCH] parent           18..22    only if there is a next neighbour w
-        w ~ v                                          23..25    only if w is unvisited
+    def ask(*query):
+        answer = answers.get(query, FAILED)
+        trace.extend((START, *query, END, answer))
+        return answer
 
-    edges (B, n-1, 2) -> (B, (2n-1)*26) tokens, -1 where there is none."""
-    s = depth_first_search(edges)
-    s = s._replace(visit=s.visit.copy(), via=s.via.copy())              # rows side by side in memory
-    batch_size, n_nodes = len(edges), edges.shape[1] + 1
-    SINK, NONE = len(s.first) - 1, len(s.target) - 2
-    # token of a node, as 16 bits: this function is bound by memory traffic
-    token = np.append(np.tile(np.arange(NODE, NODE + n_nodes, dtype=np.int16), batch_size), np.int16(FAILED))
-
-    going = s.visit != SINK
-    up = s.parent[s.visit]
-    v, parent = token[s.visit], token[s.target[up]]
-    from_child = going & (s.via != NONE) & (up != s.via ^ 1)
-    answer = np.where(from_child, s.following[s.via ^ 1], s.first[s.visit])
-    again = going & (answer == up) & (up != NONE)
-    onward = np.where(again, s.following[answer], answer)
-    looks = onward != NONE                                              # there is a neighbour w ...
-    w = s.target[onward]
-    w_up = s.parent[w]                                                  # (where w got its record in the end)
-    enters = looks & (w_up == onward ^ 1)
-    enters[:, :-1] &= s.visit[:, 1:] == w[:, :-1]                       # ... that is entered, not met again
-
-    slots = np.full((*v.shape, 26), -1, np.int16)
-
-    def fill(at, *columns):
-        """Write columns, each (where, what), to the slots from `at` on."""
-        for slot, (where, what) in enumerate(columns, at):
-            slots[..., slot] = np.where(where, what, np.int16(-1))
-
-    fill(0, (going, v), (going, START), (going, v), (going, RECORD), (going, END), (going, parent))
-    fill(6, (going, START), (going, v), (going, EDGE), (from_child, token[s.target[s.via ^ 1]]), (going, END),
-         (going, token[s.target[answer]]))
-    fill(12, (again, START), (again, v), (again, EDGE), (again, parent), (again, END), (again, token[w]))
-    fill(18, (looks, START), (looks, token[w]), (looks, RECORD), (looks, END),
-         (looks, np.where(enters, np.int16(FAILED), token[s.target[w_up]])))
-    fill(23, (enters, token[w]), (enters, RECORD), (enters, v))
-    return slots.reshape(batch_size, -1)
+    while stack:
+        v = stack[-1]
+        trace.append(v)
+        parent = ask(v, RECORD)
+        w = ask(v, EDGE) if prev in (None, parent) else ask(v, EDGE, prev)
+        if w == parent != FAILED:                   # not straight back up
+            w = ask(v, EDGE, parent)
+        prev = v
+        if w == FAILED:                             # no neighbour is left: return
+            stack.pop()
+        elif ask(w, RECORD) == FAILED and w != ROOT:
+            trace.extend((w, RECORD, v))            # unvisited: record its parent and enter it
+            answers[w, RECORD] = v
+            stack.append(w)
+        else:                                       # visited before: a cycle
+            break
+    return trace
 
 
 # --- samples ---------------------------------------------------------------------------------------
@@ -250,46 +203,47 @@ def check(batch_size, n_nodes, limits, setup, setups, distribution, distribution
                              + (f'from {low} to {high}' if high else f'of at least {low}'))
 
 
-def assemble(prompt, trace, answer):
-    """What all tasks do last: join prompt (B, P), trace (B, T), -1 where there is no token, [EOS] and answer
-    (B,); without a trace, prompt and answer. Returns tokens and loss_mask, see generate."""
-    batch_size, start = prompt.shape
-    if trace is None:
-        tokens = np.column_stack((prompt, answer))
-    else:
-        written = trace >= 0
-        end = start + written.sum(1)
-        tokens = np.full((batch_size, end.max() + 2), PAD, np.int64)
-        tokens[:, :start] = prompt
-        tokens[:, start:][np.arange(start, tokens.shape[1]) < end[:, None]] = trace[written]
-        tokens[np.arange(batch_size), end] = EOS
-        tokens[np.arange(batch_size), end + 1] = answer
+def assemble(samples, start):
+    """A batch of samples, lists of token ids whose prompts take `start` tokens. Returns tokens and loss_mask, see
+    generate."""
+    tokens = np.full((len(samples), max(map(len, samples))), PAD)
+    for row, sample in zip(tokens, samples):
+        row[:len(sample)] = sample
     loss_mask = tokens != PAD
     loss_mask[:, :start] = False
-    loss_mask[:, 1:] &= tokens[:, :-1] != END
+    loss_mask[:, 1:] &= tokens[:, :-1] != END           # the retriever writes what follows [ENDSEARCH]
     return tokens, loss_mask
 
 
-def generate(batch_size, n_nodes, setup, seed, distribution='two_star'):
+def sample(edges, is_tree, setup):
+    """Edges in the order of the prompt, [(u, v), ...], and their label -> the sample, a list of token ids."""
+    prompt = [BOS]
+    for u, v in edges:
+        prompt += NODE + max(u, v), EDGE, NODE + min(u, v)
+    answer = TRUE if is_tree else FALSE
+    if setup == 'direct':
+        return [*prompt, EOS, answer]
+    trace = cot_trace if setup == 'cot' else retrieval_trace
+    return [*prompt, EOS, *trace(adjacency(edges, len(edges) + 1)), EOS, answer]
+
+
+def generate(batch_size, n_nodes, setup, seed, distribution='two_star', n=None):
     """A batch of IsTree samples, drawn as in the header of this file. Deterministic in its arguments.
 
-    seed: an int or a tuple of ints. Returns tokens (B, L) int64, right-padded with [PAD] to the longest
-    sample of the batch; loss_mask (B, L) bool, True where the token is to be predicted: after the
-    prompt, except padding and what the retriever writes (paper, section 6); is_tree (B,) bool.
-    Raises ValueError on an unknown setup or distribution, or an impossible batch_size or n_nodes."""
+    seed: an int or a tuple of ints. n: None or n_nodes. Returns tokens (B, L) int64, right-padded with [PAD]
+    to the longest sample of the batch; loss_mask (B, L) bool, True where the token is to be predicted: after
+    the prompt, except padding and what the retriever writes (paper, section 6); is_tree (B,) bool.
+    Raises ValueError on an unknown setup or distribution, or an impossible batch_size, n_nodes or n."""
     check(batch_size, n_nodes, (4, MAX_NODES), setup, SETUPS, distribution, DISTRIBUTIONS)
+    if n not in (None, n_nodes):
+        raise ValueError(f'n={n!r} is impossible: the graphs of this task have n_nodes={n_nodes} nodes')
     rng = np.random.default_rng(seed)
-    edges, is_tree = DISTRIBUTIONS[distribution](rng, batch_size, n_nodes)
-    order = permutations(rng, batch_size, n_nodes - 1)
-    edges = edges[np.arange(batch_size)[:, None], order]                # the order of the prompt
-
-    prompt = np.full((batch_size, prompt_length(n_nodes)), EOS)
-    prompt[:, 0] = BOS
-    prompt[:, 1:-1:3] = np.maximum(edges[:, :, 0], edges[:, :, 1]) + NODE
-    prompt[:, 2:-1:3] = EDGE
-    prompt[:, 3:-1:3] = np.minimum(edges[:, :, 0], edges[:, :, 1]) + NODE
-    trace = {'cot': cot_trace, 'retrieval': retrieval_trace}[setup](edges) if setup != 'direct' else None
-    return *assemble(prompt, trace, np.where(is_tree, TRUE, FALSE)), is_tree
+    graphs, is_tree = DISTRIBUTIONS[distribution](rng, batch_size, n_nodes)
+    samples = []
+    for edges, label in zip(graphs, is_tree):
+        rng.shuffle(edges)                                  # the order of the prompt
+        samples.append(sample(edges.tolist(), label, setup))
+    return *assemble(samples, prompt_length(n_nodes)), is_tree
 
 
 KINDS = ('next neighbour', 'return to the parent', 'query', 'record', 'answer')
@@ -419,17 +373,24 @@ def columns(*parts):
     return np.stack(np.broadcast_arrays(*parts), 1)
 
 
-def generate_primitive(draw, batch_size, n_nodes, setup, seed, distribution='uniform'):
-    """A batch of index, recall, cgram or counting samples (draw) with n = n_nodes. Arguments, tokens,
+LOWEST = {index: 2, recall: 2, cgram: 4, counting: 2 * MAX_COUNT}     # smallest n
+
+
+def generate_primitive(draw, batch_size, n_nodes, setup, seed, distribution='uniform', n=None):
+    """A batch of index, recall, cgram or counting samples (draw) of size n, by default n_nodes. Arguments, tokens,
     loss_mask and errors as in generate, but that in the setup direct loss_mask is also True on the answers
     within the prompt; the third result is the last answers (B,), token ids."""
-    lowest = 2 * MAX_COUNT if draw is counting else 4
-    check(batch_size, n_nodes, (lowest, MAX_NODES // 4), setup, ('direct', 'retrieval'), distribution, ('uniform',))
-    sequence, queries, answers, trace = draw(np.random.default_rng(seed), batch_size, n_nodes)
+    check(batch_size, n_nodes, (4, MAX_NODES // 4), setup, ('direct', 'retrieval'), distribution, ('uniform',))
+    n = n_nodes if n is None else n
+    if not LOWEST[draw] <= n <= n_nodes:
+        raise ValueError(f'n={n!r} is impossible: give a whole number from {LOWEST[draw]} to n_nodes={n_nodes}')
+    sequence, queries, answers, trace = draw(np.random.default_rng(seed), batch_size, n)
     asked = np.concatenate((queries, answers[:, :, None]), 2)
     column = np.full((batch_size, 1), BOS)
     prompt = np.hstack((column, sequence, np.full_like(column, RECORD), asked.reshape(batch_size, -1)[:, :-1]))
-    tokens, loss_mask = assemble(prompt, trace if setup == 'retrieval' else None, answers[:, -1])
+    last = [answers[:, -1:]] if setup == 'direct' else [trace, np.full_like(column, EOS), answers[:, -1:]]
+    samples = [row[row >= 0] for row in np.hstack((prompt, *last))]
+    tokens, loss_mask = assemble(samples, prompt.shape[1])
     if setup == 'direct':
         loss_mask[:, ::-asked.shape[2]][:, :QUERIES] = True             # from the last answer backwards
     return tokens, loss_mask, answers[:, -1]
@@ -437,25 +398,26 @@ def generate_primitive(draw, batch_size, n_nodes, setup, seed, distribution='uni
 
 # --- the retriever -------------------------------------------------------------------------------
 
+@lru_cache(maxsize=2**16)
 def query_pattern(query):
     """The Python regular expression that answers a query, or None if the query is malformed. Paste it
-    into a regex tester together with a context; the answer is the group that matched, of the first
-    match for an edge, of the last for a record (the first branch there steps over whole queries).
+    into a regex tester together with a context; the answer is the group that matched.
 
-        3 ~     \\[STARTSEARCH\\].*?\\[ENDSEARCH\\]|\\b3 ~ (\\d+)
-        3 -     ^\\[BOS\\][^[]*?(?:\\b3 - (\\d+)|\\b(\\d+) - 3\\b)
-        3 - 7   ^\\[BOS\\][^[]*?\\b(?:3 - 7|7 - 3)\\b[^[]*?(?:\\b3 - (\\d+)|\\b(\\d+) - 3\\b)
+        3 ~      3 ~(?= (\\d+))                                              (it begins with a space)
+        3 -     ^\\[BOS\\][^[]*? (?:3 - (\\d+)|(\\d+) - 3\\b)
+        3 - 7   ^\\[BOS\\][^[]*? (?:3 - 7|7 - 3)\\b[^[]*? (?:3 - (\\d+)|(\\d+) - 3\\b)
     """
     if not (parts := re.fullmatch(r'(\d+) (?:(~)|-(?: (\d+))?)', query)):
         return None
     v, record, w = parts.groups()
     if record:
-        return rf'\[STARTSEARCH\].*?\[ENDSEARCH\]|\b{v} ~ (\d+)'
-    edge = rf'(?:\b{v} - (\d+)|\b(\d+) - {v}\b)'
-    after = rf'\b(?:{v} - {w}|{w} - {v})\b[^[]*?' if w else ''
-    return rf'^\[BOS\][^[]*?{after}{edge}'
+        return re.compile(rf' {v} ~(?= (\d+))')
+    edge = rf' (?:{v} - (\d+)|(\d+) - {v}\b)'
+    after = rf' (?:{v} - {w}|{w} - {v})\b[^[]*?' if w else ''
+    return re.compile(rf'^\[BOS\][^[]*?{after}{edge}')
 
 
+@lru_cache(maxsize=2**16)
 def primitive_pattern(query):
     """The same for the retrieval primitives, where only the sequence, all before the prompt's ~, is searched:
 
@@ -465,34 +427,33 @@ def primitive_pattern(query):
         4 ~ 2   ^\\[BOS\\](?:(?: (?!4 )\\d+)* (4)\\b){2}        counting: 4 itself, if it occurs at least 2 times
     """
     if m := re.fullmatch(r'- (\d+)', query):
-        return rf'^\[BOS\](?: \d+){{{m[1]}}} (\d+)'
+        return re.compile(rf'^\[BOS\](?: \d+){{{m[1]}}} (\d+)')
     if re.fullmatch(r'\d+(?: \d+)*', query):
-        return rf'^\[BOS\][^~]*? {query} (\d+)'
+        return re.compile(rf'^\[BOS\][^~]*? {query} (\d+)')
     if m := re.fullmatch(r'(\d+) ~ (\d+)', query):
-        return rf'^\[BOS\](?:(?: (?!{m[1]} )\d+)* ({m[1]})\b){{{m[2]}}}'
+        return re.compile(rf'^\[BOS\](?:(?: (?!{m[1]} )\d+)* ({m[1]})\b){{{m[2]}}}')
     return None
 
 
-def split_query(context, words=WORDS):
-    """Token ids (L,) that end with `[STARTSEARCH] query [ENDSEARCH]` -> those before it, the text of the query."""
-    start = max(np.flatnonzero(np.asarray(context) == START), default=-1)
-    return context[:max(start, 0)], decode(context[start + 1:-1], words)
+def retrieve(text, pattern_of=query_pattern):
+    """Answer the query at the end of a text with a regular expression, run over all that comes before it.
 
-
-def retrieve(context, pattern_of=query_pattern):
-    """Answer the query at the end of a context with a regular expression, run over the context's text.
-
-    context: token ids (L,) that end with `[STARTSEARCH] query [ENDSEARCH]`. pattern_of: the task's
-    patterns. Returns the token id of the answer; for IsTree (paper, section 5.1 and Algorithm 2):
-      v ~    x in the latest record `v ~ x` written outside queries
+    text: the words of the context joined by spaces, ending in `[STARTSEARCH] query [ENDSEARCH]`. pattern_of:
+    the task's patterns. Returns the answer, a list of one token id, and whether the query is well-formed.
+    The answer is the pattern's last match outside queries; for IsTree (paper, section 5.1 and Algorithm 2):
+      v ~    x in the latest record `v ~ x` written so far
       v -    the other end of the first edge of the prompt that touches v
       v - w  the other end of the next edge of the prompt that touches v after edge {v, w}
-    [FAILED] if there is no such thing or the query is malformed."""
-    before, query = split_query(context)
-    if (pattern := pattern_of(query)) is None:
-        return FAILED
-    found = [m[m.lastindex] for m in re.finditer(pattern, decode(before)) if m.lastindex]
-    return TOKENS[found[-1]] if found else FAILED
+    and [FAILED] if there is no such thing or the query is malformed."""
+    before, _, query = text.removesuffix('[ENDSEARCH]').rpartition('[STARTSEARCH]')
+    if (pattern := pattern_of(query.strip())) is None:
+        return [FAILED], False
+    answer = '[FAILED]'
+    for m in pattern.finditer(before):
+        start, end = (before.rfind(word, 0, m.start()) for word in ('[STARTSEARCH]', '[ENDSEARCH]'))
+        if start <= end and m.lastindex:                    # the query before it, if any, has ended
+            answer = m[m.lastindex]
+    return [TOKENS[answer]], True
 
 
 # --- two-hop questions: HotpotQA's task in a small world ---------------------------------------------
@@ -534,9 +495,14 @@ HOTPOT_WORDS = ('-', '~', '[PAD]', '[BOS]', 'Answer:', 'yes', 'no', 'Search:', '
 HOTPOT_TOKENS = {word: token for token, word in enumerate(HOTPOT_WORDS)}
 
 
+def hotpot_layout(text):
+    """Words joined by spaces -> text without [BOS] and the spaces that nobody would write."""
+    return re.sub(r' (?=[.,?|\n])|(?<=[\n^|]) ', '', text.removeprefix('[BOS] '))
+
+
 def hotpot_decode(tokens):
     """Token ids -> text, without padding and [BOS]."""
-    return re.sub(r' (?=[.,?|\n])|(?<=[\n^|]) ', '', ' '.join([HOTPOT_WORDS[t] for t in tokens if t not in (PAD, BOS)]))
+    return hotpot_layout(' '.join([HOTPOT_WORDS[t] for t in tokens if t not in (PAD, BOS)]))
 
 
 def hotpot_encode(text):
@@ -620,11 +586,13 @@ def hotpot_prompt_length(n_paragraphs):
     return 1 + n_paragraphs // 2 * (9 + 8) + 12 + 2
 
 
-def generate_hotpot(batch_size, n_paragraphs, setup, seed, distribution='mixed'):
+def generate_hotpot(batch_size, n_paragraphs, setup, seed, distribution='mixed', n=None):
     """A batch of questions as drawn above. distribution: a condition, or mixed. Returns tokens (B, L), shorter prompts
     padded on the left; loss_mask (B, L), True on what the model writes and on one [PAD] after it, so that it learns to
     stop; answers (B,), token ids. Raises ValueError as generate does."""
     check(batch_size, n_paragraphs, (4, 2 * (len(TOWN) // 3)), setup, ('retrieval',), distribution, HOTPOT_DISTRIBUTIONS)
+    if n not in (None, n_paragraphs):
+        raise ValueError(f'n={n!r} is impossible: the questions of this task have n_nodes={n_paragraphs} paragraphs')
     if n_paragraphs % 2:
         raise ValueError(f'n_nodes={n_paragraphs} is impossible: give an even number of paragraphs')
     conditions = HOTPOT_CONDITIONS if distribution == 'mixed' else (distribution,)
@@ -643,39 +611,41 @@ def generate_hotpot(batch_size, n_paragraphs, setup, seed, distribution='mixed')
     return tokens, loss_mask, np.array([HOTPOT_TOKENS[record['answer']] for record, _ in asked])
 
 
-def hotpot_pattern(query):
-    """The query itself if it is a regular expression, None if it is malformed."""
+def search_paragraphs(text):
+    """Answer the query at the end of a text, words joined by spaces that end with `Search: query Found:`: the first
+    HOTPOT_FOUND paragraphs of the prompt in which the query, a regular expression, is found, or `nothing`. Returns
+    their token ids, and whether the query is a regular expression. (What would make `re` slow cannot be written
+    with the words of this small world.)"""
+    paragraphs, _, conversation = hotpot_layout(text).partition('Question:')
+    query = ['', *conversation.split('Search:')[1:]][-1].removesuffix('Found:').partition('\n')[0].strip()
     try:
-        return re.compile(query).pattern.strip() or None
+        pattern = re.compile(query)
     except re.error:
-        return None
+        query = ''
+    found = [line for line in paragraphs.splitlines(True) if query and pattern.search(line)][:HOTPOT_FOUND]
+    return hotpot_encode(''.join(found) or 'nothing\n'), query != ''
 
 
-def search_paragraphs(context):
-    """Answer the query at the end of a context, token ids (L,) that end with `Search: query Found:`: the first
-    HOTPOT_FOUND paragraphs of the prompt in which the query, a regular expression, is found. Returns their token ids,
-    or those of `nothing`. (What would make `re` slow cannot be written with the words of this small world.)"""
-    paragraphs, _, conversation = hotpot_decode(context).partition('Question:')
-    query = conversation.rpartition('Search:')[2].removesuffix('Found:')
-    pattern = hotpot_pattern(query.partition('\n')[0].strip())
-    found = [line for line in paragraphs.splitlines(True) if pattern and re.search(pattern, line)][:HOTPOT_FOUND]
-    return hotpot_encode(''.join(found) or 'nothing\n')
-
-
-# --- tasks, training stream and validation set ---------------------------------------------------
+# --- tasks, training stream and validation sets --------------------------------------------------
 
 class Task(NamedTuple):
-    """What a task provides. The answer is the last token of a sample, in every task."""
-    generate: Callable          # (batch_size, n, setup, seed, distribution) -> tokens, loss_mask, labels
-    vocab_size: Callable        # n -> number of tokens
-    prompt_length: Callable     # n -> tokens of the prompt, the same for all samples
+    """What a task provides. n_nodes fixes the vocabulary; n, at most n_nodes, is the size of a sample. The answer is
+    the last token of a sample, in every task."""
+    generate: Callable          # (batch_size, n_nodes, setup, seed, distribution, n=None) -> tokens, loss_mask, labels
+    vocab_size: Callable        # n_nodes -> number of tokens
+    prompt_length: Callable     # n -> tokens of the prompt, the same for all samples of that n
     max_length: Callable        # (n, setup) -> tokens of the longest sample
     chance: Callable            # n -> accuracy of a guess
-    query_pattern: Callable = query_pattern     # query text -> regular expression, None if malformed
-    retrieve: Callable = retrieve               # context ids -> id, or ids, of the answer
+    retrieve: Callable = retrieve               # text that ends in a query -> token ids of the answer, well-formed?
+    lengths: Callable = lambda n_nodes: (n_nodes,)      # n_nodes -> the n that a run mixes and that are evaluated
     distributions: tuple = tuple(DISTRIBUTIONS)
     setups: tuple = SETUPS
     words: tuple = WORDS        # token id -> word
+
+
+def doubling(n_nodes, lowest):
+    """2, 4, 8, ... and n_nodes itself, without those below lowest."""
+    return tuple(n for n in [2 ** i for i in range(1, 12) if 2 ** i < n_nodes] + [n_nodes] if n >= lowest)
 
 
 def primitive(draw, vocab_size, sequence_length, query_length, trace_length, chance):
@@ -683,7 +653,8 @@ def primitive(draw, vocab_size, sequence_length, query_length, trace_length, cha
     prompt_length = lambda n: 1 + sequence_length(n) + QUERIES * (query_length + 1)
     return Task(partial(generate_primitive, draw), lambda n: NODE + vocab_size(n), prompt_length,
                 lambda n, setup: prompt_length(n) + (trace_length + 2 if setup == 'retrieval' else 1), chance,
-                primitive_pattern, partial(retrieve, pattern_of=primitive_pattern), ('uniform',), ('direct', 'retrieval'))
+                partial(retrieve, pattern_of=primitive_pattern), partial(doubling, lowest=LOWEST[draw]),
+                ('uniform',), ('direct', 'retrieval'))
 
 
 TASKS = {
@@ -696,49 +667,63 @@ TASKS = {
     'hotpot': Task(generate_hotpot, lambda n: len(HOTPOT_WORDS), hotpot_prompt_length,
                    lambda n, setup: hotpot_prompt_length(n) + HOTPOT_TRACE,
                    lambda n: 1 / 4 * 1 / 2 + 3 / 4 * (1 / 3 * 1 / 3 + 2 / 3 * 2 / (3 * n)),
-                   hotpot_pattern, search_paragraphs, HOTPOT_DISTRIBUTIONS, ('retrieval',), HOTPOT_WORDS),
+                   search_paragraphs, distributions=HOTPOT_DISTRIBUTIONS, setups=('retrieval',), words=HOTPOT_WORDS),
 }
 
 
-def fingerprint(tokens):
-    """(B, L) tokens -> (B,) uint64 that are equal for equal rows and, but for a chance of about 2^-60,
-    different for different ones."""
-    weights = np.random.default_rng(0).integers(0, 2**63, tokens.shape[1], dtype=np.uint64) * 2 + 1
-    return (tokens.astype(np.uint64) * weights).sum(1)
+def prompts_of(task, n_nodes, held_out):
+    """The prompts of held-out samples, a list of token arrays (N, L), as a set of bytes."""
+    starts = [TASKS[task].prompt_length(n) for n in TASKS[task].lengths(n_nodes)]
+    return {row[:start].tobytes() for tokens in held_out for row in tokens for start in starts}
 
 
-def validation_set(task, size, n_nodes, setup, distribution='two_star'):
-    """The held-out samples: the same for every seed and model. Returns what generate returns."""
-    return TASKS[task].generate(size, n_nodes, setup, VALIDATION_SEED, distribution)
+def generate_others(task, batch_size, n_nodes, setup, seed, distribution, n, forbidden):
+    """What generate returns, for seed (*seed, 0), but that a sample whose prompt is in forbidden, a set of bytes, is
+    replaced by another one of the batch. Raises ValueError if there seem to be no others."""
+    start = TASKS[task].prompt_length(n)
+    for attempt in range(10):
+        batch = TASKS[task].generate(batch_size, n_nodes, setup, (*seed, attempt), distribution, n)
+        others = [i for i, row in enumerate(batch[0]) if row[:start].tobytes() not in forbidden]
+        if len(others) == batch_size:
+            return batch
+        if others:
+            return tuple(part[np.resize(others, batch_size)] for part in batch)
+    raise ValueError(f'n={n} has so few prompts that all are in the validation set: '
+                     'take a larger n or a smaller validation set')
 
 
-def training_batches(task, batch_size, n_nodes, setup, seed, distribution='two_star', held_out=None, first=0):
-    """Endless stream of training batches, tokens (batch_size, L) and loss_mask (batch_size, L), made on
-    the fly and cut to the longest sample of each batch. Batch number `first` comes first, so that an
-    interrupted run sees the same stream when it resumes.
+def validation_set(task, size, n_nodes, setup, distribution=None, n=None, tuning=False):
+    """The held-out samples: the same for every seed and model. tuning: others, none of which has a prompt of the
+    reported set of the same size, to choose constants with. distribution: by default the task's first. Returns
+    what generate returns."""
+    distribution = distribution or TASKS[task].distributions[0]
+    reported = TASKS[task].generate(size, n_nodes, setup, VALIDATION_SEED, distribution, n)
+    if not tuning:
+        return reported
+    return generate_others(task, size, n_nodes, setup, TUNING_SEED, distribution, n or n_nodes,
+                           prompts_of(task, n_nodes, [reported[0]]))
 
-    held_out: validation tokens (N, L). A training sample with the same prompt is thrown out, and another
-    of its chunk takes its place. Raises ValueError if the validation set holds all there is."""
-    made = TASKS[task]
-    start = made.prompt_length(n_nodes)
-    forbidden = None if held_out is None else fingerprint(held_out[:, :start])
-    per_chunk = max(1, CHUNK // batch_size)
-    chunk, skip = divmod(first, per_chunk)
-    while True:
-        tokens, loss_mask, _ = made.generate(per_chunk * batch_size, n_nodes, setup, (seed, chunk, 0), distribution)
-        if forbidden is not None:
-            keep = np.flatnonzero(~np.isin(fingerprint(tokens[:, :start]), forbidden))
-            if len(keep) == 0:
-                raise ValueError(f'n={n_nodes} has so few prompts that all are in the validation set: '
-                                 'take a larger n or a smaller validation set')
-            if len(keep) < len(tokens):
-                keep = np.resize(keep, len(tokens))
-                tokens, loss_mask = tokens[keep], loss_mask[keep]
-        for i in range(skip, per_chunk):
-            rows = slice(i * batch_size, (i + 1) * batch_size)
-            length = int(np.flatnonzero(loss_mask[rows].any(0))[-1]) + 1
-            yield tokens[rows, :length], loss_mask[rows, :length]
-        chunk, skip = chunk + 1, 0
+
+class Batches:
+    """The training stream: batches[i] is batch number i, tokens (batch_size, L) and loss_mask (batch_size, L), made
+    when asked for, the same whenever and by whichever process it is made. Its n is the i-th of the task's lengths,
+    around and around.
+
+    held_out: list of validation tokens (N, L). A training sample with the same prompt is replaced by another one
+    of its batch. Raises ValueError if the validation set holds all there is."""
+
+    def __init__(self, task, batch_size, n_nodes, setup, seed, distribution=None, held_out=()):
+        self.arguments = task, batch_size, n_nodes, setup
+        self.seed, self.distribution = seed, distribution or TASKS[task].distributions[0]
+        self.lengths = TASKS[task].lengths(n_nodes)
+        self.forbidden = prompts_of(task, n_nodes, held_out)
+
+    def __getitem__(self, i):
+        n = self.lengths[i % len(self.lengths)]
+        tokens, loss_mask, _ = generate_others(*self.arguments, (TRAINING, self.seed, i), self.distribution, n,
+                                               self.forbidden)
+        length = np.flatnonzero(loss_mask.any(0))[-1] + 1
+        return tokens[:, :length], loss_mask[:, :length]
 
 
 if __name__ == '__main__':

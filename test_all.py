@@ -88,7 +88,7 @@ def answer_by_brute_force(context):
         answer, inside = '[FAILED]', False
         for word, sign, parent in zip(context, context[1:], context[2:]):
             inside = word == '[STARTSEARCH]' or inside and word != '[ENDSEARCH]'
-            if not inside and word == query[0] and sign == '~':
+            if not inside and word == query[0] and sign == '~' and parent.isdigit():
                 answer = parent
         return answer
     others = neighbours_of(edges, query[0])
@@ -186,7 +186,7 @@ def test_retrieval_trace_is_algorithm_2_with_a_stack(n_nodes, distribution):
 def test_replaying_a_trace_through_the_retriever_gives_every_retrieved_token(n_nodes, distribution):
     for row in data.generate(20, n_nodes, 'retrieval', 6, distribution)[0]:
         for end in np.flatnonzero(row == data.END):
-            assert data.retrieve(row[:end + 1]) == row[end + 1]
+            assert data.retrieve(data.decode(row[:end + 1])) == ([row[end + 1]], True)
 
 
 def test_retriever_equals_brute_force_on_thousands_of_random_contexts():
@@ -198,11 +198,23 @@ def test_retriever_equals_brute_force_on_thousands_of_random_contexts():
         query = [[query[0], data.RECORD], [query[0], data.EDGE], [query[0], data.EDGE, query[1]],
                  rng.integers(0, data.NODE + 7, rng.integers(0, 5))][rng.integers(4)]    # also malformed
         query = [t for t in query if t not in (data.PAD, data.START, data.END)]
-        context = [*row[:cut], data.START, *query, data.END]
-        expected = answer_by_brute_force(data.decode(context).split())
-        assert data.decode([data.retrieve(context)]) == expected, data.decode(context)
-        outcomes.add(expected)
-    assert len(outcomes) == 8
+        context = data.decode([*row[:cut], data.START, *query, data.END])
+        expected = answer_by_brute_force(context.split())
+        answer, well_formed = data.retrieve(context)
+        assert data.decode(answer) == expected, context
+        assert well_formed or expected == '[FAILED]'
+        outcomes.add((expected, well_formed))
+    assert len(outcomes) == 9
+
+
+def test_a_record_written_inside_a_query_is_none():
+    rng, answers = np.random.default_rng(8), set()
+    for _ in range(3_000):                              # contexts of a model that has learned nothing yet
+        noise = rng.choice(['1', '2', '3', '~', '~', '[STARTSEARCH]', '[ENDSEARCH]', '[FAILED]'], rng.integers(40))
+        context = ['[BOS]', '2', '-', '1', '[EOS]', *noise, '[STARTSEARCH]', '1', '~', '[ENDSEARCH]']
+        answers.add(expected := answer_by_brute_force(context))
+        assert data.decode(data.retrieve(' '.join(context))[0]) == expected, context
+    assert answers == {'1', '2', '3', '[FAILED]'}
 
 
 def test_kinds_of_the_tokens_in_the_header_are_the_hand_written_ones():
@@ -233,18 +245,19 @@ def test_kinds_of_the_tokens_in_the_header_are_the_hand_written_ones():
 
 def test_hand_worked_example_of_the_header():
     prompt = '[BOS] 2 - 1 4 - 0 4 - 3 4 - 1 [EOS]'
-    edges = np.array([[[2, 1], [4, 0], [4, 3], [4, 1]]])
+    edges = [(2, 1), (4, 0), (4, 3), (4, 1)]
     drawn = data.__doc__.replace('*', '')
     assert prompt in drawn
-    tour = data.decode([t for t in data.cot_trace(edges)[0] if t >= 0])
+    tour = data.decode(data.cot_trace(data.adjacency(edges, 5)))
     assert tour == '0 4 3 4 1 2 1 4 0' and tour in drawn
-    trace = data.decode([t for t in data.retrieval_trace(edges)[0] if t >= 0])
+    trace = data.decode(data.retrieval_trace(data.adjacency(edges, 5)))
     assert trace.startswith('0 [STARTSEARCH] 0 ~ [ENDSEARCH] [FAILED] [STARTSEARCH] 0 - [ENDSEARCH] 4 [STARTSEARCH] '
                             '4 ~ [ENDSEARCH] [FAILED] 4 ~ 0 4 [STARTSEARCH] 4 ~ [ENDSEARCH] 0 [STARTSEARCH] 4 - '
                             '[ENDSEARCH] 0 [STARTSEARCH] 4 - 0 [ENDSEARCH] 3 [STARTSEARCH] 3 ~ [ENDSEARCH] [FAILED]')
-    ask = lambda query: data.decode([data.retrieve(encode(f'{prompt} {trace} [STARTSEARCH] {query} [ENDSEARCH]'))])
-    assert [ask(q) for q in ('2 ~', '0 ~', '4 -', '4 - 0', '4 - 1', '2 - 4', '~', '4 4')] == [
+    ask = lambda query: data.retrieve(f'{prompt} {trace} [STARTSEARCH] {query} [ENDSEARCH]')
+    assert [data.decode(ask(q)[0]) for q in ('2 ~', '0 ~', '4 -', '4 - 0', '4 - 1', '2 - 4', '~', '4 4')] == [
         '1', '[FAILED]', '0', '3', '[FAILED]', '[FAILED]', '[FAILED]', '[FAILED]']
+    assert [ask(q)[1] for q in ('2 ~', '4 - 1', '2 - 4', '~', '4 4', '4 - 1 1')] == [True] * 3 + [False] * 3
 
 
 def test_generate_is_deterministic_and_seeds_differ():
@@ -253,28 +266,59 @@ def test_generate_is_deterministic_and_seeds_differ():
     assert data.generate(64, 8, 'direct', 1)[0].tolist() != data.generate(64, 8, 'direct', 2)[0].tolist()
 
 
-def test_validation_prompts_never_occur_in_training():
-    held_out = data.validation_set('istree', 500, 5, 'cot')[0]
-    prompts = {row[:data.prompt_length(5)].tobytes() for row in held_out}
+def prompts(task, n, tokens):
+    return {row[:data.TASKS[task].prompt_length(n)].tobytes() for row in tokens}
+
+
+def test_validation_and_tuning_prompts_never_occur_in_training():
+    held_out = [data.validation_set('istree', 300, 5, 'cot', tuning=tuning)[0] for tuning in (False, True)]
+    reported, tuning = (prompts('istree', 5, tokens) for tokens in held_out)
+    assert not reported & tuning and len(tuning) > 200      # at n=5 chance alone would mix them
+    assert reported & prompts('istree', 5, data.generate(300, 5, 'cot', (*data.TUNING_SEED, 0))[0])
 
     def hits(held_out):
-        stream = data.training_batches('istree', 64, 5, 'cot', 0, held_out=held_out)
-        return sum(row[:data.prompt_length(5)].tobytes() in prompts for _ in range(40) for row in next(stream)[0])
+        stream = data.Batches('istree', 64, 5, 'cot', 0, held_out=held_out)
+        return len(set().union(*[prompts('istree', 5, stream[i][0]) for i in range(40)]) & (reported | tuning))
 
-    assert hits(None) > 0 and hits(held_out) == 0       # at n=5 chance alone would mix them
+    assert hits([]) > 0 and hits(held_out) == 0 and hits(held_out[:1]) > 0
 
 
-def test_training_stream_resumes_in_the_middle():
-    whole = data.training_batches('istree', 48, 6, 'retrieval', 9)
-    batches = [next(whole)[0] for _ in range(50)]
-    for first in (0, 1, 21, 22, 49):
-        resumed = next(data.training_batches('istree', 48, 6, 'retrieval', 9, first=first))[0]
-        assert (resumed == batches[first]).all()
+def test_a_task_of_which_everything_is_held_out_is_refused():
+    everything = [data.generate(60_000, 4, 'direct', 0)[0]]
+    with pytest.raises(ValueError, match='larger n'):
+        data.Batches('istree', 16, 4, 'direct', 1, held_out=everything)[0]
+
+
+def test_training_stream_is_the_same_whoever_makes_its_batches_and_from_wherever_it_starts():
+    task, batch_size, n = 'recall', 16, 6
+    stream = data.Batches(task, batch_size, n, 'direct', 9)
+    whole = [stream[i] for i in range(12)]
+    lengths = data.TASKS[task].lengths(n)
+    for i, (tokens, loss_mask) in enumerate(whole):
+        here = lengths[i % len(lengths)]
+        alone = data.TASKS[task].generate(batch_size, n, 'direct', (data.TRAINING, 9, i, 0), n=here)
+        assert np.array_equal(tokens, alone[0]) and np.array_equal(loss_mask, alone[1])
+        assert tokens.shape[1] == data.TASKS[task].max_length(here, 'direct')
+    for first, workers in ((0, 2), (5, 0), (7, 1)):
+        resumed = torch.utils.data.DataLoader(data.Batches(task, batch_size, n, 'direct', 9), batch_size=None,
+                                              sampler=range(first, 12), num_workers=workers)
+        for (tokens, loss_mask), (expected, expected_mask) in zip(resumed, whole[first:], strict=True):
+            assert np.array_equal(tokens, expected) and np.array_equal(loss_mask, expected_mask)
+
+
+def test_no_training_seed_is_a_validation_seed():
+    first = lambda seed: np.random.default_rng(seed).integers(0, 2**63, 2).tobytes()
+    held_out = {first(data.VALIDATION_SEED), *[first((*data.TUNING_SEED, attempt)) for attempt in range(10)]}
+    # numpy fills a short seed with zeros: (2402, 18510) and (2402, 18510, 0) are the same
+    assert first((2402, 18510)) == first((2402, 18510, 0)) and len(held_out) == 11
+    for seed in (0, 1, 2, 2402, 2402 + (18510 << 32)):
+        for i in (0, 1, 2402, 18510):
+            assert not held_out & {first((data.TRAINING, seed, i, attempt)) for attempt in range(10)}
 
 
 @pytest.mark.parametrize('arguments, word', [
     ((8, 3, 'cot', 0), 'n_nodes'), ((8, 8, 'chain', 0), 'direct, cot, retrieval'), ((0, 8, 'cot', 0), 'batch_size'),
-    ((8, 8, 'cot', 0, 'star'), 'two_star'), ((8, 8.5, 'cot', 0), 'n_nodes')])
+    ((8, 8, 'cot', 0, 'star'), 'two_star'), ((8, 8.5, 'cot', 0), 'n_nodes'), ((8, 8, 'cot', 0, 'random', 6), 'n=6')])
 def test_impossible_arguments_are_named(arguments, word):
     with pytest.raises(ValueError, match=word):
         data.generate(*arguments)
@@ -347,7 +391,7 @@ def test_replaying_a_primitives_queries_through_the_retriever_gives_every_retrie
     for row in made.generate(200, n, 'retrieval', 9)[0]:
         ends = np.flatnonzero(row == data.END)
         for end in ends:
-            assert data.WORDS[made.retrieve(row[:end + 1])] == data.WORDS[row[end + 1]]
+            assert made.retrieve(data.decode(row[:end + 1])) == ([row[end + 1]], True)
         last = data.WORDS[row[ends[-1] + 1]]
         assert (last == '[FAILED]') if task == 'counting' else (last == words_of(row)[-1])
         outcomes.add(len(ends))
@@ -355,8 +399,8 @@ def test_replaying_a_primitives_queries_through_the_retriever_gives_every_retrie
 
 
 def test_what_a_sequence_does_not_hold_and_malformed_queries_get_failed():
-    ask = lambda task, prompt, query: data.decode([data.TASKS[task].retrieve(
-        encode(f'[BOS] {prompt} [STARTSEARCH] {query} [ENDSEARCH]'))])
+    ask = lambda task, prompt, query: data.decode(data.TASKS[task].retrieve(
+        f'[BOS] {prompt} [STARTSEARCH] {query} [ENDSEARCH]')[0])
     assert [ask('index', '13 0 4 1 12 ~ 2', q) for q in ('- 0', '- 1', '- 4', '- 5', '-', '- -', '- 1 1', '[FAILED]')] == [
         '13', '0', '12', *['[FAILED]'] * 5]
     assert [ask('recall', '1 15 0 13 12 14 ~ 0', q) for q in ('1', '12', '0', '2', '14', '~', '0 ~', '3', '5')] == [
@@ -1521,11 +1565,12 @@ def test_mixed_asks_each_question_under_all_conditions_and_none_of_them_in_train
         alone, alone_mask, _ = data.validation_set('hotpot', 10, 10, 'retrieval', condition)
         assert np.array_equal(tokens[i::3], alone) and np.array_equal(loss_mask[i::3], alone_mask)
     start = data.hotpot_prompt_length(10)
-    held_out = data.generate_hotpot(data.CHUNK, 10, 'retrieval', (0, 0, 0), 'mixed')[0][:10]    # the first of the stream
-    batches = data.training_batches('hotpot', 64, 10, 'retrieval', 0, 'mixed', held_out)
+    first = data.Batches('hotpot', 64, 10, 'retrieval', 0, 'mixed')[0][0]
+    held_out = first[:10]                                                           # the first of the stream
+    batches = data.Batches('hotpot', 64, 10, 'retrieval', 0, 'mixed', [held_out])
     forbidden = {row[:start].tobytes() for row in held_out}
-    for _ in range(data.CHUNK // 64):
-        batch, mask = next(batches)
+    for i in range(16):
+        batch, mask = batches[i]
         assert not any(row[:start].tobytes() in forbidden for row in batch)
         assert np.array_equal((mask & (batch == data.PAD)).sum(1), np.ones(64))       # every text's end is learned
 
@@ -1562,7 +1607,9 @@ def test_impossible_questions_are_refused_by_name(arguments, word):
 def test_the_small_worlds_retriever_takes_whatever_is_written(query, found):
     shown = 'Odo Dahl: Ravik once, Elsto now.\nAmber Tower: Odo Dahl wrote it in Lomar.\n'
     context = data.hotpot_encode(f'{shown}Question: Where did the author of Amber Tower live once?\n{query}')
-    assert data.hotpot_decode(data.search_paragraphs(context)) == (shown if found == 'everything' else found)
+    tokens, well_formed = data.search_paragraphs(' '.join(['[BOS]', *[data.HOTPOT_WORDS[t] for t in context]]))
+    assert data.hotpot_decode(tokens) == (shown if found == 'everything' else found)
+    assert well_formed == (re.search(r'Search: [^?\n]+\nFound:$', query) is not None)
 
 
 def test_train_py_writes_what_a_search_finds_whole():
