@@ -76,7 +76,7 @@ class Constants:
     warmup: dict = field(default_factory=WARMUP.copy)           # share of the run during which it rises
     grad_clip: float = 1.0                  # largest norm of the gradient; 0 means no limit (the paper)
     dtype: str = 'float32'                  # float32, or bfloat16 through autocast
-    evaluations: int = 16                   # evaluations during a run, each on 200 held-out samples
+    evaluations: int = 8                    # evaluations during a run, each on 200 held-out samples
     solved: float = 0.995                   # stop after two evaluations with so many exact traces; 0: never
     # choosing constants
     sweep: bool = False                     # try all learning rates and warm-ups, on other seeds and prompts
@@ -105,11 +105,11 @@ PRIMITIVES = dict(tasks=('index', 'recall', 'cgram', 'counting'), setups=('direc
                   batch_size=dict.fromkeys(SAMPLES, 16), lr=dict.fromkeys(LR, 2e-3), evaluations=8)
 PRESETS = {'default': {}, 'paper': PAPER, 'hotpot': HOTPOT, 'primitives': PRIMITIVES}
 
-# The grid of a sweep: the same for every task, setup and architecture. All of it is run with a quarter of the
+# The grid of a sweep: the same for every task, setup and architecture. All of it is run with an eighth of the
 # samples; the best three go on to the full number (successive halving, Jamieson & Talwalkar 2016).
 SWEEP_LR = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 SWEEP_WARMUP = (0.05, 0.25)
-SWEEP_SHARE, SWEEP_KEEPS, SWEEP_SEED = 1 / 4, 3, 1000
+SWEEP_SHARE, SWEEP_KEEPS, SWEEP_SEED = 1 / 8, 3, 1000
 
 
 class UserError(Exception):
@@ -582,8 +582,9 @@ def parse(argv, constants=Constants, program='train.py', presets=PRESETS):
     for line in inspect.getsource(constants).splitlines():
         if m := re.match(r'    (\w+): \w+ = .*?  +# (.*)$', line):
             default = getattr(defaults, m[1])
-            group.add_argument(f'--{m[1]}', metavar='VALUE', nargs='?' if isinstance(default, bool) else None,
-                               const='True', help=f'{m[2]} (default: {shown(default)})'.replace('%', '%%'))
+            switch = dict(nargs='?', const='True') if isinstance(default, bool) else {}
+            group.add_argument(f'--{m[1]}', metavar='VALUE', **switch,
+                               help=f'{m[2]} (default: {shown(default)})'.replace('%', '%%'))
         elif m := re.match(r'    # (.*)', line):
             group = parser.add_argument_group(m[1])
     overrides = vars(parser.parse_args(argv))
