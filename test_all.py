@@ -1056,7 +1056,7 @@ def test_two_processes_share_a_grid_and_do_no_cell_twice(tmp_path):
     ('--sizes=3M', '0.5M'), ('--learning_rate=1', 'unrecognized arguments: --learning_rate=1'), ('--n_nodes=3', 'n_nodes=3'),
     ('--n_nodes=abc', 'expected int'), ('--lr=rnn:1', 'names out of direct.transformer'), ('--preset=big', 'paper'),
     ('--lr=-1', 'must be from 0'), ('--lr=mamba:x', '--lr=mamba:x: expected float'), ('--batch_size=cot:0', 'must be from 1'),
-    ('--n_val=0', 'must be from 1'), ('--d_state=0', 'must be from 1'), ('--d_state=65', 'must be from 1 to 64'),
+    ('--n_val=0', 'must be from 1'), ('--d_state=0', 'must be from 1'), ('--d_state=65', 'at most 64'),
     ('--seeds=99999999999999999999', 'must be from'), ('archs=mamba', 'unrecognized arguments: archs=mamba'),
     ('--frozen_embedding=maybe', 'True or False'), ('--n_val=100000000000', 'must be from'),
     ('--batch_size=1000000000000', 'must be from'), ('--layers=MXA', 'X'), ('--lr=nan', 'must be from'),

@@ -533,7 +533,7 @@ def claim(path, cell):
 CHOICES = dict(tasks=data.TASKS, archs=models.ARCHS, setups=data.SETUPS, sizes=models.SIZES,
                distribution=[*data.DISTRIBUTIONS, *data.HOTPOT_DISTRIBUTIONS],
                dtype=('float32', 'bfloat16'), device=('auto', 'cpu', 'cuda', 'mps'))
-LIMITS = dict(batch_size=(1, 65_536), eval_batch=(1, 65_536), n_val=(1, 1_000_000), d_state=(1, 64),
+LIMITS = dict(batch_size=(1, 65_536), eval_batch=(1, 65_536), n_val=(1, 1_000_000), d_state=(1, 1024),
               samples=(0, 10 ** 12), evaluations=(1, 10_000), warmup=(0, 1), solved=(0, 1), show=(0, 3),
               processes=(0, 1024), workers=(0, 1024), lr=(0, 1e6), grad_clip=(0, 1e30))
 
