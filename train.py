@@ -314,6 +314,32 @@ def errors_by_kind(wrong, tokens, loss_mask):
     return {name: float(wrong[kinds == k].mean()) for k, name in enumerate(data.KINDS) if (kinds == k).any()}
 
 
+@torch.no_grad()
+def attention_to_edges(model, tokens, loss_mask, device):
+    """Where the topmost attention layer looks while it writes the chain of thought of IsTree samples (N, L).
+    Returns a dict: prompt and generated, the words of the first sample; weights, of each generated token over
+    all tokens, mean over heads; share, the mean weight on the edge of the prompt that holds the next token,
+    over all samples and next neighbours. None for a model without attention."""
+    layers = [layer for layer in model.modules() if isinstance(layer, models.Attention)]
+    if not layers:
+        return None
+    inputs = []
+    with layers[-1].register_forward_pre_hook(lambda layer, arguments: inputs.append(arguments[0])):
+        model(torch.from_numpy(tokens).to(device))
+    weights = layers[-1].weights(inputs[0]).mean(1).cpu().numpy()                       # (N, L, L)
+    next_neighbour = data.token_kinds(tokens, loss_mask) == data.KINDS.index('next neighbour')
+    shares = []
+    for row, at, seen in zip(tokens, next_neighbour, weights):
+        start = row.tolist().index(data.EOS) + 1
+        edges = {frozenset(row[i:i + 3:2].tolist()): i for i in range(1, start - 1, 3)}
+        shares += [seen[t - 1, i:i + 3].sum() for t in np.flatnonzero(at) if t > start
+                   for i in [edges[frozenset(row[t - 1:t + 1].tolist())]]]
+    words = data.decode(tokens[0]).split(' ')
+    start = words.index('[EOS]') + 1
+    return dict(prompt=words[:start], generated=words[start:], share=float(np.mean(shares)),
+                weights=weights[0, start:len(words), :len(words)].round(4).tolist())
+
+
 def run_cell(c, cell, device):
     """Train, evaluate, write samples.json and result.json. Raises UserError."""
     path, task, held_out = folder(c, cell), data.TASKS[cell['task']], held_out_samples(cell)
@@ -329,6 +355,10 @@ def run_cell(c, cell, device):
     wrong, loss = teacher_forced(model, tokens, loss_mask, c.eval_batch, device)
     if cell['task'] == 'istree':
         measured['errors'] = errors_by_kind(wrong, tokens, loss_mask)
+        looks = attention_to_edges(model, tokens[:200], loss_mask[:200], device) if cell['setup'] == 'cot' else None
+        if looks:
+            write_json(path / 'attention.json', looks)
+            measured['attention_on_edge'] = looks['share']
     write_json(path / 'samples.json', samples)
     write_json(path / 'result.json', cell | measured | dict(
         by_length=by_length, chance=task.chance(cell['n_nodes']), loss=loss, samples_trained=samples_trained,
