@@ -355,7 +355,7 @@ def run_cell(c, cell, device):
     wrong, loss = teacher_forced(model, tokens, loss_mask, c.eval_batch, device)
     if cell['task'] == 'istree':
         measured['errors'] = errors_by_kind(wrong, tokens, loss_mask)
-        looks = attention_to_edges(model, tokens[:200], loss_mask[:200], device) if cell['setup'] == 'cot' else None
+        looks = cell['setup'] == 'cot' and attention_to_edges(model, tokens[:200], loss_mask[:200], device)
         if looks:
             write_json(path / 'attention.json', looks)
             measured['attention_on_edge'] = looks['share']
