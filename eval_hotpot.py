@@ -48,7 +48,7 @@ from tqdm import tqdm
 
 import data
 import models
-from train import Refused, cli, parse, pick_device, read_checkpoint
+from train import UserError, cli, parse, pick_device, read_checkpoint
 
 URL = 'http://curtis.ml.cmu.edu/datasets/hotpot/hotpot_dev_distractor_v1.json'
 RECORDS = 7405                              # questions in that file, 45 MB
@@ -136,7 +136,7 @@ def download(path):
         with tqdm.wrapattr(body, 'read', total=size, desc=path.name) as body:
             shutil.copyfileobj(body, file)
     if (n := len(load_hotpot(part))) != RECORDS:
-        raise Refused(f'{part}: {n:,} questions came instead of {RECORDS:,}, not kept as {path}')
+        raise UserError(f'{part}: {n:,} questions came instead of {RECORDS:,}, not kept as {path}')
     part.replace(path)
 
 
@@ -372,11 +372,11 @@ class Words:
 
 
 def pretrained(name, c, device):
-    """The model of a hub name or a folder: by models.py if it can, else by transformers. Raises Refused."""
+    """The model of a hub name or a folder: by models.py if it can, else by transformers. Raises UserError."""
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError:
-        raise Refused('pretrained models need one more package: pip install transformers')
+        raise UserError('pretrained models need one more package: pip install transformers')
     dtype, code = getattr(torch, c.dtype), dict(trust_remote_code=c.trust_remote_code)
     try:
         tokenizer, kind = AutoTokenizer.from_pretrained(name, **code), LanguageModel
@@ -388,12 +388,12 @@ def pretrained(name, c, device):
             if (limit := getattr(model.config, 'max_position_embeddings', None) or 4096) < 4096:
                 print(f'{name}: made for {limit:,} tokens; what does not fit may end in an error or in nonsense')
     except Exception as error:                                          # transformers raises all sorts
-        raise Refused(f'{name}: no model or tokenizer to be had ({(str(error).strip() or repr(error)).splitlines()[0]})')
+        raise UserError(f'{name}: no model or tokenizer to be had ({(str(error).strip() or repr(error)).splitlines()[0]})')
     return kind(name, model.to(device).eval(), tokenizer, c.line_tokens)
 
 
 def trained(out, device):
-    """The models that train.py has trained on the task hotpot, in the order of the archs. Raises Refused."""
+    """The models that train.py has trained on the task hotpot, in the order of the archs. Raises UserError."""
     found = []
     for result in Path(out).glob('hotpot-*/result.json'):
         cell = json.loads(result.with_name('config.json').read_text())
@@ -404,7 +404,7 @@ def trained(out, device):
             model.load_state_dict(checkpoint['model'])
             found.append((models.ARCHS.index(cell['arch']), '{arch}-{size}-s{seed}'.format(**cell), model))
     if not found:
-        raise Refused(f'no model trained on the small world under {out}/: run  python train.py --tasks=hotpot  first '
+        raise UserError(f'no model trained on the small world under {out}/: run  python train.py --tasks=hotpot  first '
                       '(some 5 minutes a model), or name pretrained ones, see --help')
     return [LanguageModel(name, model.to(device).eval(), Words()) for _, name, model in sorted(found, key=lambda f: f[:2])]
 
@@ -448,7 +448,7 @@ def kept(path):
     try:
         return {(result['id'], result['condition']): result for result in map(json.loads, lines)}
     except (ValueError, KeyError, TypeError):
-        raise Refused(f'{path} is damaged: delete it to ask anew')
+        raise UserError(f'{path} is damaged: delete it to ask anew')
 
 
 def evaluate(model, records, folder, shots=True, rounds=3, seconds=1.0):
@@ -549,7 +549,7 @@ def main(argv):
     if c.models:
         path = Path(c.data)
         if not path.exists() and not c.download:
-            raise Refused(f'{path} is not there: add --download to fetch it from {URL} (45 MB), or name a file, --data=...')
+            raise UserError(f'{path} is not there: add --download to fetch it from {URL} (45 MB), or name a file, --data=...')
         if not path.exists():
             download(path)
         records = load_hotpot(path)[:c.questions or None]

@@ -20,7 +20,7 @@ import numpy as np
 
 import data
 import models
-from train import Refused, cli, parse
+from train import UserError, cli, parse
 
 
 @dataclass
@@ -246,13 +246,13 @@ FIGURES = [accuracy, learning, memory, errors, generation, hotpot, primitives]
 
 def load(out):
     """What there is to draw below a folder: results and unfinished cells of train.py (dicts, with their log), lists of rows
-    of models.py, (model name, rows) of eval_hotpot.py. Raises Refused on a damaged file."""
+    of models.py, (model name, rows) of eval_hotpot.py. Raises UserError on a damaged file."""
     def read(path):
         try:
             text = path.read_text()
             return [json.loads(part) for part in (text.splitlines() if path.suffix == '.jsonl' else [text])]
         except ValueError as error:
-            raise Refused(f'{path} is damaged ({error}): delete it')
+            raise UserError(f'{path} is damaged ({error}): delete it')
 
     results, unfinished, hotpot = {}, [], []
     for path in sorted(out.glob('**/config.json')):
@@ -261,7 +261,7 @@ def load(out):
     for path in sorted(out.glob('**/result.json')):
         result, = read(path)
         if not {*CELL, 'accuracy'} <= {*result}:
-            raise Refused(f'{path} is not a result of train.py: delete it')
+            raise UserError(f'{path} is not a result of train.py: delete it')
         log = path.with_name('log.jsonl')
         cell = tuple(result.get(name) for name in CELL + CONSTANTS)
         if cell in results:
@@ -291,7 +291,7 @@ def main(argv):
                 figure.savefig(path)
             plt.close(figure)
     if not names:
-        raise Refused(f'{c.out}: no results to draw, run train.py first')
+        raise UserError(f'{c.out}: no results to draw, run train.py first')
     if n := len(found['unfinished']):
         print(f'{n} cells have been begun and not finished: run their train.py command again')
     print(*names, sep='\n')

@@ -1053,9 +1053,10 @@ def test_two_processes_share_a_grid_and_do_no_cell_twice(tmp_path):
 
 @pytest.mark.parametrize('override, words', [
     ('--archs=lstm', 'transformer, mamba, hybrid'), ('--setups=chain', 'direct, cot, retrieval'),
-    ('--sizes=3M', '0.5M'), ('--learning_rate=1', 'unrecognized arguments: --learning_rate=1'), ('--n_nodes=3', 'n_nodes=3'),
-    ('--n_nodes=abc', 'expected int'), ('--lr=rnn:1', 'names out of direct.transformer'), ('--preset=big', 'paper'),
-    ('--lr=-1', 'must be from 0'), ('--lr=mamba:x', '--lr=mamba:x: expected float'), ('--batch_size=cot:0', 'must be from 1'),
+    ('--sizes=3M', '0.5M'), ('--learning_rate=1', 'unrecognized arguments: --learning_rate=1'),
+    ('--n_nodes=3', 'n_nodes=3'), ('--n_nodes=abc', 'expected int'), ('--lr=-1', 'must be from 0'),
+    ('--lr=rnn:1', 'names out of direct.transformer'), ('--preset=big', 'paper'),
+    ('--lr=mamba:x', '--lr=x: expected float'), ('--batch_size=cot:0', 'must be from 1'),
     ('--n_val=0', 'must be from 1'), ('--d_state=0', 'must be from 1'), ('--d_state=65', 'at most 64'),
     ('--seeds=99999999999999999999', 'must be from'), ('archs=mamba', 'unrecognized arguments: archs=mamba'),
     ('--frozen_embedding=maybe', 'True or False'), ('--n_val=100000000000', 'must be from'),
@@ -1185,6 +1186,63 @@ def test_errors_by_kind_are_those_of_a_model_that_errs_where_we_know():
     wrong, _ = train.teacher_forced(model, tokens, loss_mask, 25, torch.device('cpu'))
     errors = train.errors_by_kind(wrong, tokens, loss_mask)
     assert errors == {'next neighbour': 0, 'return to the parent': 0, 'query': 0, 'record': 1, 'answer': 0.5}
+
+
+def test_a_sample_is_shown_with_the_right_tokens_below_the_first_wrong_one():
+    sample = dict(prompt='[BOS] 2 - 1 1 - 0 [EOS]', expected='0 1 2 1 0 [EOS] [TRUE]', written='0 1 2 0 0 [EOS]',
+                  retrieved=[1])
+    assert train.show(sample).splitlines() == ['prompt    [BOS] 2 - 1 1 - 0 [EOS]', 'written   0 *1 2 >0< 0 [EOS]',
+                                               'right' + 13 * ' ' + '1 0 [EOS] [TRUE]']
+    right = train.show(sample | dict(written=sample['expected']))
+    assert right.splitlines()[1:] == ['written   0 *1 2 1 0 [EOS] [TRUE]']
+    cut = train.show(sample | dict(written='0 1'))
+    assert cut.splitlines()[1:] == ['written   0 *1 >(end)<', 'right' + 11 * ' ' + '2 1 0 [EOS] [TRUE]']
+    long = train.show(sample | dict(written='7 ' * 300 + '8', expected='7 ' * 300 + '9', retrieved=[]))
+    assert '>8<' in long and len(long.splitlines()) < 9 and max(map(len, long.splitlines())) <= 100
+
+
+def test_a_sweep_keeps_what_solved_the_task_soonest_then_the_lowest_loss(tmp_path):
+    c = train.parse(['--sweep', '--archs=mamba', '--setups=cot', '--samples=800', f'--out={tmp_path}'])
+    short, full = [], []
+    for rung in train.rungs(c, train.cells(c)):
+        for cell in rung:
+            path = train.folder(c, cell)
+            path.mkdir()
+            if cell['lr'] == 1.6e-2:
+                continue                                            # stopped: its loss was not finite
+            solved = 50 if (cell['lr'], cell['warmup']) == (1e-3, 0.25) else 100
+            result = cell | dict(accuracy=0.5, accuracy_se=0.1, exact_trace=0.0, chance=0.5, loss=cell['lr'],
+                                 by_length=[], memory={}, params=1, seconds=1.0, samples_trained=solved)
+            train.write_json(path / 'result.json', result)
+        (full if short else short).extend(rung)
+    assert len(short) == len({(cell['lr'], cell['warmup']) for cell in short}) == 12
+    assert {cell['samples'] for cell in short} == {100} and all(cell['tuning'] for cell in short + full)
+    assert [(cell['lr'], cell['samples']) for cell in full] == [(1e-3, 800), (5e-4, 800), (5e-4, 800)]
+    assert {cell['seed'] for cell in short} & {cell['seed'] for cell in train.cells(train.parse([]))} == set()
+
+
+def test_attention_weights_are_those_that_the_layer_uses_and_the_share_is_on_the_right_edge():
+    torch.manual_seed(0)
+    tokens, loss_mask, _ = data.generate(3, 8, 'cot', 5)
+    model = models.make_model('hybrid', 'tiny', data.vocab_size(8), 1, False)
+    attention, x = model.layers[-1].attention, torch.randn(2, 20, 64)
+    mixed = attention.weights(x) @ attention.heads(x)[2]                    # (B, heads, L, d_head)
+    expected = attention(x, None)
+    assert (attention.o_proj(mixed.transpose(1, 2).flatten(2)) - expected).abs().max() < 1e-5
+
+    def perfect(x):         # looks at the edge between the token and the next one, a quarter on each of its tokens
+        weights = torch.zeros(len(tokens), 1, *[tokens.shape[1]] * 2)
+        for b, row in enumerate(tokens.tolist()):
+            for t in range(row.index(data.EOS) + 1, len(row) - 1):
+                for i in range(1, row.index(data.EOS), 3):
+                    if {row[i], row[i + 2]} == {row[t], row[t + 1]}:
+                        weights[b, 0, t, i:i + 3] = 0.25
+        return weights
+
+    attention.weights = perfect
+    looks = train.attention_to_edges(model, tokens, loss_mask, torch.device('cpu'))
+    assert abs(looks['share'] - 0.75) < 1e-6 and looks['prompt'] + looks['generated'] == data.decode(tokens[0]).split()
+    assert train.attention_to_edges(models.make_model('mamba', 'tiny', 30, 1), tokens, loss_mask, None) is None
 
 
 # --- eval_hotpot.py --------------------------------------------------------------------------------
