@@ -1217,7 +1217,7 @@ def test_a_sweep_keeps_what_solved_the_task_soonest_then_the_lowest_loss(tmp_pat
         (full if short else short).extend(rung)
     assert len(short) == len({(cell['lr'], cell['warmup']) for cell in short}) == 12
     assert {cell['samples'] for cell in short} == {100} and all(cell['tuning'] for cell in short + full)
-    assert [(cell['lr'], cell['samples']) for cell in full] == [(1e-3, 800), (5e-4, 800), (5e-4, 800)]
+    assert [(cell['lr'], cell['samples']) for cell in full] == [(1e-3, 400), (5e-4, 400)]
     assert {cell['seed'] for cell in short} & {cell['seed'] for cell in train.cells(train.parse([]))} == set()
 
 

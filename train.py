@@ -106,10 +106,10 @@ PRIMITIVES = dict(tasks=('index', 'recall', 'cgram', 'counting'), setups=('direc
 PRESETS = {'default': {}, 'paper': PAPER, 'hotpot': HOTPOT, 'primitives': PRIMITIVES}
 
 # The grid of a sweep: the same for every task, setup and architecture. All of it is run with an eighth of the
-# samples; the best three go on to the full number (successive halving, Jamieson & Talwalkar 2016).
+# samples, the best two then with half of them (successive halving, Jamieson & Talwalkar 2016).
 SWEEP_LR = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 SWEEP_WARMUP = (0.05, 0.25)
-SWEEP_SHARE, SWEEP_KEEPS, SWEEP_SEED = 1 / 8, 3, 1000
+SWEEP_SHARES, SWEEP_KEEPS, SWEEP_SEED = (1 / 8, 1 / 2), 2, 1000
 
 
 class UserError(Exception):
@@ -446,14 +446,15 @@ def folder(c, cell):
 
 def rungs(c, grid):
     """What is to be run: lists of cells, each to be finished before the next is asked for. Without a sweep
-    this is the grid; with one, all learning rates and warm-ups with few samples, then the best with all."""
+    this is the grid; with one, all learning rates and warm-ups with few samples, then the best with more."""
     if not c.sweep:
         yield grid
         return
-    short = [[cell | dict(lr=lr, warmup=warmup, samples=int(cell['samples'] * SWEEP_SHARE))
-              for lr in SWEEP_LR for warmup in SWEEP_WARMUP] for cell in grid]
-    yield sum(short, [])
-    yield [tried | dict(samples=cell['samples']) for cell, group in zip(grid, short)
+    few, more = SWEEP_SHARES
+    groups = [[cell | dict(lr=lr, warmup=warmup, samples=int(cell['samples'] * few))
+               for lr in SWEEP_LR for warmup in SWEEP_WARMUP] for cell in grid]
+    yield sum(groups, [])
+    yield [tried | dict(samples=int(cell['samples'] * more)) for cell, group in zip(grid, groups)
            for tried in best(c, group)[:SWEEP_KEEPS]]
 
 
