@@ -1188,6 +1188,18 @@ def test_errors_by_kind_are_those_of_a_model_that_errs_where_we_know():
     assert errors == {'next neighbour': 0, 'return to the parent': 0, 'query': 0, 'record': 1, 'answer': 0.5}
 
 
+def test_every_line_of_results_in_the_readmes_is_that_of_a_committed_result():
+    rows = {}
+    for path in (HERE / 'results').rglob('result.json'):
+        result = train.read_json(path, train.RESULT)
+        rows.setdefault(train.cell_name(result), []).append(train.table([result]).splitlines()[2].split())
+    quoted = [line.split() for name in ('README.md', 'results/README.md')
+              for line in (HERE / name).read_text(encoding='utf-8').splitlines() if re.match(r'[a-z]+-\S+-s\d+', line)]
+    assert len(quoted) >= 9
+    for words in quoted:
+        assert words in rows[words[0]]
+
+
 def test_a_sample_is_shown_with_the_right_tokens_below_the_first_wrong_one():
     sample = dict(prompt='[BOS] 2 - 1 1 - 0 [EOS]', expected='0 1 2 1 0 [EOS] [TRUE]', written='0 1 2 0 0 [EOS]',
                   retrieved=[1])

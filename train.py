@@ -729,6 +729,11 @@ def cli(main, program, argv):
     except (UserError, ValueError, OSError) as error:
         print(f'{program}: {error}', file=sys.stderr)
         return 2
+    except (MemoryError, RuntimeError) as error:                    # torch says so in a RuntimeError
+        if isinstance(error, RuntimeError) and 'allocate' not in str(error):
+            raise
+        print(f'{program}: out of memory, try smaller batches ({str(error).splitlines()[0]})', file=sys.stderr)
+        return 2
     return 0
 
 
