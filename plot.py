@@ -8,6 +8,7 @@ picture that there are results for. Colours are Okabe and Ito's, safe for the co
 where they belong: lines differ in width and markers in size, so that three lines at 100% are seen on top of
 one another.
 """
+import itertools
 import json
 import math
 import re
@@ -458,12 +459,14 @@ def stars(axes, prompt, read, steps, colour, wrong=None, right=None, match=None)
     """Draw the two stars of a prompt, its first `read` edges: a walk (nodes) in colour, its wrong last step
     in red, the step that would have been right dotted, the edge that the retriever has found in yellow."""
     edges = edges_of(prompt)
-    degree = Counter(v for edge in edges for v in edge)
-    nodes = sorted(map(str, range(len(edges) + 1)), key=lambda v: (-degree[v], int(v)))
-    joined = {v for edge in edges if not {*edge} & {*nodes[:2]} for v in edge}          # two leaves
+    nodes, pairs = [str(v) for v in range(len(edges) + 1)], [{*edge} for edge in edges]
+    touches = lambda pair: sum(not {*edge}.isdisjoint(pair) for edge in edges)
+    centres = max(itertools.combinations(nodes, 2), key=touches)
+    joined = {v for edge in edges if {*edge}.isdisjoint(centres) for v in edge}         # two leaves
     place = {}
-    for hub, x, first in zip(nodes, (-1.45, 1.45), (0, np.pi)):
-        leaves = [v for v in nodes[2:] if {(v, hub), (hub, v)} & {*edges}]
+    for hub, x, first in zip(centres, (-1.45, 1.45), (0, np.pi)):
+        near = lambda v: {hub, v} in pairs or hub == centres[0] and {centres[1], v} not in pairs
+        leaves = [v for v in nodes if v not in centres and near(v)]
         leaves.sort(key=lambda v: v not in joined)
         for v, angle in zip(leaves, first + 2 * np.pi * np.arange(len(leaves)) / max(1, len(leaves))):
             place[v] = x + np.cos(angle), np.sin(angle)
