@@ -7,6 +7,7 @@ Order: data.py, scan_cuda/, models.py, train.py, eval_hotpot.py, plot.py.
 import dataclasses
 import json
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -1704,18 +1705,23 @@ def test_training_and_evaluation_of_the_small_world_from_beginning_to_end(tmp_pa
 
 # --- plot.py -------------------------------------------------------------------------------------------
 
-def written_results(folder, **constants):
+def written_results(folder, samples_json=None, **constants):
     """The folder of a cell as train.py leaves it, with made-up numbers; accuracy None: not finished."""
-    cell = dict(task='istree', arch='mamba', setup='cot', size='tiny', n_nodes=8, seed=0, distribution='two_star', d_state=1,
-                frozen_embedding=False, samples=1000, n_val=100) | constants
-    path = folder / '-'.join(str(v) for v in cell.values())
-    path.mkdir()
+    cell = dict(task='istree', arch='mamba', setup='cot', size='tiny', n_nodes=8, seed=0, distribution='two_star',
+                layers='', d_state=1, frozen_embedding=False, samples=1000, batch_size=8, lr=0.001, warmup=0.1,
+                tuning=False) | constants
+    path = folder / '-'.join(str(v) for v in cell.values() if not isinstance(v, list))
+    path.mkdir(parents=True)
     (path / 'config.json').write_text(json.dumps({k: v for k, v in cell.items() if k != 'accuracy'}))
     if cell['accuracy'] is not None:
-        errors = dict.fromkeys(data.KINDS, 0.1)
-        result = cell | dict(accuracy_se=0.05, state_floats=1000 * cell['d_state'], params=5, errors=errors)
+        memory = dict(window=700, state=100 * cell['d_state'], cache=256 * 23 if cell['arch'] == 'transformer' else 0)
+        result = dict(accuracy_se=0.05, exact_trace=cell['accuracy'], memory=memory, chance=0.5, samples_trained=1000,
+                      errors=dict.fromkeys(data.KINDS, 0.1)) | cell
         (path / 'result.json').write_text(json.dumps(result))
         (path / 'log.jsonl').write_text(json.dumps(dict(samples=500, accuracy=0.5)) + '\n')
+    if samples_json:
+        (path / 'samples.json').write_text(json.dumps(samples_json))
+    return path
 
 
 def lines_of(axes):
@@ -1737,47 +1743,184 @@ def test_figures_show_the_means_the_errors_between_seeds_and_what_is_missing(tmp
     for d_state in (2, 4, 8):                               # a sweep: in the figure on memory, not in the main one
         written_results(tmp_path, d_state=d_state, accuracy=0.95)
     written_results(tmp_path, arch='transformer', samples=9999, accuracy=0.95)      # trained longer: not comparable
-    (tmp_path / 'z').mkdir()
-    written_results(tmp_path / 'z', arch='hybrid', accuracy=0.1)                 # of the same cell: left out, and said
+    written_results(tmp_path, arch='transformer', tuning=True, accuracy=0.95)       # nor is what was tuned on
+    written_results(tmp_path, arch='hybrid', layers='AM', accuracy=0.2)             # nor another model
+    written_results(tmp_path / 'z', arch='hybrid', accuracy=0.1)                    # the same cell again: said
     found = plot.load(tmp_path)
     assert re.match(f'{tmp_path}/z/.* is left out: {tmp_path}/istree', capsys.readouterr().out)
     (name, figure), = plot.accuracy(found)
     panel, = figure.axes
     lines = lines_of(panel)
-    assert name == 'accuracy' and panel.get_title() == 'cot' and lines.keys() == {'RNN (Mamba)', 'hybrid'}
-    assert [point[1:] for point in lines['RNN (Mamba)']] == [(70, round(10 / 3 ** 0.5, 3)), (50, 5)]
-    assert [point[1:] for point in lines['hybrid']] == [(90, 5)]
+    assert (name, panel.get_title()) == ('accuracy-tiny', 'chain of thought')
+    assert lines == {'RNN (Mamba)': [(8, 70, round(10 / 3 ** 0.5, 3)), (16, 50, 5)], 'hybrid': [(8, 90, 5)]}
+    assert [*panel.get_xticks()] == [8, 16] and [line.get_ydata()[0] for line in panel.lines][0] == 50
     assert [text.get_text() for text in figure.texts] == ['not finished: istree hybrid cot tiny n=16 seed 0']
-    pictures = dict(plot.memory(found))
-    assert lines_of(pictures['memory-n8'].axes[0])['RNN (Mamba)'] == [(1000, 70, round(10 / 3 ** 0.5, 3)), *[
-        (1000 * d, 95, 5) for d in (2, 4, 8)]]
+    right, bars = dict(plot.memory(found))['memory-tiny-n8'].axes
+    assert [line.get_xdata()[0] for line in right.lines[:-1]] == [90, 70, 95, 95, 95]
+    floats = [bar.get_width() for container in bars.containers for bar in container]
+    assert floats == [part for d in (1, 1, 2, 4, 8) for part in (100 * d, 0, 700)]          # state, cache, window
     bars = dict(plot.errors(found))['errors-tiny-n8'].axes[0].containers
     assert [bar.get_height() for bar in bars[0]] == [10] * len(data.KINDS)
 
 
+def test_each_size_is_a_line_and_each_length_of_a_primitive_a_point(tmp_path):
+    for size, accuracy in (('0.5M', 0.6), ('1M', 0.7)):
+        written_results(tmp_path, size=size, frozen_embedding=size == '1M', accuracy=accuracy)
+    lengths = [dict(n=n, accuracy=a, accuracy_se=0.01, chance=1 / n, best_guess=2 / n) for n, a in ((4, 1), (16, 0.5))]
+    written_results(tmp_path, task='recall', setup='direct', distribution='uniform', accuracy=0.6, by_length=lengths)
+    found = plot.load(tmp_path)
+    (_, figure), = plot.sizes(found)
+    assert lines_of(figure.axes[0]) == {'0.5M': [(8, 60, 5)], '1M': [(8, 70, 5)]}
+    (_, figure), = plot.primitives(found)
+    assert lines_of(figure.axes[0]) == {'RNN (Mamba)': [(4, 100, 1), (16, 50, 1)]}
+    lines = {line.get_label(): [*line.get_ydata()] for line in figure.axes[0].lines}
+    assert (lines['chance'], lines['best guess without look-up']) == ([25, 6.25], [50, 12.5])
+
+
+def test_the_sweep_circles_the_best_of_the_longest_runs_and_crosses_out_the_shorter_ones(tmp_path):
+    for lr, warmup, samples, accuracy in ((0.001, 0.1, 100, 0.9), (0.002, 0.1, 100, 0.95), (0.002, 0.1, 200, 0.7),
+                                          (0.001, 0.2, 200, 0.8), (0.002, 0.2, 200, 0.6)):
+        written_results(tmp_path, tuning=True, lr=lr, warmup=warmup, samples=samples, accuracy=accuracy)
+    (_, figure), = plot.sweep(plot.load(tmp_path))
+    assert lines_of(figure.axes[0]) == {'RNN (Mamba), warm-up 10%': [(0.001, 90, 5), (0.002, 70, 5)],
+                                        'RNN (Mamba), warm-up 20%': [(0.001, 80, 5), (0.002, 60, 5)]}
+    marked = {line.get_label(): (*line.get_xdata(), *line.get_ydata()) for line in figure.axes[0].lines}
+    assert marked['chosen'] == (0.001, 80) and marked['given up after a shorter run'] == (0.001, 90)
+
+
+def kept_samples(setup, spoil=None):
+    """What train.py keeps of a cell; spoil changes the words that the model is said to have written."""
+    kept = []
+    for row in data.validation_set('istree', 3, 8, setup)[0]:
+        words = words_of(row)
+        end = words.index('[EOS]') + 1
+        written = spoil(words[end:]) if spoil else words[end:]
+        kept.append(dict(prompt=' '.join(words[:end]), expected=' '.join(words[end:]), written=' '.join(written),
+                         retrieved=[i for i in range(1, len(written)) if written[i - 1] == '[ENDSEARCH]']))
+    return kept
+
+
+def told_cells(folder):
+    """Cells with samples: the Transformer and the retriever are right, the RNN's third node is another one."""
+    wrong = lambda words: [*words[:2], str((int(words[2]) + 1) % 8), *words[3:]]
+    written_results(folder, arch='transformer', accuracy=1.0, samples_json=kept_samples('cot'))
+    written_results(folder, accuracy=0.5, samples_json=kept_samples('cot', wrong))
+    written_results(folder, setup='retrieval', accuracy=1.0, samples_json=kept_samples('retrieval'))
+
+
+def test_a_search_read_from_either_setup_is_the_euler_tour():
+    for cot, retrieval in zip(kept_samples('cot'), kept_samples('retrieval')):
+        tour = cot['written'].split(' [EOS]')[0].split()
+        edges = [(int(u), int(v)) for u, v in plot.edges_of(cot['prompt'])]
+        assert [*plot.tour(cot['written'].split()).values()] == tour == recursive_tour(edges)
+        assert [*plot.tour(retrieval['written'].split()).values()] == tour
+
+
+def test_the_film_and_the_picture_show_the_kept_text_and_nothing_else(tmp_path):
+    told_cells(tmp_path)
+    found = plot.load(tmp_path)
+    (_, _, told), = plot.cases(found)
+    assert len(told) == 3
+    figure = plot.plt.figure(figsize=(8, 5.2))
+    for _ in range(5):
+        figure.add_axes((0, 0.2, 1, 0.5))
+    ends = {}
+    for scene in plot.scenes(told):
+        key, read, t, match, said, _ = scene
+        plot.draw_scene(figure, told, scene)
+        _, prompt, graph, carried, wrote = figure.axes
+        kept = told[key or ('cot', 'mamba')][1]
+        words, edges = kept['written'].split()[:t], re.findall(r'\d+ - \d+', kept['prompt'])
+        assert [text.get_text() for text in prompt.texts] == edges[:read]
+        shown = [text.get_text() for text in wrote.texts]
+        assert shown == words[len(words) - len(shown):] and (shown or not words)
+        if key:
+            squares = (1 + 3 * 7 + 1 + t) * (key[1] == 'transformer')           # one for each token read or written
+            assert len(carried.patches) == 1 + squares
+            ends[key] = t
+        if match:                               # is the answer of a query on a node of this edge, given by the retriever
+            assert key[0] == 'retrieval' and ' - '.join(match) in edges
+            after = kept['written'].split()[max(i for i in range(t) if words[i] == '[ENDSEARCH]') + 1]
+            assert after in match and (t in kept['retrieved'] or t - 1 in kept['retrieved'] or words[-1] in match)
+        yellow = [line for line in graph.lines if line.get_color() == plot.YELLOW]
+        assert len(yellow) == bool(match)
+    assert ends == {key: len(kept['written'].split()) for key, (_, kept) in told.items()}
+
+    at, wrong, right, why = plot.mistake(told['cot', 'mamba'][1])
+    expected, written = (told['cot', 'mamba'][1][name].split() for name in ('expected', 'written'))
+    assert (at, wrong, right) == (2, (expected[1], written[2]), (expected[1], expected[2])) and why in [
+        say.split('\n')[1] for *_, say, seconds in plot.scenes(told) if seconds >= 1]
+    assert plot.mistake(told['cot', 'transformer'][1])[0] is plot.mistake(told['retrieval', 'mamba'][1])[0] is None
+    (name, picture), = plot.sample(found)
+    texts = [[text.get_text() for text in panel.texts] for panel in picture.axes]
+    tour = lambda words: [w for w in words if w != '[EOS]']
+    assert texts[2] == tour(expected) and tour(written) in texts and name == 'sample-tiny-n8'
+
+
 def test_plot_py_draws_whatever_there_is(tmp_path):
-    draw = lambda: subprocess.run([sys.executable, 'plot.py', f'--out={tmp_path}/out', f'--figures={tmp_path}/figures'],
-                                  cwd=HERE, text=True, capture_output=True)
+    def draw(figures='figures'):
+        return subprocess.run([sys.executable, 'plot.py', f'--out={tmp_path}/out', f'--figures={tmp_path}/{figures}'],
+                              cwd=HERE, text=True, capture_output=True)
     empty = draw()
     assert empty.returncode == 2 and 'run train.py first' in empty.stderr and len(empty.stderr.splitlines()) == 1
-    (tmp_path / 'out').mkdir()
-    for text, words in (('{"arch"', 'is damaged'), ('{}', 'is not a result')):
-        (tmp_path / 'out' / 'result.json').write_text(text)
-        bad = draw()
-        assert bad.returncode == 2 and f'out/result.json {words}' in bad.stderr and len(bad.stderr.splitlines()) == 1
-    (tmp_path / 'out' / 'result.json').unlink()
-    (tmp_path / 'out' / 'hotpot').mkdir(parents=True)
-    written_results(tmp_path / 'out', accuracy=0.6)
-    written_results(tmp_path / 'out', task='recall', setup='direct', distribution='uniform', accuracy=0.6)
+    told_cells(tmp_path / 'out')
+    path = written_results(tmp_path / 'out', arch='hybrid', accuracy=0.6)
+    words = words_of(data.validation_set('istree', 1, 8, 'cot')[0][0])
+    prompt, wrote = words[:23], words[23:]
+    weights = [[0.1] * len(words)] * len(wrote)
+    (path / 'attention.json').write_text(json.dumps(dict(prompt=prompt, generated=wrote, weights=weights, share=0.8)))
+    (tmp_path / 'out' / 'hotpot').mkdir()
     (tmp_path / 'out' / 'hotpot' / 'model-0a.jsonl').write_text(''.join(
         json.dumps(dict(condition=c, em=1.0)) + '\n' for c in data.HOTPOT_CONDITIONS))
     (tmp_path / 'out' / 'generation.json').write_text(json.dumps(models.generation_cost('tiny', (4, 8), 3)))
     (tmp_path / 'out' / 'hotpot' / 'begun-0a.jsonl').write_text('{"condition": "gold", "em": 1.0}\n')
+    (tmp_path / 'out' / 'x').mkdir()
+    (tmp_path / 'out' / 'x' / 'result.json').write_text('{"arch"')
     done = draw()
-    assert 'begun-0a.jsonl is left out: not finished' in done.stdout
-    names = {'accuracy', 'learning-n8', 'errors-tiny-n8', 'hotpot', 'generation-tiny', 'primitives-tiny'}
-    assert done.returncode == 0 and {path.name for path in (tmp_path / 'figures').iterdir()} == {
-        f'{name}.{kind}' for name in names for kind in ('png', 'pdf')}
+    for words in ('begun-0a.jsonl is left out: not finished', 'x/result.json is left out: damaged'):
+        assert words in done.stdout
+    names = {'idea', 'accuracy-tiny', 'learning-tiny-n8', 'errors-tiny-n8', 'hotpot', 'generation-tiny',
+             'attention-hybrid-tiny-n8-s0', 'sample-tiny-n8'}
+    assert done.returncode == 0 and done.stderr == ''
+    assert {path.name for path in (tmp_path / 'figures').iterdir()} == {
+        'walk.gif', *(f'{name}.{kind}' for name in names for kind in ('png', 'pdf'))}
+    assert (tmp_path / 'figures' / 'walk.gif').stat().st_size < 1_500_000
+    (tmp_path / 'file').touch()
+    refused = draw('file')
+    assert refused.returncode == 2 and 'is a file: name a folder' in refused.stderr.splitlines()[-1]
+    assert len(refused.stderr.splitlines()) == 1
+
+
+def test_damaged_files_are_left_out_with_a_line_and_the_rest_is_drawn(tmp_path, capsys, damaged=60):
+    """Files that are cut, or with a byte changed, a value replaced or a name dropped: no figure raises."""
+    told_cells(tmp_path)
+    lengths = [dict(n=4, accuracy=1, accuracy_se=0, chance=0.1, best_guess=0.2)]
+    for task in ('recall', 'istree'):
+        written_results(tmp_path, task=task, tuning=task == 'recall', arch='hybrid', accuracy=0.5, by_length=lengths)
+    rng, files = random.Random(0), [*tmp_path.glob('**/[lrs]*.json*')]
+    for i in range(damaged):
+        path = rng.choice(sorted(files))
+        whole = path.read_bytes()
+        if i % 4 < 2:
+            spot, byte = rng.randrange(1, len(whole) - 2), bytes([rng.randrange(256)])
+            path.write_bytes(whole[:spot] + (byte + whole[spot + 1:] if i % 2 else b''))
+        else:
+            value = json.loads(whole)
+            row = value[0] if isinstance(value, list) else value
+            name = rng.choice(sorted(row))
+            row[name] = rng.choice([None, [], {}, '', -1, 0, 10 ** 400, True, [[]], 'x y', {'a': None}, 0.5])
+            if i % 4 == 3:
+                del row[name]
+            path.write_text(json.dumps(value))
+        found = plot.load(tmp_path)
+        assert i % 4 or f'{path} is left out' in capsys.readouterr().out
+        for draw in plot.FIGURES:
+            if draw is plot.walk:
+                assert all([*plot.scenes(told)] for *_, told in plot.cases(found))
+            elif draw is not plot.idea and (draw is not plot.sample or path.name == 'samples.json'):
+                assert all(name for name, _ in draw(found))
+        plot.plt.close('all')
+        path.write_bytes(whole)
 
 
 def test_a_token_costs_an_rnn_the_same_memory_after_any_context():
