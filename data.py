@@ -309,8 +309,8 @@ def retrieve(text, kind='istree'):
 # --- the retrieval primitives ------------------------------------------------------------------------
 
 # Each function draws a sequence of numbers below `numbers` and all n questions that can be asked about it, as
-# (query, answer, trace of the setup retrieval). rng: random.Random. In the drawings, targets stand under the
-# input from which they are predicted, and the retriever writes the tokens marked *.
+# (query, answer). rng: random.Random. In the drawings, targets stand under the input from which they are
+# predicted, and the retriever writes the tokens marked *.
 #
 # As in multi-query associative recall (Zoology, Arora et al. 2023), a sample of the setup direct asks several
 # questions, each once and in random order, with every answer right behind its query: all answers are terms of
@@ -327,7 +327,7 @@ def index(rng, n, numbers):
         retrieval           [BOS] 3 0 9 0 ~ 2 [STARTSEARCH] - 2 [ENDSEARCH] *9 [EOS] 9
     """
     sequence = rng.choices(range(numbers), k=n)
-    return sequence, [(f'{i}', x, f'[STARTSEARCH] - {i} [ENDSEARCH] {x}') for i, x in enumerate(sequence)]
+    return sequence, [*enumerate(sequence)]
 
 
 def recall(rng, n, numbers):
@@ -339,8 +339,8 @@ def recall(rng, n, numbers):
         retrieval           [BOS] 1 79 5 76 2 81 ~ 5 [STARTSEARCH] 5 [ENDSEARCH] *76 [EOS] 76
     """
     keys, values = rng.sample(range(numbers), n), rng.choices(range(numbers, 2 * numbers), k=n)
-    sequence = [number for pair in zip(keys, values) for number in pair]
-    return sequence, [(f'{k}', v, f'[STARTSEARCH] {k} [ENDSEARCH] {v}') for k, v in zip(keys, values)]
+    pairs = [*zip(keys, values)]
+    return [number for pair in pairs for number in pair], pairs
 
 
 def cgram(rng, n, numbers):
@@ -355,8 +355,7 @@ def cgram(rng, n, numbers):
     sequence = (2 * rng.sample(range(numbers), (n + 3) // 2))[:n + 2]
     while len({*zip(sequence[:n], sequence[1:])}) < n:
         rng.shuffle(sequence)
-    return sequence, [(f'{a} {b}', c, f'[STARTSEARCH] {a} {b} [ENDSEARCH] {c}')
-                      for a, b, c in zip(sequence, sequence[1:], sequence[2:])]
+    return sequence, [(f'{a} {b}', c) for a, b, c in zip(sequence, sequence[1:], sequence[2:])]
 
 
 def counting(rng, n, numbers):
@@ -373,14 +372,9 @@ def counting(rng, n, numbers):
     names, counts = rng.sample(range(numbers), n), []
     for c in rng.choices(range(MAX_COUNT + 1), k=n // 2):
         counts += c, MAX_COUNT - c
-    sequence, questions = [], []
-    for name, count in zip(names, counts):
-        sequence += [name] * count
-        found = [name] * count + ['[FAILED]']
-        searches = [f'[STARTSEARCH] {name} ~ {k} [ENDSEARCH] {x}' for k, x in enumerate(found, 1)]
-        questions.append((f'{name}', count, ' '.join(searches)))
+    sequence = [name for name, count in zip(names, counts) for _ in range(count)]
     rng.shuffle(sequence)
-    return sequence, questions
+    return sequence, [*zip(names, counts)]
 
 
 PRIMITIVES = {'index': index, 'recall': recall, 'cgram': cgram, 'counting': counting}
@@ -396,6 +390,14 @@ def n_questions(n, setup):
     return (n + 1) // 2 if setup == 'direct' else 1
 
 
+def look_up(task, query, answer):
+    """The trace of the setup retrieval, as text: what the model asks, and what the retriever writes."""
+    if task == 'counting':
+        found = [query] * answer + ['[FAILED]']
+        return ' '.join([f'[STARTSEARCH] {query} ~ {k} [ENDSEARCH] {x}' for k, x in enumerate(found, 1)])
+    return f'[STARTSEARCH] {"- " * (task == "index")}{query} [ENDSEARCH] {answer}'
+
+
 def generate_primitive(task, batch_size, n_nodes, setup, seed, distribution='uniform', n=None):
     """A batch of samples of a primitive with n questions, by default n_nodes, over the vocabulary of n_nodes.
     The prompt ends with the first query. Arguments, tokens, loss_mask and errors as in generate, except that
@@ -406,15 +408,16 @@ def generate_primitive(task, batch_size, n_nodes, setup, seed, distribution='uni
         sequence, questions = PRIMITIVES[task](rng, n, numbers_for(n_nodes))
         text = f'[BOS] {" ".join(map(str, sequence))} ~'
         asked = rng.sample(questions, n_questions(n, setup))
-        for query, answer, trace in asked:
-            text += f' {query} {answer}' if setup == 'direct' else f' {query} {trace} [EOS] {answer}'
+        for query, answer in asked:
+            trace = '' if setup == 'direct' else look_up(task, query, answer) + ' [EOS] '
+            text += f' {query} {trace}{answer}'
         samples.append([TOKENS[word] for word in text.split()])
-        answers.append([NODE + answer for _, answer, _ in asked])
+        answers.append([NODE + answer for _, answer in asked])
     start = TASKS[task].prompt_length(n)
     tokens, loss_mask = assemble(samples, start)
     if setup == 'direct':
         loss_mask[:] = False
-        loss_mask[:, start::len(query.split()) + 1] = True
+        loss_mask[:, start::len(str(query).split()) + 1] = True
     return tokens, loss_mask, np.array(answers)
 
 
@@ -426,7 +429,7 @@ def best_guess(task, n_nodes, n, setup='direct', samples=1000):
     rng, accuracies = random.Random(0), []
     for _ in range(samples):
         _, questions = PRIMITIVES[task](rng, n, numbers_for(n_nodes))
-        answers = [answer for _, answer, _ in rng.sample(questions, n)]
+        answers = [answer for _, answer in rng.sample(questions, n)]
         for i in range(n_questions(n, setup)):
             (_, count), = Counter(answers[i:]).most_common(1)
             accuracies.append(count / (n - i))
