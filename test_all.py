@@ -4,7 +4,10 @@ float64, networkx, the official metrics, the `transformers` library. Run:  pytes
 Tests of what needs a compiler, a GPU, networkx or transformers skip themselves where there is none.
 Order: data.py, scan_cuda/, models.py, train.py, eval_hotpot.py, plot.py.
 """
+import collections
 import dataclasses
+import inspect
+import itertools
 import json
 import os
 import random
@@ -211,7 +214,8 @@ def test_retriever_equals_brute_force_on_thousands_of_random_contexts():
 def test_a_record_written_inside_a_query_is_none():
     rng, answers = np.random.default_rng(8), set()
     for _ in range(3_000):                              # contexts of a model that has learned nothing yet
-        noise = rng.choice(['1', '2', '3', '~', '~', '[STARTSEARCH]', '[ENDSEARCH]', '[FAILED]'], rng.integers(40))
+        words = ['1', '2', '3', '~', '~', '[STARTSEARCH]', '[ENDSEARCH]', '[FAILED]']
+        noise = rng.choice(words, rng.integers(40))
         context = ['[BOS]', '2', '-', '1', '[EOS]', *noise, '[STARTSEARCH]', '1', '~', '[ENDSEARCH]']
         answers.add(expected := answer_by_brute_force(context))
         assert data.decode(data.retrieve(' '.join(context))[0]) == expected, context
@@ -221,8 +225,9 @@ def test_a_record_written_inside_a_query_is_none():
 def test_kinds_of_the_tokens_in_the_header_are_the_hand_written_ones():
     samples = {
         '[BOS] 2 - 1 4 - 0 4 - 3 4 - 1 [EOS] | 0 4 3 4 1 2 1 4 0 [EOS] [TRUE]': 'nnnrnnrrraa',
-        '[BOS] 2 - 1 4 - 0 4 - 3 4 - 1 [EOS] | 0 [STARTSEARCH] 0 ~ [ENDSEARCH] [FAILED] [STARTSEARCH] 0 - [ENDSEARCH] 4 '
-        '[STARTSEARCH] 4 ~ [ENDSEARCH] [FAILED] 4 ~ 0 4 [STARTSEARCH] 4 ~ [ENDSEARCH] 0 0 [EOS] [TRUE]':
+        '[BOS] 2 - 1 4 - 0 4 - 3 4 - 1 [EOS] | 0 [STARTSEARCH] 0 ~ [ENDSEARCH] [FAILED] '
+        '[STARTSEARCH] 0 - [ENDSEARCH] 4 [STARTSEARCH] 4 ~ [ENDSEARCH] [FAILED] 4 ~ 0 '
+        '4 [STARTSEARCH] 4 ~ [ENDSEARCH] 0 0 [EOS] [TRUE]':
             'n' 'qqqq.' 'qqqq.' 'qqqq.' 'cccn' 'qqqq.' 'raa'}
     for text, kinds in samples.items():
         prompt, trace = (encode(part) for part in text.split('|'))
@@ -230,7 +235,7 @@ def test_kinds_of_the_tokens_in_the_header_are_the_hand_written_ones():
         loss_mask = np.array([[False] * len(prompt) + [kind != '.' for kind in kinds] + [False]])
         found = data.token_kinds(tokens, loss_mask)[0, len(prompt):-1]
         assert ''.join('nrqca'[k] if k >= 0 else '.' for k in found) == kinds       # the KINDS, record as c
-    for setup in ('cot', 'retrieval'):              # every return is to a node above, every next neighbour is new
+    for setup in ('cot', 'retrieval'):      # every return is to a node above, every next neighbour is new
         tokens, loss_mask, _ = data.generate(50, 14, setup, 5)
         for row, kinds in zip(tokens, data.token_kinds(tokens, loss_mask)):
             tour = [(node, data.KINDS[kind]) for node, kind in zip(row.tolist(), kinds) if kind in (0, 1)]
@@ -252,9 +257,11 @@ def test_hand_worked_example_of_the_header():
     tour = data.decode(data.cot_trace(data.adjacency(edges, 5)))
     assert tour == '0 4 3 4 1 2 1 4 0' and tour in drawn
     trace = data.decode(data.retrieval_trace(data.adjacency(edges, 5)))
-    assert trace.startswith('0 [STARTSEARCH] 0 ~ [ENDSEARCH] [FAILED] [STARTSEARCH] 0 - [ENDSEARCH] 4 [STARTSEARCH] '
-                            '4 ~ [ENDSEARCH] [FAILED] 4 ~ 0 4 [STARTSEARCH] 4 ~ [ENDSEARCH] 0 [STARTSEARCH] 4 - '
-                            '[ENDSEARCH] 0 [STARTSEARCH] 4 - 0 [ENDSEARCH] 3 [STARTSEARCH] 3 ~ [ENDSEARCH] [FAILED]')
+    lines = ('0 [STARTSEARCH] 0 ~ [ENDSEARCH] [FAILED]', '[STARTSEARCH] 0 - [ENDSEARCH] 4',
+             '[STARTSEARCH] 4 ~ [ENDSEARCH] [FAILED]', '4 ~ 0', '4 [STARTSEARCH] 4 ~ [ENDSEARCH] 0',
+             '[STARTSEARCH] 4 - [ENDSEARCH] 0', '[STARTSEARCH] 4 - 0 [ENDSEARCH] 3',
+             '[STARTSEARCH] 3 ~ [ENDSEARCH] [FAILED] 3 ~ 4 3')
+    assert trace.startswith(' '.join(lines)) and all(line in drawn for line in lines)
     ask = lambda query: data.retrieve(f'{prompt} {trace} [STARTSEARCH] {query} [ENDSEARCH]')
     assert [data.decode(ask(q)[0]) for q in ('2 ~', '0 ~', '4 -', '4 - 0', '4 - 1', '2 - 4', '~', '4 4')] == [
         '1', '[FAILED]', '0', '3', '[FAILED]', '[FAILED]', '[FAILED]', '[FAILED]']
@@ -275,11 +282,12 @@ def test_validation_and_tuning_prompts_never_occur_in_training():
     held_out = [data.validation_set('istree', 300, 5, 'cot', tuning=tuning)[0] for tuning in (False, True)]
     reported, tuning = (prompts('istree', 5, tokens) for tokens in held_out)
     assert not reported & tuning and len(tuning) > 200      # at n=5 chance alone would mix them
-    assert reported & prompts('istree', 5, data.generate(300, 5, 'cot', (*data.TUNING_SEED, 0))[0])
+    assert reported & prompts('istree', 5, data.generate(300, 5, 'cot', (data.TUNING_SEED, 0))[0])
 
     def hits(held_out):
         stream = data.Batches('istree', 64, 5, 'cot', 0, held_out=held_out)
-        return len(set().union(*[prompts('istree', 5, stream[i][0]) for i in range(40)]) & (reported | tuning))
+        trained = set().union(*[prompts('istree', 5, stream[i][0]) for i in range(40)])
+        return len(trained & (reported | tuning))
 
     assert hits([]) > 0 and hits(held_out) == 0 and hits(held_out[:1]) > 0
 
@@ -297,7 +305,7 @@ def test_training_stream_is_the_same_whoever_makes_its_batches_and_from_wherever
     lengths = data.TASKS[task].lengths(n)
     for i, (tokens, loss_mask) in enumerate(whole):
         here = lengths[i % len(lengths)]
-        alone = data.TASKS[task].generate(batch_size, n, 'direct', (data.TRAINING, 9, i, 0), n=here)
+        alone = data.TASKS[task].generate(batch_size, n, 'direct', (9, i, 0), n=here)
         assert np.array_equal(tokens, alone[0]) and np.array_equal(loss_mask, alone[1])
         assert tokens.shape[1] == data.TASKS[task].max_length(here, 'direct')
     for first, workers in ((0, 2), (5, 0), (7, 1)):
@@ -307,19 +315,33 @@ def test_training_stream_is_the_same_whoever_makes_its_batches_and_from_wherever
             assert np.array_equal(tokens, expected) and np.array_equal(loss_mask, expected_mask)
 
 
-def test_no_training_seed_is_a_validation_seed():
-    first = lambda seed: np.random.default_rng(seed).integers(0, 2**63, 2).tobytes()
-    held_out = {first(data.VALIDATION_SEED), *[first((*data.TUNING_SEED, attempt)) for attempt in range(10)]}
-    # numpy fills a short seed with zeros: (2402, 18510) and (2402, 18510, 0) are the same
-    assert first((2402, 18510)) == first((2402, 18510, 0)) and len(held_out) == 11
-    for seed in (0, 1, 2, 2402, 2402 + (18510 << 32)):
-        for i in (0, 1, 2402, 18510):
-            assert not held_out & {first((data.TRAINING, seed, i, attempt)) for attempt in range(10)}
+def test_a_random_graph_is_as_likely_as_its_definition_makes_it():
+    def exact(n):                                       # by listing all choices, which are equally likely
+        share, names = collections.Counter(), [*itertools.permutations(range(n))]
+        trees = [[(p, i + 1) for i, p in enumerate(parents)]
+                 for parents in itertools.product(*[range(i) for i in range(1, n)])]
+        for tree in trees:
+            graphs = [tree[:cut] + tree[cut + 1:] + [new] for cut in range(n - 1)
+                      for new in itertools.combinations(range(n), 2) if new not in tree]
+            graphs = [graph for graph in graphs if not networkx.is_forest(networkx.Graph(graph))]
+            for graph, weight in [(tree, 1 / 2)] + [(graph, 1 / 2 / len(graphs)) for graph in graphs]:
+                for name in names:
+                    key = frozenset(frozenset((name[u], name[v])) for u, v in graph)
+                    share[key] += weight / len(trees) / len(names)
+        return share
+
+    networkx = pytest.importorskip('networkx')
+    rng, expected, size = random.Random(0), exact(5), 60_000
+    drawn = collections.Counter(frozenset(map(frozenset, data.random_graph(rng, 5)[0])) for _ in range(size))
+    assert abs(sum(expected.values()) - 1) < 1e-9 and drawn.keys() <= expected.keys()
+    chi_square = sum((drawn[graph] - size * p) ** 2 / (size * p) for graph, p in expected.items())
+    assert abs(chi_square - len(expected) + 1) < 5 * (2 * len(expected)) ** 0.5
 
 
 @pytest.mark.parametrize('arguments, word', [
-    ((8, 3, 'cot', 0), 'n_nodes'), ((8, 8, 'chain', 0), 'direct, cot, retrieval'), ((0, 8, 'cot', 0), 'batch_size'),
-    ((8, 8, 'cot', 0, 'star'), 'two_star'), ((8, 8.5, 'cot', 0), 'n_nodes'), ((8, 8, 'cot', 0, 'random', 6), 'n=6')])
+    ((8, 3, 'cot', 0), 'n_nodes'), ((8, 8, 'chain', 0), 'direct, cot, retrieval'),
+    ((0, 8, 'cot', 0), 'batch_size'), ((8, 8, 'cot', 0, 'star'), 'two_star'),
+    ((8, 8.5, 'cot', 0), 'n_nodes'), ((8, 8, 'cot', 0, 'random', 6), 'n=6')])
 def test_impossible_arguments_are_named(arguments, word):
     with pytest.raises(ValueError, match=word):
         data.generate(*arguments)
@@ -327,12 +349,13 @@ def test_impossible_arguments_are_named(arguments, word):
 
 # --- data.py: the retrieval primitives ---------------------------------------------------------------
 
-PRIMITIVES = [(task, n) for task in ('index', 'recall', 'cgram', 'counting') for n in (6, 16, 33, 256)]
+PRIMITIVES = [(task, n) for task in data.PRIMITIVES for n in (2, 4, 16, 256)]
+PRIMITIVES += [('index', 33), ('recall', 33), ('cgram', 33), ('counting', 34)]
+QUERY = dict(index=1, recall=1, cgram=2, counting=1)            # words
 
 
-def primitive_by_brute_force(task, prompt):
-    """The answer to a prompt (a list of words), by loops over words, straight from the task's definition."""
-    sequence, query = prompt[1:prompt.index('~')], prompt[-2 if task == 'cgram' else -1:]
+def primitive_by_brute_force(task, sequence, query):
+    """The answer to a query in a sequence, lists of words, straight from the task's definition."""
     if task == 'index':
         return sequence[int(query[0])]
     if task == 'counting':
@@ -342,54 +365,66 @@ def primitive_by_brute_force(task, prompt):
             return sequence[i + len(query)]
 
 
+def sequence_and_questions(task, words):
+    """A sample of the setup direct, as words -> sequence, [(query, answer, its place in the sample), ...]."""
+    start, step = words.index('~') + 1, QUERY[task] + 1
+    return words[1:start - 1], [(words[i:i + step - 1], words[i + step - 1], i + step - 1)
+                                for i in range(start, len(words), step)]
+
+
 @pytest.mark.parametrize('task, n', PRIMITIVES)
-def test_primitives_answer_what_brute_force_finds_in_the_prompt(task, n):
+def test_primitives_answer_what_brute_force_finds_and_ask_half_of_the_questions_once_each(task, n):
     made = data.TASKS[task]
-    start = made.prompt_length(n)
-    drawn = re.search(r'Prompt (2?)n\+(\d+) tokens', getattr(data, task).__doc__)
-    assert start == int(drawn[1] or 1) * n + int(drawn[2])
-    for setup in made.setups:
-        tokens, loss_mask, answers = made.generate(300, n, setup, 8)
-        for row, mask, answer in zip(tokens, loss_mask, answers):
-            words = words_of(row)
-            step = 2 + (task == 'cgram')
-            asked = list(range(words.index('~') + step, start + 1, step))       # where the answers stand
-            assert len(asked) == data.QUERIES and asked[-1] == start and row.max() < made.vocab_size(n)
-            assert words[-2] == '[EOS]' if setup == 'retrieval' else len(words) == start + 1
-            assert words[-1] == primitive_by_brute_force(task, words[:start]) == data.WORDS[answer]
-            assert all(words[i] == primitive_by_brute_force(task, words[:i]) for i in asked[:-1])
-            predicted = [i >= start and words[i - 1] != '[ENDSEARCH]' or setup == 'direct' and i in asked
-                         for i in range(len(words))]
-            assert (mask == predicted + [False] * (len(row) - len(words))).all()
-        assert tokens.shape[1] == made.max_length(n, setup)
+    tokens, loss_mask, answers = made.generate(100, n, 'direct', 8)
+    for row, mask, expected in zip(tokens, loss_mask, answers):
+        sequence, questions = sequence_and_questions(task, words_of(row))
+        for query, answer, _ in questions:
+            assert primitive_by_brute_force(task, sequence, query) == answer
+        assert len({tuple(query) for query, _, _ in questions}) == len(questions) == (n + 1) // 2
+        places = [place for _, _, place in questions]
+        assert np.flatnonzero(mask).tolist() == places and (row[places] == expected).all()
+        assert made.prompt_length(n) == places[0] and row.max() < made.vocab_size(n)
+    assert tokens.shape[1] == made.max_length(n, 'direct')
+    tokens, loss_mask, answers = made.generate(100, n, 'retrieval', 8)
+    for row, mask, expected in zip(tokens, loss_mask, answers):
+        words, start = words_of(row), made.prompt_length(n)
+        sequence, query = words[1:words.index('~')], words[words.index('~') + 1:start]
+        assert len(query) == QUERY[task] and row.max() < made.vocab_size(n) and words[-2] == '[EOS]'
+        assert words[-1] == primitive_by_brute_force(task, sequence, query) == data.WORDS[expected[0]]
+        predicted = [i >= start and words[i - 1] != '[ENDSEARCH]' for i in range(len(words))]
+        assert (mask == predicted + [False] * (len(row) - len(words))).all()
+    assert tokens.shape[1] <= made.max_length(n, 'retrieval')
+    assert task == 'counting' or tokens.shape[1] == made.max_length(n, 'retrieval')
 
 
-@pytest.mark.parametrize('task', ['index', 'recall', 'cgram', 'counting'])
-def test_each_target_drawn_for_a_primitive_stands_under_the_input_it_is_predicted_from(task):
-    drawings, row = [], 0
-    for line in getattr(data, task).__doc__.split('\n'):
-        if found := re.match(r' {8}(direct|retrieval|) +(inputs|targets) ', line):
-            if found[1]:
-                drawings.append(([], {}))
-            row += found[2] == 'inputs'
-            words = [((row, word.start()), word[0]) for word in re.finditer(r'\S+', line) if word.start() >= found.end()]
-            drawings[-1][0].extend(words) if found[2] == 'inputs' else drawings[-1][1].update(words)
-    assert len(drawings) == 2
-    for inputs, targets in drawings:
-        words = [word for _, word in inputs] + [*targets.values()][-1:]
-        step = 2 + (task == 'cgram')
-        ends = [words.index('~') + step, words.index('~') + 2 * step]          # where the two answers stand
-        direct = '[STARTSEARCH]' not in words
-        assert words[-1] == primitive_by_brute_force(task, words[:ends[1]])
-        assert words[ends[0]] == primitive_by_brute_force(task, words[:ends[0]])
-        assert targets == {place: words[i + 1] for i, (place, word) in enumerate(inputs)
-                           if i + 1 >= ends[1] and word != '[ENDSEARCH]' or direct and i + 1 == ends[0]}
+@pytest.mark.parametrize('task', data.PRIMITIVES)
+def test_the_drawing_of_a_primitive_is_right(task):
+    drawing = inspect.cleandoc(getattr(data, task).__doc__)
+    inputs, targets = (re.search(rf'^.*{name} .*$', drawing, re.M)[0] for name in ('inputs', 'targets'))
+    inputs = {m.start(): m[0] for m in re.finditer(r'\S+', inputs) if m.start() > inputs.index('inputs')}
+    targets = {m.start(): m[0] for m in re.finditer(r'\S+', targets) if m.start() > targets.index('targets')}
+    places, words = [*inputs], [*inputs.values(), [*targets.values()][-1]]
+    sequence, questions = sequence_and_questions(task, words)
+    assert all(primitive_by_brute_force(task, sequence, query) == answer for query, answer, _ in questions)
+    assert len(questions) == 2 and targets == {places[i - 1]: answer for _, answer, i in questions}
+    written = re.search(r'retrieval +(\[BOS\].*)', drawing, re.S)[1].split()
+    start = written.index('~') + 1 + QUERY[task]
+    assert written[:start - QUERY[task]] == ['[BOS]', *sequence, '~']
+    query = written[start - QUERY[task]:start]
+    assert primitive_by_brute_force(task, sequence, query) == written[-1] and written[-2] == '[EOS]'
+    for i in range(start, len(written)):            # * marks what the retriever writes, nothing else
+        assert written[i].startswith('*') == (written[i - 1] == '[ENDSEARCH]')
+        if written[i].startswith('*'):
+            text = ' '.join(written[:i]).replace('*', '')
+            assert data.TASKS[task].retrieve(text) == (encode(written[i][1:]), True)
+    found = [word for word in written if word.startswith('*')]
+    assert found == ['*4', '*4', '*[FAILED]'] if task == 'counting' else found == [f'*{written[-1]}']
 
 
 @pytest.mark.parametrize('task, n', PRIMITIVES)
 def test_replaying_a_primitives_queries_through_the_retriever_gives_every_retrieved_token(task, n):
     made, outcomes = data.TASKS[task], set()
-    for row in made.generate(200, n, 'retrieval', 9)[0]:
+    for row in made.generate(100, n, 'retrieval', 9)[0]:
         ends = np.flatnonzero(row == data.END)
         for end in ends:
             assert made.retrieve(data.decode(row[:end + 1])) == ([row[end + 1]], True)
@@ -402,64 +437,119 @@ def test_replaying_a_primitives_queries_through_the_retriever_gives_every_retrie
 def test_what_a_sequence_does_not_hold_and_malformed_queries_get_failed():
     ask = lambda task, prompt, query: data.decode(data.TASKS[task].retrieve(
         f'[BOS] {prompt} [STARTSEARCH] {query} [ENDSEARCH]')[0])
-    assert [ask('index', '13 0 4 1 12 ~ 2', q) for q in ('- 0', '- 1', '- 4', '- 5', '-', '- -', '- 1 1', '[FAILED]')] == [
-        '13', '0', '12', *['[FAILED]'] * 5]
-    assert [ask('recall', '1 15 0 13 12 14 ~ 0', q) for q in ('1', '12', '0', '2', '14', '~', '0 ~', '3', '5')] == [
-        '15', '14', '13', *['[FAILED]'] * 6]
-    assert [ask('cgram', '0 3 1 3 2 1 3 0 ~ 1 3', q) for q in ('1 3', '3 2', '3 0', '2 3', '1 3 2')] == [
-        '2', '1', '[FAILED]', '[FAILED]', '1']
-    assert ask('cgram', '0 1 1 0 ~ 2 3', '2') == '[FAILED]'             # the prompt's own query is not searched
-    assert [ask('counting', '4 14 41 4 1 4 ~ 4', q) for q in ('4 ~ 1', '4 ~ 3', '4 ~ 4', '1 ~ 1', '1 ~ 2', '4 ~ 0', '4 ~')] == [
+    queries = ('- 0', '- 1', '- 4', '- 5', '-', '- -', '- 1 1', '[FAILED]')
+    assert [ask('index', '13 0 4 1 12 ~ 2', q) for q in queries] == ['13', '0', '12', *['[FAILED]'] * 5]
+    queries = ('1', '12', '0', '2', '14', '~', '0 ~', '3', '5')
+    assert [ask('recall', '1 15 0 13 12 14 ~ 0', q) for q in queries] == ['15', '14', '13', *['[FAILED]'] * 6]
+    queries = ('1 3', '3 2', '3 0', '2 3', '1 3 2')
+    assert [ask('cgram', '0 3 1 3 2 1 3 0 ~ 1 3', q) for q in queries] == ['2', '1', *['[FAILED]'] * 3]
+    assert ask('cgram', '0 1 1 0 ~ 2 3', '2') == '[FAILED]'         # the prompt's own query is not searched
+    queries = ('4 ~ 1', '4 ~ 3', '4 ~ 4', '1 ~ 1', '1 ~ 2', '4 ~ 0', '4 ~')
+    assert [ask('counting', '4 14 41 4 1 4 ~ 4', q) for q in queries] == [
         '4', '4', '[FAILED]', '1', *['[FAILED]'] * 3]
     # no blow-up by backtracking, whatever a badly trained model asks
     started = time.monotonic()
     assert ask('counting', '4 1 ' * 500 + '~ 4', '4 ~ 501') == '[FAILED]' and time.monotonic() - started < 1
 
 
-def shortcuts(tokens, start, sequence_length):
-    """Guesses (B,) of the answer that don't look the query up: the token at any one place of the prompt,
-    the most and the least frequent one, and whatever training samples with that query were answered most."""
-    sequence = tokens[:, 1:1 + sequence_length]
-    for place in range(start):
-        yield f'place {place}', tokens[:, place]
-    counts = (sequence[:, :, None] == sequence[:, None]).sum(2)
-    for name, at in (('majority', counts.argmax(1)), ('rarest', counts.argmin(1)),
-                     ('last of the majority', sequence_length - 1 - counts[:, ::-1].argmax(1))):
-        yield name, sequence[np.arange(len(tokens)), at]
-    answers = tokens[:, start]
-    for name, seen in (('most frequent answer', 0 * answers), ('answer by query', tokens[:, start - 1]),
-                       ('answer by first token', tokens[:, 1]), ('answer by most recent token', sequence[:, -1])):
-        table = np.zeros((tokens.max() + 1,) * 2, int)
-        half = len(tokens) // 2                             # learned on one half, used on the other
-        np.add.at(table, (seen[:half], answers[:half]), 1)
-        yield name, np.where(np.arange(len(tokens)) < half, -1, table[seen].argmax(1))
+def shortcuts(task, sequence, questions):
+    """Answers (one for each question) of players who do not look the query up: of one sample, as words."""
+    places = [i for i, word in enumerate(sequence) if task != 'recall' or i % 2]       # where values stand
+    values = [sequence[i] for i in places] if task != 'counting' else ['0', '1', '2', '3']
+    given = [answer for _, answer, _ in questions]
+    for i in range(len(values)):
+        yield f'place {i}', [values[i]] * len(given)
+    frequent = collections.Counter(values).most_common()
+    yield 'majority', [frequent[0][0]] * len(given)
+    yield 'rarest', [frequent[-1][0]] * len(given)
+    yield 'repeat', [values[0]] + given[:-1]                        # the answer just given, once more
+    yield 'first answer', [values[-1]] + given[:1] * (len(given) - 1)
+    yield 'follows or repeats the query', [query[-1] for query, _, _ in questions]
+    yield 'elimination', [(collections.Counter(values) - collections.Counter(given[:i])).most_common(1)[0][0]
+                          if task != 'counting' else values[0] for i in range(len(given))]
 
 
-@pytest.mark.parametrize('task, n', [(task, n) for task, n in PRIMITIVES if 6 < n < 100])
-def test_no_shortcut_beats_chance_by_more_than_two_points(task, n):
-    made = data.TASKS[task]
-    tokens = made.generate(40_000, n, 'direct', 10)[0]
-    start = made.prompt_length(n)
-    names = set()
-    for name, guess in shortcuts(tokens, start, tokens[0].tolist().index(data.RECORD) - 1):
-        used = guess >= 0
-        accuracy = (guess == tokens[:, start])[used].mean()
-        assert accuracy < made.chance(n) + 0.02, (name, accuracy)
-        names.add(name)
-    assert len(names) == start + 7
+@pytest.mark.parametrize('task, n', [(task, n) for task, n in PRIMITIVES if n < 30])
+def test_no_shortcut_beats_the_best_guess_which_is_small(task, n):
+    right, total, by_query = collections.Counter(), 0, []
+    for row in data.TASKS[task].generate(2_000, n, 'direct', 10)[0]:
+        sequence, questions = sequence_and_questions(task, words_of(row))
+        for name, guesses in shortcuts(task, sequence, questions):
+            right[name] += sum(guess == answer for guess, (_, answer, _) in zip(guesses, questions))
+        total += len(questions)
+        by_query += [(query[-1], answer, sequence[-1]) for query, answer, _ in questions]
+    best = data.best_guess(task, n, n)
+    for name, count in right.items():
+        assert count / total < best + 0.03, (name, count / total, best)
+    if task in ('recall', 'index') and n > 2:       # ... and the best guess is what crossing out can reach
+        assert abs(right['elimination'] / total - best) < 0.02
+    half = total // 2                           # what training samples with this query, or end, were answered
+    for key in (0, 2):
+        table = collections.defaultdict(collections.Counter)
+        for question in by_query[:half]:
+            table[question[key]][question[1]] += 1
+        learned = sum(bool(table[question[key]]) and table[question[key]].most_common(1)[0][0] == question[1]
+                      for question in by_query[half:])
+        assert learned / (total - half) < best + 0.03
+    assert task in ('cgram', 'counting') or best < {2: 0.6, 4: 0.4, 16: 0.17}[n]          # so it is small
 
 
-@pytest.mark.parametrize('task', ['index', 'recall', 'cgram', 'counting'])
+def test_the_best_guess_is_the_hand_worked_one():
+    # recall n=2 asks one of two questions, whose answers are equal in 1 of 64 samples: there are 64 values
+    assert abs(data.best_guess('recall', 2, 2, samples=20_000) - (1 + 1 / 64) / 2) < 0.01
+    # counting n=2: the answers are c and 3-c, never equal; n=4 asks 2 of c, 3-c, d, 3-d. Half the time they
+    # are four different ones: 1/4, then 1/3; else two and two: 1/2, then 2/3
+    assert abs(data.best_guess('counting', 4, 2) - 1 / 2) < 1e-9
+    assert abs(data.best_guess('counting', 4, 4, samples=20_000) - (7 / 24 + 7 / 12) / 2) < 0.01
+    assert abs(data.best_guess('counting', 4, 4, 'retrieval', samples=20_000) - (1 / 4 + 1 / 2) / 2) < 0.01
+    assert data.best_guess('istree', 16, 16) == 1 / 2
+
+
+def test_the_second_number_of_a_cgram_leaves_two_answers():
+    answers_left, right = collections.Counter(), []
+    for row in data.TASKS['cgram'].generate(500, 16, 'direct', 11)[0]:
+        sequence, questions = sequence_and_questions('cgram', words_of(row))
+        for (_, second), answer, _ in questions:
+            followers = [b for a, b in zip(sequence[1:], sequence[2:]) if a == second]
+            answers_left[len(followers)] += 1
+            right.append(answer == followers[0])
+    assert set(answers_left) == {1, 2} and answers_left[2] > 5 * answers_left[1]  # 1: it ends the sequence
+    assert 0.45 < np.mean(right) < 0.6
+
+
+@pytest.mark.parametrize('task', data.PRIMITIVES)
+def test_counts_positions_and_values_are_equally_likely(task):
+    answers = data.TASKS[task].generate(4_000, 16, 'direct', 12)[2]
+    share = np.bincount(answers.ravel() - data.NODE)
+    share = share[share > 0] / share.sum()
+    assert len(share) == (4 if task == 'counting' else 64) and abs(share * len(share) - 1).max() < 0.15
+
+
+@pytest.mark.parametrize('task', data.PRIMITIVES)
 def test_primitives_are_deterministic_and_refuse_what_they_do_not_have(task):
     generate = data.TASKS[task].generate
-    one, two, other = (generate(64, 9, 'retrieval', (3, 1, seed)) for seed in (4, 4, 5))
+    one, two, other = (generate(64, 10, 'retrieval', (3, 1, seed)) for seed in (4, 4, 5))
     assert all((a == b).all() for a, b in zip(one, two)) and one[0].tolist() != other[0].tolist()
-    for arguments, word in (((8, 9, 'cot', 0), 'direct, retrieval'), ((8, 3, 'direct', 0), 'n_nodes=3'),
-                            ((8, 1025, 'direct', 0), '1024'), ((0, 9, 'direct', 0), 'batch_size'),
-                            ((8, 9, 'direct', 0, 'two_star'), 'uniform')):
+    for arguments, word in (((8, 10, 'cot', 0), 'direct, retrieval'), ((8, 1, 'direct', 0), 'n_nodes=1'),
+                            ((8, 514, 'direct', 0), '512'), ((0, 10, 'direct', 0), 'batch_size'),
+                            ((8, 10, 'direct', 0, 'two_star'), 'uniform'),
+                            ((8, 10, 'direct', 0, 'uniform', 12), 'n=12 is impossible: .* from 2 to 10')):
         with pytest.raises(ValueError, match=word):
             generate(*arguments)
-    assert generate(2, 1024, 'retrieval', 0)[0].max() < data.NODE + data.MAX_NODES
+    assert generate(2, 512, 'retrieval', 0)[0].max() < data.NODE + data.MAX_NODES
+    small = generate(50, 64, 'direct', 0, n=4)[0]
+    assert small.shape[1] == data.TASKS[task].max_length(4, 'direct') and small.max() > data.NODE + 100
+
+
+def test_counting_refuses_an_odd_n():
+    with pytest.raises(ValueError, match='n_nodes=9 .* an even one'):
+        data.TASKS['counting'].generate(8, 9, 'direct', 0)
+
+
+def test_a_run_mixes_doubling_n_up_to_its_own():
+    lengths = {n: data.TASKS['recall'].lengths(n) for n in (2, 8, 12)}
+    assert lengths == {2: (2,), 8: (2, 4, 8), 12: (2, 4, 8, 12)}
+    assert data.TASKS['istree'].lengths(12) == (12,) and data.TASKS['hotpot'].lengths(10) == (10,)
 
 
 # --- scan_cuda/ --------------------------------------------------------------------------------------
