@@ -166,7 +166,7 @@ class LlamaLayer(nn.Module):
 
     def init_weights(self):
         """torch's defaults, as in the authors' hybrid. LLaMA's N(0, 0.02) is for widths in the thousands:
-        with it, a hybrid of width 64 stayed on a plateau (IsTree, cot, n=12, 150,000 samples: 68%, not 99%)."""
+        with it, a 64 wide hybrid stayed on a plateau (IsTree, cot, n=12, 150,000 samples: 68%, not 99%)."""
 
     def init_state(self, batch_size, seen=0):
         a = self.attention
@@ -303,7 +303,7 @@ def delta_rule(q, k, v, beta, S, chunk=64):
 
         u_t = beta_t (v_t - k_t S - sum over i < t of (k_t . k_i) u_i)          (S: before the chunk)
 
-    is a triangular system of equations for the rows of U (T, d_state); for one token, it is the recurrence."""
+    is a triangular system of equations for the rows of U (T, d_state); for one token, the recurrence."""
     ys = []
     with torch.autocast(q.device.type, enabled=False):
         for q, k, v, beta in zip(*(t.split(chunk, 2) for t in (q, k, v, beta))):
@@ -428,8 +428,8 @@ def make_model(arch, size, vocab_size, d_state=16, frozen_embedding=True, layers
 
 # our names become the hub's by these substitutions, one after the other
 NAMES = {
-    'llama': {'^embedding': 'model.embed_tokens', '^(norm|layers)': r'model.\1', 'norm1': 'input_layernorm',
-              'norm2': 'post_attention_layernorm', r'attention\.': 'self_attn.', '(gate|up|down)_': r'mlp.\1_'},
+    'llama': {'^embedding': 'model.embed_tokens', '^(norm|layers)': r'model.\1', r'attention\.': 'self_attn.',
+              '(gate|up|down)_': r'mlp.\1_', 'norm1': 'input_layernorm', 'norm2': 'post_attention_layernorm'},
     'mamba': {'^embedding': 'backbone.embeddings', '^norm': 'backbone.norm_f', 'conv_': 'conv1d.',
               r'^(layers\.\d+\.)norm': r'backbone.\1norm', r'^(layers\.\d+\.)': r'backbone.\1mixer.'}}
 
@@ -507,7 +507,7 @@ def load_weights(model, names, theirs, dtype):
         name = ours
         for pattern, replacement in names.items():
             name = re.sub(pattern, replacement, name)
-        parts = [name.replace('qkv', x) for x in ('qkv' if 'qkv' in name else ' ')]     # stacked in this order
+        parts = [name.replace('qkv', x) for x in 'qkv'] if 'qkv' in name else [name]    # stacked
         if missing := [name for name in parts if name not in theirs]:
             raise ValueError(f'the checkpoint lacks {missing[0]}')
         weight = torch.cat([theirs[name] for name in parts])
