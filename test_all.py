@@ -4,10 +4,7 @@ float64, networkx, the official metrics, the `transformers` library. Run:  pytes
 Tests of what needs a compiler, a GPU, networkx or transformers skip themselves where there is none.
 Order: data.py, scan_cuda/, models.py, train.py, eval_hotpot.py, plot.py.
 """
-<<<<<<< HEAD
 import collections
-=======
->>>>>>> models
 import copy
 import dataclasses
 import inspect
