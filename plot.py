@@ -4,9 +4,8 @@
   python plot.py --out=results --figures=figures
 
 Each function takes all that was found (a dict of lists, see load) and yields a name and a figure for each
-picture that there are results for. Colours are Okabe and Ito's, safe for the colour-blind. Points stand exactly
-where they belong: lines differ in width and markers in size, so that three lines at 100% are seen on top of
-one another.
+picture that there are results for. Colours are Okabe and Ito's, safe for the colour-blind. Points stand where
+they belong: lines differ in width and markers in size, so that three lines at 100% can be told apart.
 """
 import itertools
 import json
@@ -48,8 +47,8 @@ CELL = ('task', 'arch', 'setup', 'size', 'n_nodes', 'seed')
 CONSTANTS = ('distribution', 'd_state', 'frozen_embedding', 'samples', 'batch_size', 'warmup', 'grad_clip',
              'dtype')
 
-plt.rcParams |= {'font.size': 9, 'axes.spines.top': False, 'axes.spines.right': False,
-                 'legend.frameon': False, 'savefig.dpi': 200, 'savefig.bbox': 'tight', 'pdf.fonttype': 42, 'hatch.linewidth': 0.6}
+plt.rcParams |= {'font.size': 9, 'axes.spines.top': False, 'axes.spines.right': False, 'savefig.dpi': 200,
+                 'savefig.bbox': 'tight', 'legend.frameon': False, 'pdf.fonttype': 42, 'hatch.linewidth': 0.6}
 
 
 # --- what the figures share ------------------------------------------------------------------------------
@@ -239,7 +238,7 @@ def learning(found):
         figure, parts = panels(groups(results, 'setup', 'n_nodes'))
         for panel, _, rows in parts:
             chance(panel, rows)
-            panel.axhspan(43, 57, color='#E6E6E6', linewidth=0, label='guesses on 200 samples')    # 95% of them
+            panel.axhspan(43, 57, color='#E6E6E6', linewidth=0, label='a guess on 200 samples')        # 95%
             for r in rows:
                 end = r.get('samples_trained', r['samples'])
                 points = [(line['samples'], line['accuracy']) for line in r['log']
@@ -303,7 +302,8 @@ def errors(found):
             for i, ((arch,), group) in enumerate(groups(rows, 'arch')):
                 rates = [np.mean([100 * r['errors'][kind] for r in group]) for kind in kinds]
                 bars = panel.bar(np.arange(len(kinds)) + 0.27 * (i - 1), rates, 0.25, edgecolor='white',
-                                 label=NAMES.get(arch, arch), color=look(arch)['color'], hatch=HATCHES.get(arch))
+                                 color=look(arch)['color'], label=look(arch)['label'],
+                                 hatch=HATCHES.get(arch))
                 panel.bar_label(bars, ['<0.1' if 0 < r < 0.1 else f'{r:.1f}' for r in rates], fontsize=6)
             panel.set_xticks(range(len(kinds)), [textwrap.fill(kind, 10) for kind in kinds], fontsize=8)
             panel.autoscale(axis='y')
@@ -376,9 +376,9 @@ def attention(found):
         axes.set_xticks(range(len(prompt)), prompt, fontsize=6, rotation=90)
         axes.set_yticks(range(len(wrote)), wrote, fontsize=6)
         axes.set(xlabel='the prompt', ylabel='what was written, from top to bottom')
-        title = f'{NAMES.get(r["arch"], r["arch"])}: where its attention layer looks; framed: the edge to the next node'
+        title = f'Where the attention layer looks ({r["arch"]}); framed: the edge to the next node'
         if share is not None:
-            title += f'\n(on average {share:.0%} of its attention is there if the next node is a new neighbour)'
+            title += f'\n(on average {share:.0%} of its attention is there if that node is a new neighbour)'
         axes.set_title(title, fontsize=9)
         yield f'attention-{r["arch"]}-{r["size"]}-n{r["n_nodes"]}-s{r["seed"]}', figure
 
@@ -431,7 +431,7 @@ def cases(found):
             for kept in r['kept']:
                 told.setdefault(kept['prompt'], {})[r['setup'], r['arch']] = r, kept
         fails = lambda case, key: key in case and case[key][1]['written'] != case[key][1]['expected']
-        score = lambda case: (fails(case, ('cot', 'mamba')), len(case) - sum(fails(case, key) for key in case))
+        score = lambda case: (fails(case, ('cot', 'mamba')), -sum(fails(case, key) for key in case))
         if told:
             yield size, n, max(told.values(), key=score)
 
@@ -517,7 +517,9 @@ def sample(found):
             bad = {k: j for k, j in enumerate(places) if at is not None and j >= at}
             marks = {k: ('white', RED) if j == at else (GREY, 'none') for k, j in bad.items()}
             tape(text, [words[j] for j in places], marks, 56, 2)
-        figure.suptitle('\n'.join(textwrap.wrap(kept['prompt'], 90)), fontsize=8, family='monospace')
+        edges = [f'{u}-{v}' for u, v in edges_of(kept['prompt'])]
+        text = textwrap.fill('the prompt:  ' + '  '.join(edges), 100, break_on_hyphens=False)
+        figure.suptitle(text, fontsize=8, y=0.95)
         yield f'sample-{size}-n{n}', figure
 
 
@@ -662,13 +664,13 @@ FIGURES = [idea, accuracy, sizes, primitives, sweep, learning, memory, errors, g
 
 # --- reading the results -----------------------------------------------------------------------------------
 
-# What must be in a file: a type, [a list of], {str: a dict of}, or a dict with these names, where name? may be
-# missing.
+# What a file must hold: a type, [a list of], {str: a dict of}, or a dict with these names (name?: if any).
 LENGTH = {'n': int, 'accuracy': float, 'accuracy_se': float, 'best_guess': float, 'chance': float}
 RESULT = {'task': str, 'arch': str, 'setup': str, 'size': str, 'n_nodes': int, 'seed': int, 'd_state': int,
           'distribution': str, 'samples': int, 'lr': float, 'warmup': float, 'accuracy': float,
-          'accuracy_se': float, 'exact_trace': float, 'samples_trained?': int, 'tuning?': bool, 'layers?': str, 'chance?': float,
-          'errors?': {str: float}, 'memory?': {str: float}, 'by_length?': [LENGTH]}
+          'accuracy_se': float, 'exact_trace': float, 'samples_trained?': int, 'tuning?': bool,
+          'layers?': str, 'chance?': float, 'errors?': {str: float}, 'memory?': {str: float},
+          'by_length?': [LENGTH]}
 LOG = {'samples': int, 'accuracy': float}
 SAMPLE = {'prompt': str, 'expected': str, 'written': str, 'retrieved': [int]}
 ATTENTION = {'prompt': [str], 'generated': [str], 'weights': [[float]]}
@@ -741,7 +743,8 @@ def load(out):
             print(f'{path} is left out: not finished')
     order = lambda name: next((i for i, arch in enumerate(LOOKS) if name.startswith(arch)), len(LOOKS))
     generation = [read(path, GENERATION) for path in sorted(out.glob('**/generation.json'))]
-    return dict(results=sorted(results.values(), key=lambda r: (r['n_nodes'], r['seed'])), unfinished=unfinished,
+    in_order = sorted(results.values(), key=lambda r: (r['n_nodes'], r['seed']))
+    return dict(results=in_order, unfinished=unfinished,
                 hotpot=sorted(hotpot, key=lambda found: order(found[0])),
                 generation=[rows for rows in generation if rows])
 
