@@ -351,7 +351,7 @@ def run_cell(c, cell, device):
         measured, samples = evaluate(model, cell, n, tokens, loss_mask, c.eval_batch, device)
         by_length.append(dict(n=n, chance=task.chance(n), **measured))
         if len(held_out) > 1:
-            by_length[-1]['best_guess'] = data.best_guess(cell['task'], cell['n_nodes'], n)
+            by_length[-1]['best_guess'] = data.best_guess(cell['task'], cell['n_nodes'], n, cell['setup'])
     wrong, loss = teacher_forced(model, tokens, loss_mask, c.eval_batch, device)
     if cell['task'] == 'istree':
         measured['errors'] = errors_by_kind(wrong, tokens, loss_mask)
@@ -566,7 +566,7 @@ CHOICES = dict(tasks=data.TASKS, archs=models.ARCHS, setups=data.SETUPS, sizes=m
                dtype=('float32', 'bfloat16'), device=('auto', 'cpu', 'cuda', 'mps'))
 LIMITS = dict(batch_size=(1, 65_536), eval_batch=(1, 65_536), n_val=(1, 1_000_000), d_state=(1, 1024),
               samples=(0, 10 ** 12), evaluations=(1, 10_000), warmup=(0, 1), solved=(0, 1), show=(0, 3),
-              processes=(0, 1024), workers=(0, 1024), lr=(0, 1e6), grad_clip=(0, 1e30))
+              processes=(0, 1024), workers=(0, 1024), lr=(0, 1e38), grad_clip=(0, 1e30))
 
 
 def read_value(name, text, default):
