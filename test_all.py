@@ -1529,7 +1529,7 @@ def test_a_sweep_keeps_what_solved_the_task_soonest_then_the_lowest_loss(tmp_pat
 def test_attention_weights_are_those_that_the_layer_uses_and_the_share_is_on_the_right_edge():
     torch.manual_seed(0)
     tokens, loss_mask, _ = data.generate(3, 8, 'cot', 5)
-    model = models.make_model('hybrid', 'tiny', data.vocab_size(8), 1, False)
+    model = models.make_model('hybrid', 'tiny', data.TASKS['istree'].vocab_size(8), 1, False)
     attention, x = model.layers[-1].attention, torch.randn(2, 20, 64)
     mixed = attention.weights(x) @ attention.heads(x)[2]                    # (B, heads, L, d_head)
     expected = attention(x, None)
