@@ -508,6 +508,7 @@ def read_json(path, shape, lines=False):
     try:
         text = Path(path).read_text(encoding='utf-8')
         value = [json.loads(line) for line in text.splitlines()] if lines else json.loads(text)
+        json.dumps(value, ensure_ascii=False).encode()              # half a character could not be printed
         if fits(value, [shape] if lines else shape):
             return value
         reason = 'not a file of ours, or of an older version'
@@ -557,9 +558,9 @@ def read_checkpoint(path, cell, model, optimizer=None):
             model.load_state_dict(checkpoint['model'])
             if optimizer:
                 optimizer.load_state_dict(checkpoint['optimizer'])      # (which looks at no shapes)
-                for p, state in optimizer.state.items():
+                for p in optimizer.param_groups[0]['params']:
                     expected = dict(step=(), exp_avg=p.shape, exp_avg_sq=p.shape)
-                    if {name: t.shape for name, t in state.items()} != expected:
+                    if {name: t.shape for name, t in optimizer.state[p].items()} != expected:
                         raise ValueError('other shapes')
     except Exception as error:          # zipfile and torch.load raise all sorts on a damaged file
         raise UserError(f'{path} cannot be read ({type(error).__name__}): delete it to start this cell over')
@@ -647,7 +648,7 @@ def parse(argv, constants=Constants, program='train.py', presets=PRESETS):
     named = overrides.get('tasks') if overrides.get('tasks') in presets else 'default'
     preset = overrides.pop('preset', named)             # a task may have a preset of its own
     c = replace(defaults, **presets[preset])
-    return replace(c, **{name: read_value(name, text, getattr(c, name)) for name, text in overrides.items()})
+    return replace(c, **{name: read_value(name, text or '', getattr(c, name)) for name, text in overrides.items()})
 
 
 def shown(default):
@@ -727,13 +728,13 @@ def main(argv):
     for helper in helpers:
         helper.wait()
     if RANK == 0:
-        paths = [folder(c, cell) / 'result.json' for cell in rung]
-        results = [read_json(path, RESULT) for path in paths if path.exists()]
-        print('\n' + table(results))
-        for result in results if c.show else ():
-            samples = read_json(folder(c, result) / 'samples.json', [SAMPLE])
+        results = {path: read_json(path / 'result.json', RESULT) for path in [folder(c, cell) for cell in rung]
+                   if (path / 'result.json').exists()}
+        print('\n' + table(results.values()))
+        for path in results if c.show else ():
+            samples = read_json(path / 'samples.json', [SAMPLE])
             for sample in samples[:c.show]:
-                print(f'\n{cell_name(result)}\n{show(sample, colour=sys.stdout.isatty())}')
+                print(f'\n{path.name}\n{show(sample, colour=sys.stdout.isatty())}')
     if stopped:
         raise UserError(f'{len(stopped)} of {len(rung)} cells stopped without a result')
 
