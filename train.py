@@ -481,7 +481,7 @@ def best(c, group):
 
 # --- files -------------------------------------------------------------------------------------------------
 
-# What a file must hold: a type, [a list of], {str: a dict of}, or a dict with at least these names.
+# What a file must hold: a type, [a list of], {str: a dict of}, or a dict with these names (name?: if any).
 LOG = dict(samples=int, loss=float, seconds=float, accuracy=float, exact_trace=float)
 SAMPLE = dict(prompt=str, expected=str, written=str, retrieved=[int])
 RESULT = dict(task=str, arch=str, setup=str, size=str, layers=str, d_state=int, n_nodes=int, seed=int,
@@ -491,29 +491,33 @@ RESULT = dict(task=str, arch=str, setup=str, size=str, layers=str, d_state=int, 
 
 
 def fits(value, shape):
-    """Does a value read from a file have a shape, as above? A whole number may stand for a float."""
+    """Whether a value read from a file has a shape, as above. Numbers are finite, whole ones not negative."""
+    if shape in (int, float):
+        return type(value) in (int, shape) and (0 if shape is int else -1e15) <= value < 1e15
     if isinstance(shape, list):
-        return isinstance(value, list) and all(fits(item, shape[0]) for item in value)
-    if isinstance(shape, dict):
-        return isinstance(value, dict) and all(fits(value.get(name), shape.get(str, shape.get(name)))
-                                               for name in (value if str in shape else shape))
-    if type(value) is int:
-        return shape in (int, float) and abs(value) < 2 ** 63
-    return type(value) is shape
+        return isinstance(value, list) and all(fits(v, shape[0]) for v in value)
+    if not isinstance(shape, dict):
+        return type(value) is shape
+    if not isinstance(value, dict):
+        return False
+    if str in shape:
+        return all(fits(v, shape[str]) for v in value.values())
+    return all(fits(value[name.rstrip('?')], part) if name.rstrip('?') in value else name.endswith('?')
+               for name, part in shape.items())
 
 
-def read_json(path, shape, lines=False):
+def read_json(path, shape):
     """Read a JSON file of ours, or the list of values in one of JSON lines, each of that shape. Raises
     UserError, naming the file, if it is damaged."""
     try:
-        text = Path(path).read_text(encoding='utf-8')
+        text, lines = Path(path).read_text(encoding='utf-8'), Path(path).suffix == '.jsonl'
         value = [json.loads(line) for line in text.splitlines()] if lines else json.loads(text)
         json.dumps(value, ensure_ascii=False).encode()              # half a character could not be printed
         if fits(value, [shape] if lines else shape):
             return value
-        reason = 'not a file of ours, or of an older version'
+        reason = 'not a file of ours, or an older one'
     except (OSError, ValueError, RecursionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = f'damaged, {str(error)[:60]}'
     raise UserError(f'{path} cannot be read ({reason}): delete it to start over')
 
 
@@ -648,7 +652,8 @@ def parse(argv, constants=Constants, program='train.py', presets=PRESETS):
     named = overrides.get('tasks') if overrides.get('tasks') in presets else 'default'
     preset = overrides.pop('preset', named)             # a task may have a preset of its own
     c = replace(defaults, **presets[preset])
-    return replace(c, **{name: read_value(name, text or '', getattr(c, name)) for name, text in overrides.items()})
+    return replace(c, **{name: read_value(name, text or '', getattr(c, name))
+                         for name, text in overrides.items()})
 
 
 def shown(default):
@@ -728,7 +733,8 @@ def main(argv):
     for helper in helpers:
         helper.wait()
     if RANK == 0:
-        results = {path: read_json(path / 'result.json', RESULT) for path in [folder(c, cell) for cell in rung]
+        folders = [folder(c, cell) for cell in rung]
+        results = {path: read_json(path / 'result.json', RESULT) for path in folders
                    if (path / 'result.json').exists()}
         print('\n' + table(results.values()))
         for path in results if c.show else ():
