@@ -176,20 +176,33 @@ def max_length(n_nodes, setup):
 
 
 def check(task, batch_size, n_nodes, n, setup, distribution):
-    """Return n, by default n_nodes. Raise ValueError, naming the argument, on what a task cannot generate."""
+    """Return batch_size, n_nodes and n, by default n_nodes, as ints. Raise ValueError, naming the argument, on
+    what a task cannot generate."""
+    def whole(name, value, known):
+        if not isinstance(value, (int, np.integer)) or int(value) not in known:
+            raise ValueError(f'{name}={value!r:.40} is impossible: give a whole number from {known[0]} to '
+                             f'{known[-1]}' + ', an even one' * (known.step == 2))
+        return int(value)
+
     made = TASKS[task]
     for name, value, known in (('setup', setup, made.setups),
                                ('distribution', distribution, made.distributions)):
-        if value not in known:
-            raise ValueError(f'unknown {name} {value!r}: choose one of {", ".join(known)}')
-    smallest = made.lengths(n_nodes)[0] if n_nodes in made.sizes else 1
-    n = n_nodes if n is None else n
-    for name, value, known in (('batch_size', batch_size, range(1, 10**9)), ('n_nodes', n_nodes, made.sizes),
-                               ('n', n, range(smallest, int(n_nodes) + 1, made.sizes.step))):
-        if value not in known:
-            raise ValueError(f'{name}={value!r} is impossible: give a whole number from {known[0]} to '
-                             f'{known[-1]}' + ', an even one' * (known.step == 2))
-    return n
+        if not isinstance(value, str) or value not in known:
+            raise ValueError(f'unknown {name} {value!r:.40}: choose one of {", ".join(known)}')
+    batch_size, n_nodes = whole('batch_size', batch_size, range(1, 10**9)), whole('n_nodes', n_nodes, made.sizes)
+    sizes = range(made.lengths(n_nodes)[0], n_nodes + 1, made.sizes.step)
+    return batch_size, n_nodes, n_nodes if n is None else whole('n', n, sizes)
+
+
+def generator(seed):
+    """The random.Random of a seed: a whole number, a text or a tuple of those. Raises ValueError on others."""
+    def plain(part):                                    # repr(np.int64(1)) is not that of 1
+        if isinstance(part, tuple):
+            return tuple(map(plain, part))
+        if not isinstance(part, (int, str, np.integer)):
+            raise ValueError(f'seed={seed!r:.40} is impossible: give a whole number, a text or a tuple of those')
+        return int(part) if isinstance(part, np.integer) else part
+    return random.Random(repr(plain(seed)))
 
 
 def assemble(samples, start):
@@ -222,8 +235,8 @@ def generate(batch_size, n_nodes, setup, seed, distribution='two_star', n=None):
     tokens (B, L) int64, right-padded with [PAD] to the longest sample of the batch; loss_mask (B, L) bool,
     True where a token is to be predicted: after the prompt, except padding and what the retriever writes
     (paper, section 6); is_tree (B,) bool. Raises ValueError on arguments that are unknown or impossible."""
-    check('istree', batch_size, n_nodes, n, setup, distribution)
-    rng, samples, labels = random.Random(repr(seed)), [], []
+    batch_size, n_nodes, _ = check('istree', batch_size, n_nodes, n, setup, distribution)
+    rng, samples, labels = generator(seed), [], []
     for _ in range(batch_size):
         edges, is_tree = DISTRIBUTIONS[distribution](rng, n_nodes)
         rng.shuffle(edges)
@@ -402,8 +415,8 @@ def generate_primitive(task, batch_size, n_nodes, setup, seed, distribution='uni
     """A batch of samples of a primitive with n questions, by default n_nodes, over the vocabulary of n_nodes.
     The prompt ends with the first query. Arguments, tokens, loss_mask and errors as in generate, except that
     in the setup direct loss_mask is True on the answers only. The third result is the answers (B, asked)."""
-    n = check(task, batch_size, n_nodes, n, setup, distribution)
-    rng, samples, answers = random.Random(repr(seed)), [], []
+    batch_size, n_nodes, n = check(task, batch_size, n_nodes, n, setup, distribution)
+    rng, samples, answers = generator(seed), [], []
     for _ in range(batch_size):
         sequence, questions = PRIMITIVES[task](rng, n, numbers_for(n_nodes))
         text = f'[BOS] {" ".join(map(str, sequence))} ~'
@@ -531,7 +544,7 @@ def hotpot_record(rng, n_paragraphs=HOTPOT_PARAGRAPHS):
 
 def hotpot_records(size, n_paragraphs=HOTPOT_PARAGRAPHS, seed=VALIDATION_SEED):
     """A list of records: those from which the samples of the same seed are made."""
-    rng = random.Random(repr(seed))
+    rng = generator(seed)
     return [hotpot_record(rng, n_paragraphs) for _ in range(size)]
 
 
@@ -581,7 +594,7 @@ def generate_hotpot(batch_size, n_paragraphs, setup, seed, distribution='mixed',
     """A batch of questions as drawn above. Returns tokens (B, L), shorter prompts padded on the left;
     loss_mask (B, L), True on what the model writes and on one [PAD] after it, so that it learns to stop;
     answers (B,), token ids. Raises ValueError as generate does."""
-    check('hotpot', batch_size, n_paragraphs, n, setup, distribution)
+    batch_size, n_paragraphs, _ = check('hotpot', batch_size, n_paragraphs, n, setup, distribution)
     conditions = HOTPOT_CONDITIONS if distribution == 'mixed' else (distribution,)
     records = hotpot_records(-(-batch_size // len(conditions)), n_paragraphs, seed)
     asked = [(record, condition) for record in records for condition in conditions][:batch_size]

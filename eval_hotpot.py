@@ -25,12 +25,18 @@ Each question is asked under three conditions: gold (the model sees the two supp
 first. Questions that every model answers right under gold are reported apart, as in the paper. Everything
 is kept in out/hotpot/*.jsonl, a line per question and condition: run the same command again to continue.
 """
+import os
+import signal
+
+if __name__ == '__main__':              # before the imports that take seconds: Ctrl-C is one line at any moment
+    line = b'\neval_hotpot.py: interrupted, run the same command again to continue\n'
+    signal.signal(signal.SIGINT, lambda *_: (os.write(2, line), os._exit(130)))
+
 import copy
 import importlib.util
 import io
 import json
 import math
-import os
 import re
 import shutil
 import string
@@ -666,12 +672,11 @@ def trained(out, device):
     for result in Path(out).glob('hotpot-*/result.json'):
         try:
             cell = json.loads(result.with_name('config.json').read_text(encoding='utf-8'))
-            checkpoint = read_checkpoint(result.with_name('checkpoint.pt'), cell)
-            if not checkpoint or cell['n_nodes'] != data.HOTPOT_PARAGRAPHS:
-                continue
             model = models.make_model(cell['arch'], cell['size'], len(data.HOTPOT_WORDS), cell['d_state'],
-                                      cell['frozen_embedding'])
-            model.load_state_dict(checkpoint['model'])
+                                      cell['frozen_embedding'], cell['layers'])
+            if (cell['n_nodes'] != data.HOTPOT_PARAGRAPHS
+                    or not read_checkpoint(result.with_name('checkpoint.pt'), cell, model)):
+                continue
             place, name = models.ARCHS.index(cell['arch']), '{arch}-{size}-s{seed}'.format(**cell)
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             reason = [type(error).__name__, *str(error).splitlines()][:2]

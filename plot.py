@@ -7,8 +7,14 @@ Each function takes all that was found (a dict of lists, see load) and yields a 
 picture that there are results for. Colours are Okabe and Ito's, safe for the colour-blind. Points stand where
 they belong: lines differ in width and markers in size, so that three lines at 100% can be told apart.
 """
+import os
+import signal
+
+if __name__ == '__main__':              # before the imports that take seconds: Ctrl-C is one line at any moment
+    line = b'\nplot.py: interrupted, run the same command again\n'
+    signal.signal(signal.SIGINT, lambda *_: (os.write(2, line), os._exit(130)))
+
 import itertools
-import json
 import math
 import re
 import sys
@@ -26,7 +32,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 from PIL import Image
 
 import data
-from train import UserError, cli, parse
+from train import SAMPLE, UserError, cli, parse, read_json
 
 
 @dataclass
@@ -664,7 +670,7 @@ FIGURES = [idea, accuracy, sizes, primitives, sweep, learning, memory, errors, g
 
 # --- reading the results -----------------------------------------------------------------------------------
 
-# What a file must hold: a type, [a list of], {str: a dict of}, or a dict with these names (name?: if any).
+# What a file must hold, see train.fits.
 LENGTH = {'n': int, 'accuracy': float, 'accuracy_se': float, 'best_guess': float, 'chance': float}
 RESULT = {'task': str, 'arch': str, 'setup': str, 'size': str, 'n_nodes': int, 'seed': int, 'd_state': int,
           'distribution': str, 'samples': int, 'lr': float, 'warmup': float, 'accuracy': float,
@@ -672,42 +678,19 @@ RESULT = {'task': str, 'arch': str, 'setup': str, 'size': str, 'n_nodes': int, '
           'layers?': str, 'chance?': float, 'errors?': {str: float}, 'memory?': {str: float},
           'by_length?': [LENGTH]}
 LOG = {'samples': int, 'accuracy': float}
-SAMPLE = {'prompt': str, 'expected': str, 'written': str, 'retrieved': [int]}
 ATTENTION = {'prompt': [str], 'generated': [str], 'weights': [[float]]}
 HOTPOT = {'condition': str, 'em': float}
 GENERATION = {'arch': str, 'size': str, 'length': int, 'seconds': float, 'bytes': int}
 
 
-def fits(value, shape):
-    """Whether a value read from JSON has a shape, as above. Numbers are finite, whole ones not negative."""
-    if shape in (int, float):
-        return type(value) in (int, shape) and (0 if shape is int else -1e15) <= value < 1e15
-    if isinstance(shape, list):
-        return isinstance(value, list) and all(fits(v, shape[0]) for v in value)
-    if not isinstance(shape, dict):
-        return type(value) is shape
-    if not isinstance(value, dict):
-        return False
-    if str in shape:
-        return all(fits(v, shape[str]) for v in value.values())
-    return all(fits(value[name.rstrip('?')], part) if name.rstrip('?') in value else name.endswith('?')
-               for name, part in shape.items())
-
-
 def read(path, shape):
-    """The values in a JSON or JSON-lines file of ours; none, and a line that says so, if it is damaged or not
-    ours."""
+    """The list of values in a JSON or JSON-lines file; of a damaged one, a line that says so and an empty list."""
     try:
-        text = path.read_text(encoding='utf-8')
-        rows = [json.loads(part) for part in (text.splitlines() if path.suffix == '.jsonl' else [text])]
-        rows = rows[0] if path.suffix == '.json' and isinstance(rows[0], list) else rows
-        if fits(rows, [shape]):
-            return rows
-        reason = 'not a file of ours, or an older one'
-    except (ValueError, OSError, RecursionError) as error:
-        reason = f'damaged, {str(error)[:60]}'
-    print(f'{path} is left out: {reason}')
-    return []
+        value = read_json(path, shape)
+        return value if isinstance(value, list) else [value]
+    except UserError as error:
+        print(f'left out: {error}')
+        return []
 
 
 def load(out):
@@ -731,7 +714,7 @@ def load(out):
                 shown = [a for a in beside(path, 'attention.json', ATTENTION)
                          if {len(a['prompt'] + a['generated'])} == {len(row) for row in a['weights']}
                          and len(a['weights']) == len(a['generated'])]
-                kept = [s for s in beside(path, 'samples.json', SAMPLE) if edges_of(s['prompt'])]
+                kept = [s for s in beside(path, 'samples.json', [SAMPLE]) if edges_of(s['prompt'])]
                 results[cell] = r | dict(path=path, log=beside(path, 'log.jsonl', LOG), kept=kept,
                                          attention=dict(share=None) | shown[0] if shown else None)
     for path in sorted(out.glob('**/hotpot/*.jsonl')):
@@ -742,7 +725,7 @@ def load(out):
         elif rows:
             print(f'{path} is left out: not finished')
     order = lambda name: next((i for i, arch in enumerate(LOOKS) if name.startswith(arch)), len(LOOKS))
-    generation = [read(path, GENERATION) for path in sorted(out.glob('**/generation.json'))]
+    generation = [read(path, [GENERATION]) for path in sorted(out.glob('**/generation.json'))]
     in_order = sorted(results.values(), key=lambda r: (r['n_nodes'], r['seed']))
     return dict(results=in_order, unfinished=unfinished,
                 hotpot=sorted(hotpot, key=lambda found: order(found[0])),

@@ -7,6 +7,7 @@ Order: data.py, scan_cuda/, models.py, train.py, eval_hotpot.py, plot.py.
 import collections
 import copy
 import dataclasses
+import functools
 import inspect
 import itertools
 import json
@@ -1550,6 +1551,110 @@ def test_attention_weights_are_those_that_the_layer_uses_and_the_share_is_on_the
     assert train.attention_to_edges(models.make_model('mamba', 'tiny', 30, 1), tokens, loss_mask, None) is None
 
 
+# --- damaged files, hostile input, interrupts --------------------------------------------------------
+
+def damaged(good, chance):
+    """The bytes of a file: cut short, with flipped bits, something else, or JSON (lines) with one thing changed."""
+    what, place = chance.randrange(5 if good[:1] in b'[{' else 3), chance.randrange(len(good))
+    if what == 0:
+        return good[:place]
+    if what == 1:
+        return good[:place] + bytes([good[place] ^ 1 << chance.randrange(8)]) + good[place + 1:]
+    if what == 2:
+        return chance.choice((b'', b'\0' * 99, b'[' * 100_000, b'{"a":' * 9999, b'\xff{}', b'1', b'{}', b'[]', good * 2))
+    lines = good.splitlines() if good.count(b'\n{') else [good]
+    i = chance.randrange(len(lines))
+    lines[i] = json.dumps(mutated(json.loads(lines[i]), chance)).encode()
+    return b'\n'.join(lines)
+
+
+def tried(program, *arguments, capsys):
+    """(exit code, complaint) of a program run within this process. The complaint is one line, or that of a cell and
+    the last one, `1 of 1 cells stopped`."""
+    capsys.readouterr()
+    code = train.cli(program.main, 'train.py', list(arguments))
+    lines = [line.split('\r')[-1].strip() for line in capsys.readouterr().err.strip().splitlines()]
+    assert code in (0, 2)
+    assert code == 0 or len(lines) == 1 + ('cells stopped' in lines[-1]) and all(
+        line.startswith('train.py: ') for line in lines), lines
+    return code, ' '.join(lines)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """parse() reads the source each time: once is enough here."""
+    monkeypatch.setattr(train.inspect, 'getsource', functools.cache(inspect.getsource))
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob('*') if path.is_file()}
+
+
+def test_damaged_results_are_read_or_refused_by_name_and_the_others_are_left_alone(finished, tmp_path, capsys, quick):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    good, chance, refused = contents(tmp_path), random.Random(0), 0
+    files = [cell_folder(tmp_path) / f'{name}.json' for name in ('config', 'result', 'samples')]
+    for _ in range(200):
+        file = chance.choice(files)
+        file.write_bytes(damaged(good[file], chance))
+        before = contents(tmp_path)
+        code, complaint = tried(train, *SMALL, '--show=3', f'--out={tmp_path}', capsys=capsys)
+        assert code == 0 or str(file) in complaint or f'{cell_folder(tmp_path)} holds' in complaint
+        assert contents(tmp_path) == before
+        file.write_bytes(good[file])
+        refused += code == 2
+    assert 100 < refused < 195                               # some damage changes a number, a blank, nothing at all
+
+
+def test_a_damaged_checkpoint_is_refused_or_ends_with_the_same_weights(finished, tmp_path, capsys, quick):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    path, right, chance, refused = cell_folder(tmp_path) / 'checkpoint.pt', final_weights(finished), random.Random(0), 0
+    good, checkpoint = path.read_bytes(), torch.load(path, weights_only=True)
+
+    def elsewhere(value):
+        """A checkpoint that torch loads, with something dropped or of another type or shape in it."""
+        if isinstance(value, torch.Tensor):
+            return chance.choice((value[..., None], value.flatten()[:-1], 'text'))
+        key = chance.choice(list(value))
+        rest = {name: part for name, part in value.items() if name != key}
+        if chance.random() < 0.2:
+            return rest
+        deeper = isinstance(value[key], torch.Tensor) or isinstance(value[key], dict) and value[key]
+        return rest | {key: elsewhere(value[key]) if deeper else chance.choice(('text', None, [1], {}))}
+
+    for i in range(60):
+        (cell_folder(tmp_path) / 'result.json').unlink(missing_ok=True)
+        if i % 2:
+            torch.save(elsewhere(checkpoint), path)
+        else:
+            path.write_bytes(damaged(good, chance))
+        code, complaint = tried(train, *SMALL, f'--out={tmp_path}', capsys=capsys)
+        refused += code == 2
+        assert code == 0 or str(path) in complaint
+        assert code == 2 or all(torch.equal(right[name], final_weights(tmp_path)[name]) for name in right)
+    assert refused > 45
+
+
+def test_whatever_is_given_as_a_constant_is_run_or_refused_in_one_line(tmp_path, monkeypatch, capsys, quick):
+    monkeypatch.chdir(tmp_path)
+    chance, refused = random.Random(0), 0
+    values = ('', ' ', ',', 'x', '0', '-1', '1', '3', '4,4', '0.5', 'nan', 'inf', '1e300', '9' * 30, '9' * 5000, 'True',
+              'None', '[]', 'a:b', ':', 'cot:', ':1', 'cot:1,mamba:2', '../x', '\0', '\ud800', '%s', '--', '-h x', 'MAX')
+    names = [field.name for field in dataclasses.fields(train.Constants)
+             if field.name not in ('processes', 'sweep', 'compile', 'workers')]
+    tiny = ['--archs=mamba', '--setups=cot', '--n_nodes=4', '--samples=4', '--batch_size=4', '--n_val=2', '--device=cpu',
+            '--processes=1']
+    for i in range(70):
+        given = [f'--{chance.choice(names)}={chance.choice(values)}' for _ in range(chance.choice((1, 1, 2)))]
+        refused += tried(train, *tiny, f'--out={i}', *given, capsys=capsys)[0]
+    for program in (eval_hotpot, plot):
+        names = [field.name for field in dataclasses.fields(program.Constants)]
+        for _ in range(15):
+            given = f'--{chance.choice(names)}={chance.choice(values)}'
+            refused += tried(program, given, capsys=capsys)[0]
+    assert 100 < refused < 198                              # of 200: the exit code is 2
+
+
 # --- eval_hotpot.py --------------------------------------------------------------------------------
 
 SAMPLE = HERE.parent / 'shared' / 'hotpot'
@@ -2382,7 +2487,7 @@ def test_plot_py_draws_whatever_there_is(tmp_path):
     (tmp_path / 'out' / 'x').mkdir()
     (tmp_path / 'out' / 'x' / 'result.json').write_text('{"arch"')
     done = draw()
-    for words in ('begun-0a.jsonl is left out: not finished', 'x/result.json is left out: damaged'):
+    for words in ('begun-0a.jsonl is left out: not finished', 'x/result.json cannot be read (damaged'):
         assert words in done.stdout
     names = {'idea', 'accuracy-tiny', 'learning-tiny-n8', 'errors-tiny-n8', 'hotpot', 'generation-tiny',
              'attention-hybrid-tiny-n8-s0', 'sample-tiny-n8'}
@@ -2419,7 +2524,7 @@ def test_damaged_files_are_left_out_with_a_line_and_the_rest_is_drawn(tmp_path, 
                 del row[name]
             path.write_text(json.dumps(value))
         found = plot.load(tmp_path)
-        assert i % 4 or f'{path} is left out' in capsys.readouterr().out
+        assert i % 4 or f'left out: {path}' in capsys.readouterr().out
         for draw in plot.FIGURES:
             if draw is plot.walk:
                 assert all([*plot.scenes(told)] for *_, told in plot.cases(found))
