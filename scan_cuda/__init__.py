@@ -1,7 +1,7 @@
-"""The selective scan of Mamba (Gu & Dao 2023, arXiv 2312.00752, Algorithm 2 and section 3.3), and its convolution.
+"""The selective scan of Mamba (Gu & Dao 2023, arXiv 2312.00752, Algorithm 2 and section 3.3).
 
-A state space model h' = A h + B u, y = C h + D u, read off at steps of length delta: over one step the state decays
-by exp(delta A) and takes in delta B u. It is *selective* because delta, B and C are computed from each token:
+A state space model h' = A h + B u, y = C h + D u, in steps of length delta: over one step the state decays by
+exp(delta A) and takes in delta B u. It is *selective* because delta, B and C are computed from each token:
 
     h_t = exp(delta_t A) * h_{t-1} + delta_t u_t B_t
     y_t = C_t . h_t + D u_t
@@ -10,21 +10,21 @@ by exp(delta A) and takes in delta B u. It is *selective* because delta, B and C
     B, C        (batch, L, d_state)    D (d_inner,)
 
 The same function five times, to be read in this order:
-  1. `selective_scan_reference`: the recurrence as written above, in eight lines. Everything is tested against it.
-  2. `pairwise_scan`: the recurrence in log2(L) parallel steps; `selective_scan_pairwise` is the scan by it.
+  1. `selective_scan_reference`: the recurrence as written above, in a loop. Everything is tested against it.
+  2. `pairwise_scan`: the recurrence in log2(L) parallel steps; `selective_scan_pairwise` uses it.
   3. `selective_scan_fallback`: 2. in chunks, with its own backward pass: little memory, any device.
   4. scan_cpu.cpp: the CPU kernel.       5. scan_kernels.cu: the CUDA kernels.
-`selective_scan` uses 4 or 5. The first call that needs them builds them (about 20 seconds, then cached: build.py). If
-that fails, one line says why and what to do, and 3 is used. SCAN_CUDA_BUILD=0 in the environment asks for 3 without
-trying. `python -m scan_cuda.bench` compares their speed.
+`selective_scan` uses 4 or 5; the first call builds them (some seconds, then cached: build.py). If that fails, one
+line says why and what to do, and 3 is used. SCAN_CUDA_BUILD=0 in the environment asks for 3 without trying.
+`python -m scan_cuda.bench` compares their speed.
 """
 import torch
 import torch.nn.functional as F
 
 from scan_cuda import build
 
-# Tokens between two saved states. The backward pass recomputes the states of one chunk from the saved state before it.
-# Saved states take d_state / CHUNK times the memory of u; a longer chunk would no longer fit the cache. (scan.h: too)
+# Tokens between two saved states. The backward pass recomputes the states of one chunk from the saved state before
+# it. Saved states take d_state / CHUNK times the memory of u; a longer chunk would not fit the cache. scan.h has it too.
 CHUNK = 64
 
 
@@ -34,15 +34,15 @@ CHUNK = 64
 def selective_scan_reference(u, delta, A, B, C, D=None, initial_state=None):
     """The recurrence as written above, one token after the other: slow, clear, any device, float64 too.
 
-    Shapes as above; None stands for zeros. Returns (y, final_state). Its gradients are plain autograd's.
+    Shapes as above; None stands for zeros. Returns (y, final_state). Its gradients are autograd's.
     """
-    dtype, exact = u.dtype, torch.promote_types(u.dtype, torch.float32)  # bf16 in and out, fp32 inside
+    dtype, exact = u.dtype, torch.promote_types(u.dtype, torch.float32)     # bf16 in and out, fp32 inside
     u, delta, B, C = (t.to(exact) for t in (u, delta, B, C))
-    h = u.new_zeros(len(u), *A.shape) if initial_state is None else initial_state       # (batch, d_inner, d_state)
+    h = u.new_zeros(len(u), *A.shape) if initial_state is None else initial_state   # (batch, d_inner, d_state)
     ys = []
     for t in range(u.shape[1]):
         h = torch.exp(delta[:, t, :, None] * A) * h + (delta[:, t] * u[:, t])[..., None] * B[:, t, None]
-        ys.append((h * C[:, t, None]).sum(-1))                                          # (batch, d_inner)
+        ys.append((h * C[:, t, None]).sum(-1))                                      # (batch, d_inner)
     y = torch.stack(ys, 1) + (0 if D is None else D * u)
     return y.to(dtype), h
 
@@ -53,16 +53,16 @@ def selective_scan_reference(u, delta, A, B, C, D=None, initial_state=None):
 def pairwise_scan(a, b):
     """All h_t = a_t h_{t-1} + b_t with h_{-1} = 0; a, b, h (batch, L, ...). A scan in the sense of Blelloch (1990).
 
-    Two steps in a row are again one such step: h -> a2 (a1 h + b1) + b2 = (a1 a2) h + (a2 b1 + b2). So join the pairs
-    (0, 1), (2, 3), ..., scan that sequence, half as long: this gives h_1, h_3, ...; and take one step from there to
-    h_2, h_4, ... . With L = 5:
+    Two steps in a row are again one such step: a2 (a1 h + b1) + b2 = (a1 a2) h + (a2 b1 + b2). So join the pairs
+    (0, 1), (2, 3), ...; scan the result, half as long: this gives h_1, h_3, ...; and take one step from each of
+    those to h_2, h_4, ... With L = 5:
 
         a, b          0     1     2     3     4
-        pairs            01          23             joined, 4 left alone
-        recursion        h_1         h_3
-        one step     h_0 = b_0   h_2         h_4
+        join             01          23             (4 has no partner)
+        scan             h_1         h_3
+        step         h_0      h_2         h_4       h_0 = b_0
 
-    log2(L) parallel rounds, about 3 L multiplications in all. Only sums and products of the inputs, never a quotient:
+    About log2(L) parallel rounds and 3 L multiplications. Only sums and products of the inputs, never a quotient:
     decay so strong that it underflows does no harm.
     """
     L = a.shape[1]
@@ -78,7 +78,7 @@ def pairwise_scan(a, b):
 
 
 def _states(u, delta, A, B, h):
-    """Decays a_t and states h_t from the state h on, both (batch, L, d_inner, d_state)."""
+    """Decays a_t and states h_t that follow the state h, both (batch, L, d_inner, d_state)."""
     a = torch.exp(delta[..., None] * A)
     b = (delta * u)[..., None] * B[:, :, None]
     b[:, 0] += a[:, 0] * h
@@ -93,76 +93,37 @@ def selective_scan_pairwise(u, delta, A, B, C, D=None, initial_state=None):
 
 
 # ---------------------------------------------------------------------------------------------
-# 3. The fallback: chunk after chunk, the tokens of a chunk in parallel. (Sums and products, no einsum: autocast would
-# compute matrix products in bf16.)
-
-def selective_scan_fallback(u, delta, A, B, C, D=None, initial_state=None):
-    """`selective_scan` in PyTorch alone: any device, float64 too. Holds the states of one chunk, and one per chunk."""
-    _check(u, delta, A, B, C, D, initial_state)
-    return _Fallback.apply(u, delta, A, B, C, D, initial_state, CHUNK)[:2]
-
-
-def _parts(u, A, chunk):
-    """Slices of the batch, such that the states of a chunk of one part fit the cache (on a GPU: use little memory)."""
-    size = max(1, (2**20 if u.device.type == "cpu" else 2**26) // (chunk * A.numel()))
-    return [slice(i, i + size) for i in range(0, len(u), size)]
-
-
-def _cut(part, *tensors):
-    return [None if t is None else t[part] for t in tensors]
-
-
-def _channels_last(h):
-    """The same state, laid out in memory as the kernels do: (batch, d_state, d_inner)."""
-    return h.transpose(1, 2).contiguous().transpose(1, 2)
-
+# 3. The fallback: chunk after chunk, the tokens of a chunk in parallel. (Sums and products, no einsum: autocast
+# would compute matrix products in bf16.)
 
 def _fallback_forward(u, delta, A, B, C, D, initial_state, chunk):
     """Returns (y, final_state, starts): starts (batch, chunks - 1, d_state, d_inner) holds the state before
     each chunk but the first, all that the backward pass needs."""
-    parts = _parts(u, A, chunk)
-    if len(parts) > 1:
-        done = []
-        for part in parts:
-            u_, delta_, B_, C_, h = _cut(part, u, delta, B, C, initial_state)
-            done.append(_fallback_forward(u_, delta_, A, B_, C_, D, h, chunk))
-        y, h, starts = (torch.cat(results) for results in zip(*done))
-        return y, _channels_last(h), starts
     h = A.new_zeros(len(u), *A.shape) if initial_state is None else initial_state
-    y, starts = torch.empty_like(u, memory_format=torch.contiguous_format), []
+    y, starts = torch.empty_like(u), A.new_empty(len(u), (u.shape[1] - 1) // chunk, *A.T.shape)
     for k in range(0, u.shape[1], chunk):
         now = slice(k, k + chunk)
         x, d, b, c = (t[:, now].to(A.dtype) for t in (u, delta, B, C))
         if k:
-            starts.append(h.transpose(1, 2))
-        _, hs = _states(x, d, A, b, h)
+            starts[:, k // chunk - 1] = h.transpose(1, 2)
+        _, hs = _states(x, d, A, b, h)                              # (batch, T, d_inner, d_state)
         y[:, now] = (hs * c[:, :, None]).sum(-1) + (0 if D is None else D * x)
-        h = _channels_last(hs[:, -1])
-    starts = torch.stack(starts, 1).contiguous() if starts else A.new_empty(len(u), 0, *A.T.shape)
-    return y, h.clone(), starts
+        h = hs[:, -1].clone()
+    return y, h, starts
 
 
 def _fallback_backward(dy, dfinal, u, delta, A, B, C, D, initial_state, starts, chunk):
     """Gradients of u, delta, A, B, C, D, initial_state. With g_t = dLoss/dh_t the recurrence runs backwards:
     g_t = C_t dy_t + a_{t+1} g_{t+1}, which is the same scan on the reversed chunk."""
-    parts = _parts(u, A, chunk)
-    if len(parts) > 1:
-        done = []
-        for part in parts:
-            dy_, dfinal_, u_, delta_, B_, C_, h, starts_ = _cut(part, dy, dfinal, u, delta, B, C, initial_state, starts)
-            done.append(_fallback_backward(dy_, dfinal_, u_, delta_, A, B_, C_, D, h, starts_, chunk))
-        du, ddelta, dA, dB, dC, dD, dinitial = zip(*done)
-        du, ddelta, dB, dC, dinitial = map(torch.cat, (du, ddelta, dB, dC, dinitial))
-        return du, ddelta, sum(dA), dB, dC, sum(dD), _channels_last(dinitial)
     h0 = A.new_zeros(len(u), *A.shape) if initial_state is None else initial_state
-    g = torch.zeros_like(h0) if dfinal is None else dfinal      # a_{t+1} g_{t+1} of the next chunk
-    dA, dD = torch.zeros_like(A), A.new_zeros(len(A))
-    du, ddelta, dB, dC = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (u, delta, B, C))
+    g = torch.zeros_like(h0) if dfinal is None else dfinal          # a_{t+1} g_{t+1} of the next chunk
+    du, ddelta, dA, dB, dC = (torch.zeros_like(t) for t in (u, delta, A, B, C))
+    dD = A.new_zeros(len(A))
     for k in reversed(range(0, u.shape[1], chunk)):
         now = slice(k, k + chunk)
         x, d, b, c, e = (t[:, now].to(A.dtype) for t in (u, delta, B, C, dy))
         start = starts[:, k // chunk - 1].transpose(1, 2) if k else h0
-        a, h = _states(x, d, A, b, start)                       # (batch, T, d_inner, d_state)
+        a, h = _states(x, d, A, b, start)                           # (batch, T, d_inner, d_state)
         from_y = e[..., None] * c[:, :, None]
         from_y[:, -1] += g
         a_next = torch.cat([a[:, 1:], torch.ones_like(a[:, :1])], 1)
@@ -176,7 +137,7 @@ def _fallback_backward(dy, dfinal, u, delta, A, B, C, D, initial_state, starts, 
         dC[:, now] = (h * e[..., None]).sum(2)
         dA += (decay * d[..., None]).sum((0, 1))
         dD += (e * x).sum((0, 1))
-    return du, ddelta, dA, dB, dC, dD, _channels_last(g)
+    return du, ddelta, dA, dB, dC, dD, g
 
 
 class _Fallback(torch.autograd.Function):
@@ -184,73 +145,82 @@ class _Fallback(torch.autograd.Function):
     backward = staticmethod(lambda ctx, *grads: build.gradients(_fallback_backward, ctx, *grads))
 
 
+def selective_scan_fallback(u, delta, A, B, C, D=None, initial_state=None):
+    """`selective_scan` in PyTorch alone: any device, float64 too. Holds the states of one chunk, and one per chunk."""
+    _check(u, delta, A, B, C, D, initial_state)
+    return _Fallback.apply(u, delta, A, B, C, D, initial_state, CHUNK)[:2]
+
+
 # ---------------------------------------------------------------------------------------------
 # The convolution before the scan
 
 def causal_conv1d_reference(x, weight, bias, initial_state=None):
     """`causal_conv1d` by F.conv1d, one group per channel: any device (on a GPU it is cuDNN's), float64 too."""
-    return _conv_forward(_pad(x, weight, initial_state), weight, bias).to(x.dtype)
+    z = F.conv1d(_pad(x, weight, initial_state).transpose(1, 2), weight[:, None], bias, groups=len(weight))
+    return F.silu(z).transpose(1, 2).to(x.dtype)
 
 
 def _pad(x, weight, initial_state):
-    """x behind the inputs before it, in the type of the weights: (batch, width - 1 + L, d)."""
+    """x after the inputs before it, in the type of the weights: (batch, width - 1 + L, d)."""
     before = x.new_zeros(len(x), weight.shape[1] - 1, x.shape[2]) if initial_state is None else initial_state
     return torch.cat([before, x], 1).to(weight.dtype)
 
 
-def _convolve(x, weight, bias):
-    with torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False):
-        return F.conv1d(x.transpose(1, 2), weight[:, None], bias, groups=len(weight)).transpose(1, 2)
-
-
-def _conv_forward(x, weight, bias):
-    return F.silu(_convolve(x, weight, bias)).contiguous()
-
-
-def _conv_backward(dy, x, weight, bias):
-    z, d = _convolve(x, weight, bias), len(weight)
-    s = torch.sigmoid(z)
-    dz = dy * s * (1 + z * (1 - s))
-    dx, dweight, dbias = torch.ops.aten.convolution_backward(
-        dz.transpose(1, 2), x.transpose(1, 2), weight[:, None], [d], [1], [0], [1], False, [0], d, [True] * 3)
-    return dx.transpose(1, 2).contiguous(), dweight[:, 0].contiguous(), dbias
-
-
 # ---------------------------------------------------------------------------------------------
-# What the model calls: operators that autograd and torch.compile know, with the kernels behind them
-
-build.define_operators(_fallback_forward, _fallback_backward, _conv_forward, _conv_backward)
-
+# What the model calls
 
 def selective_scan(u, delta, A, B, C, D=None, initial_state=None):
     """h_t = exp(delta_t A) * h_{t-1} + delta_t u_t B_t,  y_t = C_t . h_t + D u_t  (Algorithm 2 of the Mamba paper).
 
     u, delta (batch, L, d_inner), B, C (batch, L, d_state): fp32 or bf16, all four the same; L >= 1, d_state 1 to 64.
-    A (d_inner, d_state), D (d_inner,) or None (no skip), initial_state (batch, d_inner, d_state) or None (zeros): fp32.
+    A (d_inner, d_state), D (d_inner,) or None, initial_state (batch, d_inner, d_state) or None (zeros): fp32.
     float64 everywhere is for checks; the reference does it.
     Returns y, like u, and final_state, fp32, like initial_state. Gradients for every input, through both outputs.
 
-    Values and gradients are those of the reference, up to rounding, wherever delta >= 0 and A <= 0, as in Mamba, and
-    inputs and results are finite in fp32. With a negative delta or a positive A the state grows exponentially: the
-    promise holds as long as nothing overflows. NaN, infinite or overflowing inputs raise no error; which results
-    then are NaN, which infinite, and which gradients are either, differs from one implementation to another.
+    Values and gradients are the reference's, up to rounding, where delta >= 0 and A <= 0, as in Mamba, and nothing
+    overflows fp32. With a negative delta or a positive A the state grows exponentially, and the same holds only as
+    long as it stays finite. NaN, infinite or overflowing values raise no error; which results and gradients then are
+    NaN or infinite differs between implementations.
     Raises ValueError, one line, for a wrong shape, dtype or device.
     """
     _check(u, delta, A, B, C, D, initial_state)
     if u.dtype == torch.float64:
         return selective_scan_reference(u, delta, A, B, C, D, initial_state)
-    return torch.ops.scan_cuda.scan_forward(u, delta, A, B, C, D, initial_state, CHUNK)[:2]
+    if build.load(u.device.type):
+        return torch.ops.scan_cuda.scan_forward(u, delta, A, B, C, D, initial_state, CHUNK)[:2]
+    return selective_scan_fallback(u, delta, A, B, C, D, initial_state)
+
+
+def causal_conv1d(x, weight, bias, initial_state=None):
+    """y_t = silu(bias + sum over k of weight[:, k] * x_{t - width + 1 + k}): each channel by itself, never ahead.
+
+    x, y (batch, L, d): fp32 or bf16; weight (d, width), bias (d,): fp32; initial_state the width - 1 inputs before
+    the first, (batch, width - 1, d), like x or fp32, or None (zeros); float64 everywhere for checks.
+    Gradients for every input. On a CPU, width 4 (Mamba's) is one fused kernel, about ten times as fast as F.conv1d;
+    everything else is F.conv1d. Raises ValueError, one line, for a wrong shape, dtype or device.
+    """
+    if x.dim() != 3 or weight.dim() != 2:
+        raise ValueError('causal_conv1d: x must be (batch, L, d) and weight must be (d, width), '
+                         f'got {tuple(x.shape)} and {tuple(weight.shape)}')
+    (batch, L, d), width = x.shape, weight.shape[1]
+    exact = torch.promote_types(x.dtype, torch.float32)
+    kept = exact if initial_state is not None and initial_state.dtype == exact else x.dtype
+    _compare('causal_conv1d', 'x', x, weight=(weight, (d, width), exact), bias=(bias, (d,), exact),
+             initial_state=(initial_state, (batch, width - 1, d), kept))
+    if x.device.type == 'cpu' and width == 4 and exact == torch.float32 and build.load('cpu'):
+        return torch.ops.scan_cuda.conv_forward(_pad(x, weight, initial_state), weight, bias).to(x.dtype)
+    return causal_conv1d_reference(x, weight, bias, initial_state)
 
 
 def _check(u, delta, A, B, C, D, initial_state):
     if u.dim() != 3 or A.dim() != 2 or u.shape[1] < 1 or not 1 <= A.shape[1] <= 64:
-        raise ValueError("selective_scan: u must be (batch, L >= 1, d_inner) and A (d_inner, d_state from 1 to 64), "
-                         f"got {tuple(u.shape)} and {tuple(A.shape)}")
+        raise ValueError('selective_scan: u must be (batch, L >= 1, d_inner) and A (d_inner, d_state from 1 to 64), '
+                         f'got {tuple(u.shape)} and {tuple(A.shape)}')
     if u.dtype not in (torch.float32, torch.bfloat16, torch.float64):
-        raise ValueError(f"selective_scan: u must be float32 or bfloat16 (float64 for checks), got {u.dtype}")
+        raise ValueError(f'selective_scan: u must be float32 or bfloat16 (float64 for checks), got {u.dtype}')
     (batch, L, d_inner), d_state = u.shape, A.shape[1]
     exact = torch.promote_types(u.dtype, torch.float32)
-    _compare("selective_scan", "u", u, delta=(delta, (batch, L, d_inner), u.dtype), A=(A, (d_inner, d_state), exact),
+    _compare('selective_scan', 'u', u, delta=(delta, (batch, L, d_inner), u.dtype), A=(A, (d_inner, d_state), exact),
              B=(B, (batch, L, d_state), u.dtype), C=(C, (batch, L, d_state), u.dtype), D=(D, (d_inner,), exact),
              initial_state=(initial_state, (batch, d_inner, d_state), exact))
 
@@ -258,25 +228,5 @@ def _check(u, delta, A, B, C, D, initial_state):
 def _compare(function, name, like, **wanted):
     for other, (t, shape, dtype) in wanted.items():
         if t is not None and (t.shape != shape or t.dtype != dtype or t.device != like.device):
-            raise ValueError(f"{function}: {other} must be {dtype} of shape {tuple(shape)} on {like.device} to go with "
-                             f"{name} {tuple(like.shape)}, got {t.dtype} {tuple(t.shape)} on {t.device}")
-
-
-def causal_conv1d(x, weight, bias, initial_state=None):
-    """y_t = silu(bias + sum over k of weight[:, k] * x_{t - width + 1 + k}): each channel by itself, never ahead.
-
-    x, y (batch, L, d), initial_state the width - 1 inputs before the first, (batch, width - 1, d), or None (zeros):
-    fp32 or bf16; weight (d, width), bias (d,): fp32; float64 everywhere for checks. Gradients for every input.
-    On a CPU width 4 (Mamba's) is one fused kernel, about ten times as fast as F.conv1d, which does everything else.
-    Raises ValueError, one line, for wrong inputs.
-    """
-    if x.dim() != 3 or weight.dim() != 2:
-        raise ValueError(f"causal_conv1d: x must be (batch, L, d) and weight (d, width), got {tuple(x.shape)} and "
-                         f"{tuple(weight.shape)}")
-    (batch, L, d), width = x.shape, weight.shape[1]
-    exact = torch.promote_types(x.dtype, torch.float32)
-    _compare("causal_conv1d", "x", x, weight=(weight, (d, width), exact), bias=(bias, (d,), exact),
-             initial_state=(initial_state, (batch, width - 1, d), x.dtype))
-    if x.device.type == "cpu" and width == 4 and exact == torch.float32:
-        return torch.ops.scan_cuda.conv_forward(_pad(x, weight, initial_state), weight, bias).to(x.dtype)
-    return causal_conv1d_reference(x, weight, bias, initial_state)
+            raise ValueError(f'{function}: {other} must be {dtype} of shape {tuple(shape)} on {like.device} to go with '
+                             f'{name} {tuple(like.shape)}, got {t.dtype} {tuple(t.shape)} on {t.device}')

@@ -24,6 +24,7 @@ loaded = {}     # device type -> is its kernel loaded? False: it cannot be built
 _lock = threading.Lock()
 
 
+@torch.compiler.assume_constant_result     # torch.compile calls it once, and does not look inside
 def load(device_type):
     """Build (once) and load the kernel of 'cpu' or 'cuda', and register it for that device. Returns whether there
     is one; a failure prints one line on stderr and is not tried again."""
@@ -32,7 +33,7 @@ def load(device_type):
             loaded[device_type] = False
             if device_type in SOURCES and os.environ.get('SCAN_CUDA_BUILD') != '0' and not torch.version.hip:
                 try:
-                    register_kernel(device_type, ctypes.CDLL(str(_build(device_type))))
+                    _register(device_type, ctypes.CDLL(str(_build(device_type))))
                     loaded[device_type] = True
                 except Exception as error:      # of any kind: a failed build must not stop the program
                     print(f'scan_cuda: no {device_type} kernel, so the slower PyTorch fallback is used: {error}',
@@ -42,30 +43,27 @@ def load(device_type):
 
 def _build(device_type):
     """The kernel's library, from the cache or freshly built. Raises RuntimeError with a reason and a remedy."""
-    command = _cpu_command() if device_type == 'cpu' else _cuda_command()
+    # The cache may be shared between machines: a library is for one source and one processor.
     source = HERE / SOURCES[device_type]
-    # The cache may be shared between machines: a library is for one source, command and processor.
-    key = '\n'.join([_processor(), *command, (HERE / 'scan.h').read_text(), source.read_text()])
+    target = _processor() if device_type == 'cpu' else _architectures()
+    key = hashlib.sha256('\n'.join([*target, (HERE / 'scan.h').read_text(), source.read_text()]).encode()).hexdigest()
     cache = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
     folder = Path(os.environ.get('TORCH_EXTENSIONS_DIR') or Path(cache, 'torch_extensions'))
-    library = folder / f'scan_{device_type}_{hashlib.sha256(key.encode()).hexdigest()[:12]}.so'
+    library = folder / f'scan_{device_type}_{key[:12]}.so'
     if library.exists():
         return library
-    if not shutil.which(command[0]):
-        raise RuntimeError(f'no C++ compiler ({command[0]}); remedy: install one (Debian, Ubuntu, Colab: '
-                           'apt install g++; Mac: xcode-select --install) or name it in CXX')
+    command = _cpu_compiler() if device_type == 'cpu' else _cuda_compiler(target)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(library.with_suffix('.lock'))  # one process builds, others wait; a killed one lets go
-        with lock:
+        with filelock.FileLock(library.with_suffix('.lock')):   # one process builds, others wait; a killed one lets go
             if not library.exists():
                 half = library.with_suffix('.half')     # renamed when it is whole: a killed build leaves no library
                 run = subprocess.run([*command, '-o', half, source], capture_output=True, text=True)
                 if run.returncode:
                     lines = (run.stderr + run.stdout).strip().splitlines() or ['the compiler failed']
                     line = next((line for line in lines if re.search(r'\berror\b', line, re.IGNORECASE)), lines[0])
-                    raise RuntimeError(f'{line.strip()[:300]}; remedy: another compiler, named in CXX, or '
-                                       'SCAN_CUDA_BUILD=0')
+                    other = 'compiler in CXX' if device_type == 'cpu' else 'toolkit in CUDA_HOME'
+                    raise RuntimeError(f'{line.strip()[:300]}; remedy: another {other}, or SCAN_CUDA_BUILD=0')
                 half.replace(library)
     except OSError as error:
         raise RuntimeError(f'cannot write to {folder} ({error.strerror}); remedy: set TORCH_EXTENSIONS_DIR to a '
@@ -76,17 +74,29 @@ def _build(device_type):
 def _processor():
     try:
         lines = Path('/proc/cpuinfo').read_text().splitlines()
-        return '\n'.join(sorted({line for line in lines if line.startswith(('model name', 'flags', 'Features'))}))
+        return sorted({line for line in lines if line.startswith(('model name', 'flags', 'Features'))})
     except OSError:
-        return platform.platform() + platform.processor()
+        return [platform.platform(), platform.processor()]
 
 
-def _cpu_command():
+def _architectures():
+    """Those of the GPUs here, or without one those in TORCH_CUDA_ARCH_LIST: '8.0;9.0' -> ['80', '90']."""
+    if torch.cuda.is_available():
+        found = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+    else:
+        found = re.findall(r'(\d+)\.(\d)', os.environ.get('TORCH_CUDA_ARCH_LIST', ''))
+    if not found:
+        raise RuntimeError('no GPU to build for; remedy: name its architecture, as in TORCH_CUDA_ARCH_LIST=8.0')
+    return sorted({f'{major}{minor}' for major, minor in found})
+
+
+def _cpu_compiler():
     cxx = (os.environ.get('CXX') or 'c++').split()
-    command = [*cxx, '-std=c++17', '-O3', '-shared', '-fPIC']
     if not shutil.which(cxx[0]):
-        return command
+        raise RuntimeError(f'no C++ compiler ({cxx[0]}); remedy: install one (Debian, Ubuntu, Colab: apt install g++; '
+                           'Mac: xcode-select --install) or name it in CXX')
     run = lambda *flags: subprocess.run([*cxx, *flags], capture_output=True, text=True)
+    command = [*cxx, '-std=c++17', '-O3', '-shared', '-fPIC']
     if run('-march=native', '-x', 'c++', '-fsyntax-only', os.devnull).returncode == 0:
         command += ['-march=native']
     if sys.platform == 'linux' and 'clang' not in run('--version').stdout:
@@ -94,23 +104,16 @@ def _cpu_command():
     return command
 
 
-def _cuda_command():
-    """nvcc for the GPUs that are here, or without one for those of TORCH_CUDA_ARCH_LIST ('8.0;9.0')."""
-    home, wanted = os.environ.get('CUDA_HOME'), torch.version.cuda or ''
-    nvcc = shutil.which('nvcc', path=f'{home}/bin' if home else f'{os.environ["PATH"]}:/usr/local/cuda/bin')
+def _cuda_compiler(architectures):
+    home, wanted = os.environ.get('CUDA_HOME'), torch.version.cuda or '0'
+    nvcc = shutil.which('nvcc', path=f'{home}/bin' if home else os.environ['PATH'] + ':/usr/local/cuda/bin')
     remedy = f'remedy: install the CUDA toolkit {wanted} and set CUDA_HOME to it'
     if not nvcc:
         raise RuntimeError(f'no nvcc; {remedy}')
-    release = re.search(r'release (\d+)(\.\d+)', subprocess.run([nvcc, '--version'], capture_output=True, text=True).stdout)
-    if release and int(release[1]) > int(wanted.split('.')[0] or 0):     # the driver might be too old for it
+    version = subprocess.run([nvcc, '--version'], capture_output=True, text=True).stdout
+    release = re.search(r'release (\d+)(\.\d+)', version)
+    if release and int(release[1]) > int(wanted.split('.')[0]):     # the driver may be too old for it
         raise RuntimeError(f'nvcc is of CUDA {release[1]}{release[2]}, torch of CUDA {wanted}; {remedy}')
-    if torch.cuda.is_available():
-        cards = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-    else:
-        cards = set(re.findall(r'(\d+)\.(\d)', os.environ.get('TORCH_CUDA_ARCH_LIST', '')))
-    if not cards:
-        raise RuntimeError('no GPU to build for; remedy: name its architecture, as in TORCH_CUDA_ARCH_LIST=8.0')
-    architectures = sorted(f'{major}{minor}' for major, minor in cards)
     return [nvcc, '-std=c++17', '-O3', '-shared', '-Xcompiler=-fPIC',
             *(f'-gencode=arch=compute_{a},code=sm_{a}' for a in architectures)]
 
@@ -121,8 +124,8 @@ def _cuda_command():
 class Scan(ctypes.Structure):
     """scan.h's."""
     _fields_ = ([(name, ctypes.c_int64) for name in 'batch L d_inner N B_stride C_stride bf16 threads'.split()] +
-                [(name, ctypes.c_void_p) for name in ('u delta B C A D initial y final_state starts dy dfinal '
-                                                      'du ddelta dA dB dC dD dinitial').split()])
+                [(name, ctypes.c_void_p) for name in 'u delta B C A D initial y final_state starts dy dfinal du '
+                                                     'ddelta dA dB dC dD dinitial'.split()])
 
 
 def scan_functions(library, prefix='scan_'):
@@ -137,9 +140,9 @@ def scan_functions(library, prefix='scan_'):
         B, C = (t if t.stride(2) == 1 and t.stride(0) == t.shape[1] * t.stride(1) else t.contiguous() for t in (B, C))
         tensors = dict(u=u.contiguous(), delta=delta.contiguous(), B=B, C=C, A=A.t().contiguous(),
                        D=None if D is None else D.contiguous(), initial=_turn(initial_state), **others)
-        pointers = {name: None if t is None else t.data_ptr() for name, t in tensors.items()}
         scan = Scan(*u.shape, A.shape[1], B.stride(1), C.stride(1), u.dtype == torch.bfloat16,
-                    _threads(u.numel() * A.shape[1]), **pointers)
+                    _threads(u.numel() * A.shape[1]),
+                    **{name: None if t is None else t.data_ptr() for name, t in tensors.items()})
         with torch.cuda.device_of(u):
             stream = torch.cuda.current_stream().cuda_stream if u.is_cuda else 0
             if error := getattr(library, prefix + function)(ctypes.byref(scan), ctypes.c_void_p(stream)):
@@ -147,14 +150,14 @@ def scan_functions(library, prefix='scan_'):
 
     def forward(u, delta, A, B, C, D, initial_state, chunk):
         dtype, (u, delta, B, C) = u.dtype, values(u, delta, B, C)
-        y, final_state, starts = _fake_forward(u, delta, A, B, C, D, initial_state, chunk)
+        y, final_state, starts = _new_outputs(u, delta, A, B, C, D, initial_state, chunk)
         call('forward', u, delta, A, B, C, D, initial_state, y=y, final_state=final_state, starts=starts)
         return y.to(dtype), final_state, starts
 
     def backward(dy, dfinal, u, delta, A, B, C, D, initial_state, starts, chunk):
         dtype, (dy, u, delta, B, C) = u.dtype, values(dy, u, delta, B, C)
         (batch, L, d_inner), N, blocks = u.shape, A.shape[1], -(-u.shape[2] // channels)
-        du, ddelta, *_, dinitial = _fake_backward(dy, dfinal, u, delta, A, B, C, D, initial_state, starts, chunk)
+        du, ddelta, *_, dinitial = _new_gradients(dy, dfinal, u, delta, A, B, C, D, initial_state, starts, chunk)
         dA, dD = A.new_zeros(batch, parts, N, d_inner), A.new_zeros(batch, parts, d_inner)
         dB, dC = A.new_zeros(2, blocks, batch, L, N)
         call('backward', u, delta, A, B, C, D, initial_state, starts=starts, dy=dy.contiguous(), dfinal=_turn(dfinal),
@@ -176,74 +179,65 @@ def _threads(work):
 
 def _conv_functions(library):
     def call(function, *tensors):
-        pointers = [ctypes.c_void_p(t.data_ptr()) for t in tensors]
-        batch, L, d = tensors[0].shape
-        function(*map(ctypes.c_int64, (batch, L, d, _threads(16 * batch * L * d))), *pointers)
+        batch, L, d = tensors[0].shape      # of y or dy
+        sizes = batch, L, d, _threads(16 * batch * L * d)
+        function(*map(ctypes.c_int64, sizes), *(ctypes.c_void_p(t.data_ptr()) for t in tensors))
 
-    def forward(x, weight, bias):       # x (batch, 3 + L, d)
-        y = x.new_empty(len(x), x.shape[1] - 3, x.shape[2])
-        call(library.conv_forward, y, x.contiguous(), weight.t().contiguous(), bias.contiguous())
+    def forward(x, weight, bias):
+        y = _new_convolution(x, weight, bias)
+        call(library.conv_forward, y, x, weight.t().contiguous(), bias.contiguous())
         return y
 
     def backward(dy, x, weight, bias):
         dx, dw, dbias = torch.zeros_like(x), x.new_zeros(len(x), 4, x.shape[2]), x.new_zeros(len(x), x.shape[2])
-        call(library.conv_backward, dy.contiguous(), x.contiguous(), weight.t().contiguous(), bias.contiguous(),
-             dx, dw, dbias)
+        call(library.conv_backward, dy.contiguous(), x, weight.t().contiguous(), bias.contiguous(), dx, dw, dbias)
         return dx, dw.sum(0).t().contiguous(), dbias.sum(0)
 
     return forward, backward
 
 
-def register_kernel(device_type, library):
-    forward, backward = scan_functions(library)
+def _register(device_type, library):
+    functions = scan_functions(library)
     if device_type == 'cuda' and torch.cuda.is_available():     # does it run here? (too old a driver, another card)
-        forward(*(torch.ones(shape, device='cuda') for shape in ((1, 1, 1),) * 2 + ((1, 1),) + ((1, 1, 1),) * 2),
-                None, None, 64)
-    _library.impl('scan_forward', forward, device_type.upper())
-    _library.impl('scan_backward', backward, device_type.upper())
-    if device_type == 'cpu':
-        conv_forward, conv_backward = _conv_functions(library)
-        _library.impl('conv_forward', conv_forward, 'CPU')
-        _library.impl('conv_backward', conv_backward, 'CPU')
+        ones = torch.ones(1, 1, 1, device='cuda')
+        functions[0](ones, ones, ones[0], ones, ones, None, None, 64)
+    functions += _conv_functions(library) if device_type == 'cpu' else ()
+    for name, function in zip(OPERATORS, functions):
+        _library.impl(name, function, device_type.upper())
 
 
 # ---------------------------------------------------------------------------------------------
-# The operators. Their default implementation tries to build the kernel, which is then registered for its device, and
-# calls the operator again; from then on the dispatcher goes to the kernel directly.
+# The operators: what autograd and torch.compile see. A loaded kernel is what they do on its device.
 
-_library = torch.library.Library('scan_cuda', 'DEF')
-
-
-def _define(signature, default, fake):
-    name = signature[:signature.index('(')]
-
-    def build_or_default(*args):
-        if load(args[0].device.type):
-            return getattr(torch.ops.scan_cuda, name)(*args)
-        return default(*args)
-
-    _library.define(signature, tags=torch.Tag.pt2_compliant_tag)
-    _library.impl(name, build_or_default, 'CompositeExplicitAutograd')
-    torch.library.register_fake(f'scan_cuda::{name}', fake, lib=_library)
+_TENSORS = 'Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? initial_state'
+OPERATORS = {
+    'scan_forward': f'({_TENSORS}, int chunk) -> (Tensor, Tensor, Tensor)',     # y, final_state, starts
+    'scan_backward': f'(Tensor dy, Tensor? dfinal, {_TENSORS}, Tensor starts, int chunk) -> '
+                     f'({", ".join(["Tensor"] * 7)})',                          # gradients of _TENSORS
+    'conv_forward': '(Tensor x, Tensor weight, Tensor bias) -> Tensor',         # x (batch, 3 + L, d), y (batch, L, d)
+    'conv_backward': '(Tensor dy, Tensor x, Tensor weight, Tensor bias) -> (Tensor, Tensor, Tensor)',
+}
 
 
-def define_operators(forward, backward, conv_forward, conv_backward):
-    """Define the operators scan_cuda::*; these functions are what runs where there is no kernel."""
-    inputs = 'Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? initial_state'
-    _define(f'scan_forward({inputs}, int chunk) -> (Tensor, Tensor, Tensor)', forward, _fake_forward)
-    _define(f'scan_backward(Tensor dy, Tensor? dfinal, {inputs}, Tensor starts, int chunk) -> '
-            f'({", ".join(["Tensor"] * 7)})', backward, _fake_backward)
-    _define('conv_forward(Tensor x, Tensor weight, Tensor bias) -> Tensor', conv_forward,
-            lambda x, weight, bias: x.new_empty(x.shape[0], x.shape[1] - weight.shape[1] + 1, x.shape[2]))
-    _define('conv_backward(Tensor dy, Tensor x, Tensor weight, Tensor bias) -> (Tensor, Tensor, Tensor)',
-            conv_backward, lambda dy, *inputs: tuple(t.new_empty(t.shape) for t in inputs))
-    ops = torch.ops.scan_cuda
-    torch.library.register_autograd(
-        'scan_cuda::scan_forward', lambda ctx, *grads: gradients(ops.scan_backward, ctx, *grads),
-        setup_context=save, lib=_library)
-    torch.library.register_autograd(
-        'scan_cuda::conv_forward', lambda ctx, dy: ops.conv_backward(dy, *ctx.saved_tensors),
-        setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs), lib=_library)
+def _new_outputs(u, delta, A, B, C, D, initial_state, chunk):
+    starts = A.new_empty(u.shape[0], (u.shape[1] + chunk - 1) // chunk - 1, A.shape[1], A.shape[0])
+    return u.new_empty(u.shape), _new_state(u, A), starts
+
+
+def _new_gradients(dy, dfinal, u, delta, A, B, C, D, initial_state, starts, chunk):
+    return (*(t.new_empty(t.shape) for t in (u, delta, A, B, C)), A.new_empty(A.shape[0]), _new_state(u, A))
+
+
+def _new_state(u, A):
+    return A.new_empty(u.shape[0], A.shape[1], A.shape[0]).transpose(1, 2)
+
+
+def _new_convolution(x, weight, bias):
+    return x.new_empty(x.shape[0], x.shape[1] - 3, x.shape[2])
+
+
+def _new_conv_gradients(dy, x, weight, bias):
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
 
 
 def save(ctx, inputs, output):
@@ -262,14 +256,14 @@ def gradients(backward, ctx, dy, dfinal, _):
     return *grads, None if D is None else dD, None if initial_state is None else dinitial, None
 
 
-def _fake_forward(u, delta, A, B, C, D, initial_state, chunk):
-    chunks = (u.shape[1] + chunk - 1) // chunk
-    return u.new_empty(u.shape), _new_state(u, A), A.new_empty(u.shape[0], chunks - 1, A.shape[1], A.shape[0])
-
-
-def _fake_backward(dy, dfinal, u, delta, A, B, C, D, initial_state, starts, chunk):
-    return (*(t.new_empty(t.shape) for t in (u, delta, A, B, C)), A.new_empty(A.shape[0]), _new_state(u, A))
-
-
-def _new_state(u, A):   # (batch, d_inner, d_state), in memory (batch, d_state, d_inner)
-    return A.new_empty(u.shape[0], A.shape[1], A.shape[0]).transpose(1, 2)
+_library = torch.library.Library('scan_cuda', 'DEF')
+for (_name, _signature), _fake in zip(OPERATORS.items(), (_new_outputs, _new_gradients, _new_convolution,
+                                                          _new_conv_gradients)):
+    _library.define(_name + _signature, tags=torch.Tag.pt2_compliant_tag)
+    torch.library.register_fake(f'scan_cuda::{_name}', _fake, lib=_library)
+torch.library.register_autograd(
+    'scan_cuda::scan_forward', lambda ctx, *grads: gradients(torch.ops.scan_cuda.scan_backward, ctx, *grads),
+    setup_context=save, lib=_library)
+torch.library.register_autograd(
+    'scan_cuda::conv_forward', lambda ctx, dy: torch.ops.scan_cuda.conv_backward(dy, *ctx.saved_tensors),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs), lib=_library)
