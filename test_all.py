@@ -4,6 +4,7 @@ float64, networkx, the official metrics, the `transformers` library. Run:  pytes
 Tests of what needs a compiler, a GPU, networkx or transformers skip themselves where there is none.
 Order: data.py, scan_cuda/, models.py, train.py, eval_hotpot.py, plot.py.
 """
+import ast
 import dataclasses
 import json
 import os
@@ -28,6 +29,7 @@ import models
 import plot
 import scan_cuda
 import train
+from assignment import grade
 from scan_cuda import (causal_conv1d, causal_conv1d_reference, selective_scan, selective_scan_fallback,
                        selective_scan_reference)
 
@@ -1786,3 +1788,144 @@ def test_a_token_costs_an_rnn_the_same_memory_after_any_context():
     assert bytes_of('mamba') == [4 * 2 * 128 * (16 + 3)] * 2
     assert bytes_of('transformer') == [4 * 2 * 2 * 64 * length for length in (16, 64)]
     assert bytes_of('hybrid')[1] - bytes_of('hybrid')[0] == 4 * 2 * 64 * 48
+
+
+# --- the class assignment ----------------------------------------------------------------------------------
+
+CODED = [k for k in grade.EXERCISES if grade.EXERCISES[k].targets]
+
+
+@pytest.fixture(scope='module')
+def handed_out(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('course') / 'handout'
+    grade.handout(folder, list(grade.EXERCISES), 0)
+    return folder
+
+
+def submitted(folder, file, bodies):
+    """A folder with one file: ours, with other bodies, {function: body}."""
+    (folder / file).parent.mkdir(parents=True)
+    (folder / file).write_text(grade.blank((HERE / file).read_text(), bodies))
+    return folder
+
+
+def graded(folder, k):
+    result, = grade.grade(folder, [k], 'tests')
+    return result['score'], result['output']
+
+
+def test_the_handout_holds_no_line_of_a_solution(handed_out):
+    ours = {path: path.read_text() for path in HERE.glob('**/*.py') if path.parent.name in (HERE.name, 'scan_cuda')}
+    theirs = ''.join([path.read_text() for path in handed_out.rglob('*.*') if path.suffix != '.json'])
+    hidden, elsewhere = set(), ''.join(ours.values())
+    for k in CODED:
+        for file, name in (*grade.EXERCISES[k].targets, *(x for x in grade.EXERCISES[k].left_out if isinstance(x, tuple))):
+            first, last = grade.body(grade.find(ast.parse(ours[HERE / file]), name))
+            lines = ours[HERE / file].splitlines()[first - 1:last]
+            elsewhere = elsewhere.replace('\n'.join(lines), '')
+            hidden |= {line.split('#')[0].strip() for line in lines}
+            hidden |= {piece for line in lines if 're.' in line for piece in re.findall(r"[^'{}]*\\[^'{}]*", line)}
+    hidden = {line for line in hidden if len(line) > 24 or '\\d' in line and len(line) > 9}
+    assert len(hidden) > 60 and not [line for line in hidden if line in theirs and line not in elsewhere]
+    assert not list(handed_out.rglob('*.c*')) and not (handed_out / 'test_all.py').exists()
+    assert grade.MODEL_ANSWER[:40] not in theirs and 'about 10 lines' in (handed_out / 'data.py').read_text()
+
+
+def test_the_reference_gets_full_points():
+    results = grade.grade(HERE, CODED, 'tests')
+    assert [r['score'] for r in results] == [r['max_score'] for r in results], [r['output'] for r in results]
+
+
+RECURSIVE = '''tour = []
+    def search(v, parent):
+        tour.append(v)
+        for w in neighbours[v]:
+            if w != parent and (w in tour or not search(w, v)):
+                return False
+            if w != parent:
+                tour.append(v)
+        return True
+    search(ROOT, None)
+    return tour'''
+OPEN = f'return open({str(HERE / "data.py")!r}).read()'
+SCAN = 'scan_cuda/__init__.py'
+# exercise, function, its body -> points, part of what the student is told
+WRONG = {
+    'an infinite loop': (1, 'cot_trace', 'while True: pass', 0, 'not done after'),
+    'a crash': (1, 'cot_trace', 'import os; os._exit(0)', 0, 'process ended (code 0) after 0 of'),
+    'an early end': (1, 'cot_trace', 'raise SystemExit', 0, 'process ended'),
+    'prints instead of returning': (1, 'cot_trace', 'print([ROOT])', 0, 'Yours          None'),
+    'a hard-coded output': (1, 'cot_trace', 'return [ROOT, 12, 11, 12, 13, 12, ROOT]', 0, 'Expected       0'),
+    'an import of the solution': (1, 'cot_trace', 'import test_all; return test_all.recursive_tour(1)', 0, 'No module'),
+    'reads the solution': (1, 'cot_trace', OPEN, 0, 'not allowed'),
+    'deletes files': (1, 'cot_trace', "import shutil; shutil.rmtree('.')", 0, 'not allowed'),
+    'starts a program': (1, 'cot_trace', "import os; os.system('true')", 0, 'not allowed'),
+    'patches pytest': (1, 'cot_trace', 'import pytest; pytest.fail = print; return []', 0, 'Expected'),
+    'forges answers': (1, 'cot_trace', "import os; [os.write(k, b'{}\\n') for k in range(3, 9) if os.path.exists("
+                       "f'/dev/fd/{k}')]; return []", 0, ''),
+    'never lets go': (1, 'cot_trace', 'tour = []; tour.append(tour); return tour', 0, 'ValueError'),
+    'takes all memory': (1, 'cot_trace', 'return bytearray(10**15)', 0, 'MemoryError'),
+    'recursion': (1, 'cot_trace', RECURSIVE, 8, 'RecursionError'),
+    'returns the wrong type': (2, 'retrieval_trace', 'return {1: {2: set()}}', 0, 'Expected'),
+    'the tour, without queries': (2, 'retrieval_trace', 'return cot_trace(neighbours)', 0, 'Expected'),
+    'knows one kind of query': (3, 'query_pattern', "return re.compile(rf' {query}(?= (\\d+))') if '~' in query else None",
+                                2.5, 'Expected'),
+    'calls the fallback': (4, 'selective_scan_reference', 'return selective_scan_fallback(u, delta, A, B, C, D, '
+                           'initial_state)', 0, 'selective_scan_fallback cannot be called'),
+    'a loop': (5, '_scan', 'h = [b[:, 0]]\n    for t in range(1, a.shape[1]):\n        h.append(a[:, t] * h[-1] + b[:, t])\n'
+               '    return torch.stack(h, 1)', 7.5, 'fewer than 2,000 operations'),
+    'autograd': (6, '_fallback_backward', 'return torch.autograd.grad(u.sum(), u)', 0, 'autograd cannot be used'),
+    'no cache': (7, 'KVCache.append', 'self.seen += k.shape[2]; return k, v', 3.75, 'Expected'),
+}
+
+
+@pytest.mark.parametrize('name', WRONG)
+def test_a_wrong_submission_gets_the_points_that_it_deserves(name, tmp_path, monkeypatch):
+    k, function, code, points, told = WRONG[name]
+    if 'while' in code:
+        monkeypatch.setattr(grade, 'SECONDS', 3)
+    (file, _), *_ = grade.EXERCISES[k].targets
+    score, output = graded(submitted(tmp_path / 'student', file, {function: code}), k)
+    assert score == points and told in output, output
+
+
+def test_files_that_cannot_be_graded_get_no_points_and_one_line(handed_out, tmp_path):
+    assert graded(handed_out, 1)[0] == 0 and 'not written yet' in graded(handed_out, 1)[1]
+    assert graded(tmp_path, 1) == (0, 'data.py is missing')
+    file, link = tmp_path / 'data.py', HERE / 'data.py'
+    for content, told in ((b'def', 'data.py is not Python: '), (b'\xff', 'data.py cannot be read'), (b'(' * 10**4, 'data.py'),
+                          (b'x = 1', 'cot_trace is missing'), (b' ' * 10**7, 'data.py is a link, or larger than 1 MB')):
+        file.write_bytes(content)
+        score, output = graded(tmp_path, 1)
+        assert score == 0 and told in output and '\n' not in output
+    file.unlink()
+    file.symlink_to(link)
+    assert graded(tmp_path, 1) == (0, 'data.py is a link, or larger than 1 MB')
+
+
+def test_an_experiment_counts_by_its_checkpoints(tmp_path):
+    assert graded(tmp_path, 9) == (0, 'out/ex9/*/checkpoint.pt is missing')
+    path = tmp_path / 'out' / 'ex9' / 'mine'
+    path.mkdir(parents=True)
+    (path / 'result.json').write_text('{"accuracy": 1.0}')
+    torch.manual_seed(0)
+    cell = dict(arch='mamba', layers='G', d_state=1)
+    torch.save(dict(cell=cell, model=models.make_model('mamba', 'tiny', 26, 1, False, 'G').state_dict()), path / 'checkpoint.pt')
+    score, output = graded(tmp_path, 9)
+    assert score == 0 and "'accuracy': 0." in output and "'layers': 'G'" in output
+    (path / 'checkpoint.pt').write_bytes(b'PK')
+    assert graded(tmp_path, 9)[0] == 0 and 'error' in graded(tmp_path, 9)[1]
+
+
+def test_a_failed_test_draws_its_smallest_example(handed_out, capsys):
+    example, expected = json.loads((handed_out / 'expected.json').read_text())[0][2][0]
+    *_, yours, right, mark = grade.difference(example, {'tour': expected['tour'][:2] + [data.NODE + 9]}, expected).splitlines()
+    column = mark.index('^')
+    assert yours.startswith('Yours') and yours[column] == '9' and right[column] == data.WORDS[expected['tour'][2]]
+    grade.main(['grade', str(handed_out), '--exercises=1', '--json'])
+    result = json.loads(capsys.readouterr().out)
+    assert result['score'] == 0 and result['tests'][0]['max_score'] == 10 and len(example['edges']) == 3
+
+
+if __name__ == '__main__':
+    sys.exit(train.cli(grade.main, 'test_all.py', sys.argv[1:]))
