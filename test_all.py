@@ -1866,7 +1866,7 @@ WRONG = {
     'the wrong type': (2, 'return {1: {2: set()}}', 0, 'Expected'),
     'no queries': (2, 'return cot_trace(neighbours)', 0, 'Expected'),
     'one kind of query': (3, "return re.compile(rf' {query}(?= (\\d+))') if '~' in query else None", 2.5, ''),
-    'a sibling': (4, 'return selective_scan_fallback(u, delta, A, B, C, D, initial_state)', 0, 'may not be called'),
+    'a sibling': (4, 'return selective_scan_fallback(u, delta, A, B, C, D, initial_state)', 0, 'may not be'),
     'a loop, not parallel': (5, LOOP, 7.5, 'fewer than 2,000 operations'),
     'autograd': (6, 'return torch.autograd.grad(u.sum(), u)', 0, 'autograd cannot be used'),
     'no cache': (7, 'return x', 0, 'Expected'),

@@ -74,7 +74,8 @@ EXERCISES = {
     4: Exercise('The scan as a loop', 10, 20, '''
         The recurrence at the heart of Mamba, one token after the other.''',
                 ((SCAN, 'selective_scan_reference'),), tuple((SCAN, name) for name in (
-                    'pairwise_scan', 'selective_scan_pairwise', '_fallback_forward', 'selective_scan_fallback')),
+                    'pairwise_scan', 'selective_scan_pairwise', 'selective_scan_fallback',
+                    '_fallback_forward')),
                 KERNELS),
     5: Exercise('The scan in pairs', 10, 40, '''
         Two steps h -> a h + b of the recurrence are again such a step. This makes the scan parallel: about
@@ -368,7 +369,7 @@ def handout(folder, chosen, seed):
         text += textwrap.fill(' '.join(e.what.split()), 110, break_on_hyphens=False) + '\n'
         text += f'\n    {e.command}\n' if e.command else ''
         for example, expected in next((group[:1] for number, _, group in tests if number == k), ()):
-            *drawn, _, right, _ = difference(example, {}, expected).split('\n')
+            *drawn, _, right, _ = difference(example, dict.fromkeys(expected, []), expected).split('\n')
             text += '\n```\n' + '\n'.join([*drawn, right]) + '\n```\n'
     text = README.format(points=sum(EXERCISES[k].points for k in chosen), hours=hours, seconds=SECONDS,
                          first=chosen[0]) + text
