@@ -1,24 +1,23 @@
-"""The models. Each is a stack of layers, written as a string: 'MMA' is two Mamba layers, then an attention layer.
+"""The models. Each is a stack of layers, written as a string: 'MMA' is two Mamba layers, then attention.
 
-  M  Mamba      selective state space           the paper's RNN is a stack of these
-  A  attention  a LLaMA layer                   the paper's Transformer; the hybrid is Mamba with one on top
-  D  DeltaNet   linear attention, delta rule    a matrix as memory
-  G  GRU        torch's own                     the classic recurrent network
+  M  Mamba      a selective state space model; the paper's RNN is a stack of them
+  A  attention  a LLaMA layer; the paper's Transformer is a stack of them, its hybrid is Mamba with one on top
+  D  DeltaNet   linear attention with the delta rule: its memory is a matrix
+  G  GRU        the classic recurrent network, from torch
 
-A layer is one class. It has initial weights (`init_weights`), what it carries from one token to the next
-(`init_state`), and one `forward`, for training, for reading a prompt and for a single token alike. What it carries
-is the memory that the paper is about: an RNN's has a fixed size, d_inner * (d_state + 3) floats in a Mamba layer,
-that of an attention layer grows by 2 d_model floats with every token. `Model.memory` counts them.
+A layer is one class: its initial weights (`init_weights`), what it carries from token to token
+(`init_state`), and one `forward` for training, for reading a prompt and for single tokens. What it carries is
+the memory that the paper is about: in a recurrent layer of a fixed size, d_inner * (d_state + 3) floats in
+Mamba, while attention adds 2 d_model floats with every token. `Model.memory` counts them.
 
-Symbols, with the letters of the Mamba paper (Gu & Dao 2023, arXiv 2312.00752) in brackets:
-  B [B]        batch                                 L [L]         sequence length
-  d_model      width of the residual stream          d_inner [D]   channels of a Mamba layer, 2 d_model
-  d_state [N]  size of the memory: floats per channel in Mamba, a d_state x d_state matrix per head in DeltaNet,
-               hidden units in a GRU
-  delta [Δ]    step size                             dt_rank [R]   rank of the map to delta, ceil(d_model/16)
-  A, Bs, Cs, D [A, B, C, D]  the state space model's parameters
+Symbols, and the letters of the Mamba paper (Gu & Dao 2023, arXiv 2312.00752) for them:
+  B        B  batch                                 d_model     width of the residual stream
+  L        L  sequence length                       d_inner  D  channels of a Mamba layer, 2 d_model
+  delta    Δ  step size                             dt_rank  R  rank of the map to delta, ceil(d_model/16)
+  Bs, Cs   B, C  and A, D: those of its equations   d_state  N  floats per channel, the size of the memory;
+                 DeltaNet: a matrix d_state x d_state per head; GRU: hidden units
 
-`Linear` is nn.Linear, only faster (end of this file). The scan comes from scan_cuda/.
+`Linear` is a faster nn.Linear (end of this file). The scan comes from scan_cuda/.
 """
 import json
 import math
@@ -36,7 +35,7 @@ import torch.nn.functional as F
 from scan_cuda import causal_conv1d, selective_scan
 
 ARCHS = ('transformer', 'mamba', 'hybrid')
-# (layers, d_model, d_mlp, heads); d_mlp and heads are those of the A layers, heads also of the D layers
+# (layers, d_model, d_mlp, heads): d_mlp is for the A layers, heads for A and D
 SIZES = {
     'tiny': {'transformer': ('AA', 64, 128, 2), 'mamba': ('MM', 64, 128, 4), 'hybrid': ('MA', 64, 128, 4)},
     '0.5M': {'transformer': (8 * 'A', 64, 256, 4), 'mamba': (16 * 'M', 64, 256, 4),
@@ -51,7 +50,7 @@ SIZES = {
 @dataclass
 class Config:
     vocab_size: int
-    layers: str                     # from bottom to top, letters of LAYERS
+    layers: str                     # letters of LAYERS, from bottom to top
     d_model: int
     d_mlp: int = 0
     n_heads: int = 0
@@ -61,7 +60,7 @@ class Config:
     expand: int = 2
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
-    frozen_embedding: bool = True   # the paper's sinusoids, not trained; False: learned
+    frozen_embedding: bool = True   # sinusoids (the paper) or learned
     tied_head: bool = True          # the head is the embedding
 
     @property
@@ -76,23 +75,21 @@ class Config:
 # --- M: the Mamba layer ----------------------------------------------------------------------------
 
 class MambaLayer(nn.Module):
-    """A selective state space model (arXiv 2312.00752, figure 3 and Algorithm 2). Each of the d_inner channels
-    has a memory h of d_state numbers. With every token it decays, takes up the input u, and is read:
+    """A selective state space model (arXiv 2312.00752, figure 3 and Algorithm 2). Each of the d_inner
+    channels has a memory h of d_state numbers, which decays, takes up the input u and is read at every token:
 
         h = exp(delta A) * h + delta u Bs          y = Cs . h + D u
 
-    exp(delta A) lies between 0 and 1: near 1 the channel keeps what it has, near 0 it forgets. "Selective" means
-    that delta, Bs and Cs are computed from the token itself, so the model chooses what to remember:
-      delta    step size, one per channel. Near 0, the token is ignored and h stays as it is; if large, h is wiped
-               and the token takes its place. It goes through dt_rank numbers, which saves weights: 2 d_inner
-               dt_rank of them instead of d_inner^2.
-      Bs, Cs   where among the d_state numbers to write, and where to read: much like a key and a query.
-      A        stored as A_log: A = -exp(A_log) is negative whatever is learned, so h can never blow up. It starts
-               at -1, ..., -d_state: numbers that forget at different speeds.
-      conv     mixes each token with the three before it, per channel: an edge is three tokens, and the scan alone
-               would have to remember the first two to know what the third belongs to.
-      z        a gate computed from the token, y * silu(z): whether what was read is of use here. SiLU, z sigmoid(z),
-               is nearly 0 for negative z (closed) and nearly z for positive (open, and can amplify)."""
+    exp(delta A) lies between 0 and 1: near 1 a channel keeps what it has, near 0 it forgets. "Selective"
+    means that delta, Bs and Cs are computed from the token itself: the model chooses what to remember.
+      delta   one per channel. Near 0, h stays as it is and the token is ignored; if it is large, h is wiped
+              and the token takes its place. delta is computed through dt_rank numbers, to save weights.
+      Bs, Cs  where among the d_state numbers to write, and where to read: much like a key and a query.
+      A       = -exp(A_log), negative whatever is learned, so that h always decays. It starts at -1, ...,
+              -d_state: numbers that forget at different speeds.
+      conv    mixes each token with the three before it, so that an edge `u - v` is one thing to remember.
+      z       gates the output, y * silu(z): is what was read of use here? silu(z) = z sigmoid(z) is nearly 0
+              for negative z (closed) and nearly z for positive z (open, and able to amplify)."""
 
     def __init__(self, c):
         super().__init__()
@@ -111,40 +108,47 @@ class MambaLayer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """torch's defaults, except for these, which are those of the Mamba paper's code."""
+        """torch's defaults, and those of the Mamba paper's code where it has its own."""
         c = self.config
-        for weight, fan_in in ((self.conv_weight, c.d_conv), (self.conv_bias, c.d_conv), (self.dt_proj.weight, c.dt_rank)):
-            nn.init.uniform_(weight, -fan_in ** -0.5, fan_in ** -0.5)
-        # softplus(bias) is log-uniform in [0.001, 0.1]: channels remember for 10 to 1,000 tokens
+        init_convolution(self)
+        nn.init.uniform_(self.dt_proj.weight, -c.dt_rank ** -0.5, c.dt_rank ** -0.5)
+        # softplus(bias) log-uniform in [0.001, 0.1]: channels remember for 10 to 1,000 tokens
         delta = torch.exp(torch.empty(c.d_inner).uniform_(math.log(0.001), math.log(0.1)))
         self.dt_proj.bias.copy_(delta + torch.log(-torch.expm1(-delta)))
         self.A_log.copy_(torch.arange(1, c.d_state + 1).float().log().expand(c.d_inner, -1))
-        self.out_proj.weight /= math.sqrt(c.layers.count('M'))  # residual branches add up over layers
+        self.out_proj.weight /= math.sqrt(c.layers.count('M'))      # residual branches add up over layers
 
     def init_state(self, batch_size, seen=0):
-        c, weight = self.config, self.norm.weight
-        return {'window': weight.new_zeros(batch_size, c.d_conv - 1, c.d_inner),        # inputs of the convolution
-                'state': weight.new_zeros(batch_size, c.d_inner, c.d_state, dtype=torch.float32)}
+        c, zeros = self.config, self.norm.weight.new_zeros
+        return {'window': zeros(batch_size, c.d_conv - 1, c.d_inner),
+                'state': zeros(batch_size, c.d_inner, c.d_state, dtype=torch.float32)}
 
     def forward(self, x, carried):
-        c = self.config                                                             # x (B, L, d_model)
-        u, z = self.in_proj(self.norm(x)).chunk(2, -1)                              # (B, L, d_inner) each
-        u = short_convolution(self, u, carried)                                     # (B, L, d_inner)
-        delta, Bs, Cs = self.x_proj(u).split((c.dt_rank, c.d_state, c.d_state), -1)     # (B, L, those)
-        delta = F.softplus(self.dt_proj(delta)).to(u.dtype)                         # (B, L, d_inner), positive
-        A = -self.A_log.exp()                                                       # (d_inner, d_state), negative
-        y, carried['state'] = selective_scan(u, delta, A, Bs, Cs, self.D, carried.get('state'))  # (B, L, d_inner)
-        return x + self.out_proj(y * F.silu(z))                                     # (B, L, d_model)
+        c = self.config                                                     # x (B, L, d_model)
+        u, z = self.in_proj(self.norm(x)).chunk(2, -1)                      # (B, L, d_inner) each
+        u = short_convolution(self, u, carried)                             # (B, L, d_inner)
+        delta_Bs_Cs = self.x_proj(u)                                        # (B, L, dt_rank + 2 d_state)
+        delta, Bs, Cs = delta_Bs_Cs.split((c.dt_rank, c.d_state, c.d_state), -1)
+        delta = F.softplus(self.dt_proj(delta)).to(u.dtype)                 # (B, L, d_inner), above 0
+        A = -self.A_log.exp()                                               # (d_inner, d_state), below 0
+        y, carried['state'] = selective_scan(u, delta, A, Bs, Cs, self.D, carried.get('state'))
+        return x + self.out_proj(y * F.silu(z))                             # y (B, L, d_inner)
 
 
 def short_convolution(layer, x, carried):
-    """Causal convolution of each channel of x (B, L, d) over d_conv tokens, then SiLU, with the layer's conv_weight
-    and conv_bias. The window (B, d_conv - 1, d) holds the inputs before x; without one they count as zeros."""
+    """Causal convolution of each channel of x (B, L, d) over d_conv tokens, then SiLU. The window
+    (B, d_conv - 1, d) holds the inputs before x; without one they are zeros."""
     window = carried.get('window')
     if window is not None:
         kept = window.shape[1]
         carried['window'] = torch.cat((window, x[:, -kept:]), 1)[:, -kept:]
     return causal_conv1d(x, layer.conv_weight, layer.conv_bias, window)
+
+
+def init_convolution(layer):
+    bound = layer.config.d_conv ** -0.5                                     # torch's default for a Conv1d
+    nn.init.uniform_(layer.conv_weight, -bound, bound)
+    nn.init.uniform_(layer.conv_bias, -bound, bound)
 
 
 # --- A: the LLaMA layer ----------------------------------------------------------------------------
@@ -154,7 +158,6 @@ class LlamaLayer(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.config = c
         self.norm1, self.norm2 = nn.RMSNorm(c.d_model, c.norm_eps), nn.RMSNorm(c.d_model, c.norm_eps)
         self.attention = Attention(c)
         self.gate_proj = Linear(c.d_model, c.d_mlp, bias=False)
@@ -162,18 +165,18 @@ class LlamaLayer(nn.Module):
         self.down_proj = Linear(c.d_mlp, c.d_model, bias=False)
 
     def init_weights(self):
-        """torch's defaults, as in the authors' hybrid. LLaMA's N(0, 0.02) is meant for widths in the thousands: at
-        d_model=64 a hybrid stayed on a plateau with it (IsTree, cot, n=12, seed 1, 150,000 samples: 68.4% instead
-        of 99.0%)."""
+        """torch's defaults, as in the authors' hybrid. LLaMA's N(0, 0.02) is for widths in the thousands:
+        with it, a 64 wide hybrid stayed on a plateau (IsTree, cot, n=12, 150,000 samples: 68%, not 99%)."""
 
     def init_state(self, batch_size, seen=0):
         a = self.attention
         return {'cache': KVCache(self.norm1.weight.new_zeros(2, batch_size, a.n_kv_heads, seen, a.d_head))}
 
     def forward(self, x, carried):
-        x = x + self.attention(self.norm1(x), carried.get('cache'))                 # (B, L, d_model)
-        inside = self.norm2(x)                                                      # (B, L, d_model)
-        return x + self.down_proj(F.silu(self.gate_proj(inside)) * self.up_proj(inside))    # inside: (B, L, d_mlp)
+        x = x + self.attention(self.norm1(x), carried.get('cache'))         # (B, L, d_model)
+        inside = self.norm2(x)                                              # (B, L, d_model)
+        inside = F.silu(self.gate_proj(inside)) * self.up_proj(inside)      # (B, L, d_mlp)
+        return x + self.down_proj(inside)                                   # (B, L, d_model)
 
 
 class Attention(nn.Module):
@@ -190,57 +193,57 @@ class Attention(nn.Module):
         """x (B, L, d_model). cache: the KVCache of the tokens before, to which these are added, or None."""
         B, L, _ = x.shape
         seen = cache.seen if cache else 0
-        q, k, v = self.heads(x, seen)                                               # (B, heads, L, d_head)
+        q, k, v = self.heads(x, seen)                                       # (B, heads, L, d_head)
         mask = None
         if cache:
-            k, v = cache.append(k, v)                                               # (B, heads, seen + L, d_head)
-            if seen and L > 1:                                                      # (L, seen + L)
+            k, v = cache.append(k, v)                                       # (B, heads, seen + L, d_head)
+            if seen and L > 1:
                 mask = torch.ones(L, seen + L, dtype=torch.bool, device=x.device).tril(seen)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=L > 1 and mask is None,
-                                           enable_gqa=self.n_kv_heads < self.n_heads)       # (B, heads, L, d_head)
-        return self.o_proj(y.transpose(1, 2).reshape(B, L, -1))                     # (B, L, d_model)
+                                           enable_gqa=self.n_kv_heads < self.n_heads)
+        return self.o_proj(y.transpose(1, 2).reshape(B, L, -1))             # y (B, heads, L, d_head)
 
     def heads(self, x, seen=0):
         """Queries, keys and values of x (B, L, d_model), whose first token has position `seen`."""
         B, L, _ = x.shape
-        qkv = self.qkv_proj(x).view(B, L, -1, self.d_head)                          # (B, L, all heads, d_head)
+        qkv = self.qkv_proj(x).view(B, L, -1, self.d_head)                  # (B, L, heads of all, d_head)
         qk, v = qkv.split((self.n_heads + self.n_kv_heads, self.n_kv_heads), 2)
         qk = rotate(qk, torch.arange(seen, seen + L, device=x.device), self.rope_theta)
         q, k = qk.split((self.n_heads, self.n_kv_heads), 2)
-        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)              # (B, heads, L, d_head)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)      # (B, heads, L, d_head)
 
     def weights(self, x):
-        """How much each of the tokens x (B, L, d_model) attends to each: (B, n_heads, L, L), every row adds up to 1.
+        """How much each token of x (B, L, d_model) attends to each other: (B, n_heads, L, L), rows add up to 1.
         Not needed to run the model, only to look at it."""
         q, k, _ = self.heads(x)
-        k = k.repeat_interleave(self.n_heads // self.n_kv_heads, 1)                 # (B, n_heads, L, d_head)
-        scores = q @ k.mT / math.sqrt(self.d_head)                                  # (B, n_heads, L, L)
-        return scores.masked_fill(torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1), -math.inf).softmax(-1)
+        k = k.repeat_interleave(self.n_heads // self.n_kv_heads, 1)         # (B, n_heads, L, d_head)
+        scores = q @ k.mT / math.sqrt(self.d_head)                          # (B, n_heads, L, L)
+        future = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1)    # (L, L)
+        return scores.masked_fill(future, -math.inf).softmax(-1)
 
 
 def rotate(x, positions, theta):
-    """Rotary positions (Su et al. 2021): the pair (2i, 2i+1) of a head of x (B, L, heads, d_head), read as a complex
-    number, is turned by the angle position / theta^(2i/d_head). Complex numbers take one pass over memory where the
-    usual sines, cosines and concatenations take seven."""
-    d_head = x.shape[-1]
-    frequencies = theta ** (-torch.arange(0, d_head, 2, device=x.device) / d_head)  # (d_head/2,)
-    angles = positions[:, None] * frequencies                                       # (L, d_head/2)
-    turns = torch.polar(torch.ones_like(angles), angles)[:, None]                   # (L, 1, d_head/2)
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))                 # (B, L, heads, d_head/2)
-    return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)                # (B, L, heads, d_head)
+    """Rotary positions (Su et al. 2021): pair (2i, 2i+1) of each head of x (B, L, heads, d_head), read as a
+    complex number, is turned by the angle position * theta^(-2i/d_head). Complex numbers take one pass over
+    memory where the usual sines, cosines, halves and concatenations take seven."""
+    frequencies = theta ** (-torch.arange(0, x.shape[-1], 2, device=x.device) / x.shape[-1])
+    angles = positions[:, None] * frequencies                               # (L, d_head/2)
+    turns = torch.polar(torch.ones_like(angles), angles)[:, None]           # (L, 1, d_head/2), complex
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))         # (B, L, heads, d_head/2)
+    return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)        # (B, L, heads, d_head)
 
 
 class KVCache:
-    """Keys and values of all tokens seen, in a buffer (2, B, n_kv_heads, room, d_head) that grows when it is full."""
+    """Keys and values of the tokens seen, in a buffer (2, B, n_kv_heads, room, d_head) that grows."""
 
     def __init__(self, buffer):
         self.buffer, self.seen = buffer, buffer.shape[3]
 
     def append(self, k, v):
-        """Add keys and values (B, n_kv_heads, L, d_head). Returns those of all tokens seen, (2, ..., seen, d_head)."""
+        """Add keys and values (B, n_kv_heads, L, d_head). Returns those of all tokens seen."""
         start, self.seen = self.seen, self.seen + k.shape[2]
         if self.seen > self.buffer.shape[3]:
-            self.buffer = F.pad(self.buffer, (0, 0, 0, k.shape[2] + 64))            # 64: not to copy at every token
+            self.buffer = F.pad(self.buffer, (0, 0, 0, k.shape[2] + 64))    # 64: copy it now and then only
         self.buffer[:, :, :, start:self.seen] = torch.stack((k, v))
         return self.buffer[:, :, :, :self.seen]
 
@@ -255,14 +258,13 @@ class KVCache:
 # --- D: the DeltaNet layer -------------------------------------------------------------------------
 
 class DeltaNetLayer(nn.Module):
-    """Linear attention with the delta rule (Schlag et al. 2021, arXiv 2102.11174; in parallel: Yang et al. 2024,
-    arXiv 2406.06484). The memory of a head is a matrix S (d_state, d_state), which stores values under keys:
+    """Linear attention with the delta rule (Schlag et al. 2021, arXiv 2102.11174; Yang et al. 2024, arXiv
+    2406.06484). The memory of a head is a matrix S (d_state, d_state) of values v stored under keys k:
 
-        S = S + k (beta (v - k S))^T          y = q S
+        S = S + k^T beta (v - k S)          y = q S          (q, k, v: rows)
 
-    k S is what is stored under k so far. It is replaced by v, if beta is 1, or moved towards it by a share of
-    beta, where attention without softmax would add v to it. Keys have length 1, so that the rest of S, stored
-    under keys at right angles to k, stays as it is: d_state pairs fit into a head."""
+    k S is what has been stored under k; v overwrites it if beta is 1, or replaces a part of it, where linear
+    attention would add v to it. Keys have length 1: what is stored under orthogonal keys stays untouched."""
 
     def __init__(self, c):
         super().__init__()
@@ -276,42 +278,38 @@ class DeltaNetLayer(nn.Module):
         self.out_proj = Linear(width, c.d_model, bias=False)
 
     def init_weights(self):
-        """torch's defaults, and those of its convolutions."""
-        for weight in (self.conv_weight, self.conv_bias):
-            nn.init.uniform_(weight, -self.config.d_conv ** -0.5, self.config.d_conv ** -0.5)
+        init_convolution(self)
 
     def init_state(self, batch_size, seen=0):
-        c, weight = self.config, self.norm.weight
-        return {'window': weight.new_zeros(batch_size, c.d_conv - 1, 3 * c.n_heads * c.d_state),
-                'state': weight.new_zeros(batch_size, c.n_heads, c.d_state, c.d_state, dtype=torch.float32)}
+        c, zeros = self.config, self.norm.weight.new_zeros
+        return {'window': zeros(batch_size, c.d_conv - 1, 3 * c.n_heads * c.d_state),
+                'state': zeros(batch_size, c.n_heads, c.d_state, c.d_state, dtype=torch.float32)}
 
     def forward(self, x, carried):
-        c, inside = self.config, self.norm(x)                                       # (B, L, d_model)
-        qkv = short_convolution(self, self.qkv_proj(inside), carried)               # (B, L, 3 heads d_state)
-        q, k, v = qkv.float().unflatten(-1, (3, c.n_heads, c.d_state)).permute(2, 0, 3, 1, 4)  # (B, heads, L, d_state)
+        c, inside = self.config, self.norm(x)                               # (B, L, d_model)
+        qkv = short_convolution(self, self.qkv_proj(inside), carried)       # (B, L, 3 heads d_state)
+        qkv = qkv.float().unflatten(-1, (3, c.n_heads, c.d_state))          # (B, L, 3, heads, d_state)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                # (B, heads, L, d_state) each
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
-        beta = self.beta_proj(inside).float().sigmoid().transpose(1, 2)[..., None]  # (B, heads, L, 1)
-        S = carried['state'] if carried else self.init_state(len(x))['state']       # (B, heads, d_state, d_state)
-        y, carried['state'] = delta_rule(q, k, v, beta, S)
-        y = self.out_norm(y.to(x.dtype)).transpose(1, 2).flatten(2)                 # (B, L, heads d_state)
-        return x + self.out_proj(y)                                                 # (B, L, d_model)
+        beta = self.beta_proj(inside).float().sigmoid().mT[..., None]       # (B, heads, L, 1)
+        S = carried['state'] if carried else self.init_state(len(x))['state']
+        y, carried['state'] = delta_rule(q, k, v, beta, S)                  # (B, heads, L, d_state)
+        y = self.out_norm(y.to(x.dtype)).transpose(1, 2).flatten(2)         # (B, L, heads d_state)
+        return x + self.out_proj(y)                                         # (B, L, d_model)
 
 
 def delta_rule(q, k, v, beta, S, chunk=64):
-    """The recurrence of DeltaNetLayer, a chunk of tokens at a time. What token t adds to S is k_t u_t^T, and
+    """DeltaNetLayer's recurrence, a chunk of T tokens at a time. Token t adds k_t^T u_t to S, where
 
-        u_t = beta_t (v_t - k_t S - sum over earlier i of (k_t . k_i) u_i)
+        u_t = beta_t (v_t - k_t S - sum over i < t of (k_t . k_i) u_i)          (S: before the chunk)
 
-    is a triangular system of equations for the rows u_t of U. A chunk of one token is the recurrence itself.
-    q, k, v (B, heads, L, d), beta (B, heads, L, 1), S (B, heads, d, d) -> y (B, heads, L, d) and the last S."""
+    is a triangular system of equations for the rows of U (T, d_state); for one token, the recurrence."""
     ys = []
-    with torch.autocast(q.device.type, enabled=False):
-        for q, k, v, beta in zip(*(t.split(chunk, 2) for t in (q, k, v, beta))):
-            earlier = (beta * (k @ k.mT)).tril(-1)                                  # (B, heads, chunk, chunk)
-            ones = torch.eye(k.shape[2], device=k.device)
-            U = torch.linalg.solve_triangular(ones + earlier, beta * (v - k @ S), upper=False, unitriangular=True)
-            ys.append(q @ S + (q @ k.mT).tril() @ U)                                # (B, heads, chunk, d)
-            S = S + k.mT @ U
+    for q, k, v, beta in zip(*(t.split(chunk, 2) for t in (q, k, v, beta))):
+        system = torch.eye(k.shape[2], device=k.device) + (beta * (k @ k.mT)).tril(-1)
+        U = torch.linalg.solve_triangular(system, beta * (v - k @ S), upper=False)
+        ys.append(q @ S + (q @ k.mT).tril() @ U)
+        S = S + k.mT @ U                                                    # (B, heads, d_state, d_state)
     return torch.cat(ys, 2), S
 
 
@@ -333,8 +331,8 @@ class GRULayer(nn.Module):
         return {'state': self.norm.weight.new_zeros(1, batch_size, self.gru.hidden_size)}
 
     def forward(self, x, carried):
-        y, carried['state'] = self.gru(self.norm(x), carried.get('state'))          # (B, L, d_state)
-        return x + self.out_proj(y)                                                 # (B, L, d_model)
+        y, carried['state'] = self.gru(self.norm(x), carried.get('state'))  # (B, L, d_state)
+        return x + self.out_proj(y)                                         # (B, L, d_model)
 
 
 # --- the model -------------------------------------------------------------------------------------
@@ -343,8 +341,8 @@ LAYERS = {'M': MambaLayer, 'A': LlamaLayer, 'D': DeltaNetLayer, 'G': GRULayer}
 
 
 class Model(nn.Module):
-    """A language model: embedding, layers, norm, head. Its state is what it carries from token to token while it
-    generates: a list with a dict of each layer, changed in place; copy.deepcopy branches it."""
+    """A language model: embedding, layers, norm, head. What it carries while it generates is its state: a
+    list with a dict for each layer, changed in place (copy.deepcopy makes an independent one)."""
 
     def __init__(self, config):
         super().__init__()
@@ -366,12 +364,12 @@ class Model(nn.Module):
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
     def init_state(self, batch_size, seen=0):
-        """The state before the first token, or as it is after `seen` tokens, all zeros (to count and to time)."""
+        """The state before the first token, or as large as after `seen` tokens (all zeros)."""
         return [layer.init_state(batch_size, seen) for layer in self.layers]
 
     def memory(self, seen):
-        """Floats that one sample carries after `seen` tokens, a dict: 'window' (inputs that a short convolution
-        still needs), 'state' (what a recurrence carries), 'cache' (keys and values), those of them that it has."""
+        """Floats that one sample carries after `seen` tokens, by kind: 'window' (the last inputs of the short
+        convolutions), 'state' (of the recurrences), 'cache' (keys and values), a dict of those it has."""
         floats = Counter()
         for carried in self.init_state(1, seen):
             floats.update({name: t.numel() for name, t in carried.items()})
@@ -379,7 +377,7 @@ class Model(nn.Module):
 
     def hidden(self, tokens, state=None):
         """tokens (B, L) -> (B, L, d_model), what the head reads."""
-        x = self.embedding(tokens)                                                  # (B, L, d_model)
+        x = self.embedding(tokens)
         for layer, carried in zip(self.layers, state or [{} for _ in self.layers]):
             x = layer(x, carried)
         return self.norm(x)
@@ -389,12 +387,12 @@ class Model(nn.Module):
         return F.linear(hidden, self.embedding.weight if self.config.tied_head else self.lm_head.weight)
 
     def forward(self, tokens, state=None):
-        """tokens (B, L) int64 -> logits (B, L, vocab_size). With a state, the tokens continue those that it has
-        seen, in one parallel pass, and it is updated in place."""
+        """tokens (B, L) int64 -> logits (B, L, vocab_size). With a state, the tokens continue those it
+        has seen, in one parallel pass, and it is updated in place."""
         return self.head(self.hidden(tokens, state))
 
     def prefill(self, tokens):
-        """Read prompts (B, L) in one parallel pass. Returns logits (B, vocab_size) of the next token, and the state."""
+        """Read prompts (B, L) in one pass. Returns logits (B, vocab_size) of the next token and the state."""
         state = self.init_state(len(tokens))
         return self.head(self.hidden(tokens, state)[:, -1]), state
 
@@ -411,74 +409,64 @@ def sinusoids(n, d):
 
 
 def make_model(arch, size, vocab_size, d_state=16, frozen_embedding=True, layers=''):
-    """A freshly initialised Model; seed torch first to make it reproducible. The sizes are the paper's, plus `tiny`
-    for CPUs. layers: a pattern instead of the architecture's own, such as 'AM', with its width, mlp and heads.
-    Raises ValueError on an unknown arch, size or layer and on an impossible d_state."""
-    for name, value, known in (('arch', arch, ARCHS), ('size', size, SIZES), *(('layer', one, LAYERS) for one in layers)):
+    """A freshly initialised Model; seed torch first to make it reproducible. The sizes are the paper's, plus
+    `tiny` for CPUs. layers: a pattern in place of the architecture's own, for example 'AM'. Raises ValueError
+    on an unknown arch, size or layer, and on an impossible d_state."""
+    letters = [('layer', letter, LAYERS) for letter in layers]
+    for name, value, known in [('arch', arch, ARCHS), ('size', size, SIZES), *letters]:
         if value not in known:
             raise ValueError(f'unknown {name} {value!r}: choose from {", ".join(known)}')
     if d_state < 1:
         raise ValueError(f'd_state={d_state}: must be at least 1')
     pattern, *dims = SIZES[size][arch]
-    return Model(Config(vocab_size, layers or pattern, *dims, d_state=d_state, frozen_embedding=frozen_embedding))
+    return Model(Config(vocab_size, layers or pattern, *dims, d_state=d_state,
+                        frozen_embedding=frozen_embedding))
 
 
 # --- pretrained checkpoints ------------------------------------------------------------------------
 
-# our names -> the hub's; several are stacked in this order
+# our names become the hub's by these substitutions, one after the other
 NAMES = {
-    'llama': {
-        'embedding.weight': ['model.embed_tokens.weight'], 'norm.weight': ['model.norm.weight'],
-        'layers.#.norm1.weight': ['model.layers.#.input_layernorm.weight'],
-        'layers.#.norm2.weight': ['model.layers.#.post_attention_layernorm.weight'],
-        'layers.#.attention.qkv_proj.weight': [f'model.layers.#.self_attn.{x}_proj.weight' for x in 'qkv'],
-        'layers.#.attention.o_proj.weight': ['model.layers.#.self_attn.o_proj.weight'],
-        **{f'layers.#.{x}_proj.weight': [f'model.layers.#.mlp.{x}_proj.weight'] for x in ('gate', 'up', 'down')},
-        'lm_head.weight': ['lm_head.weight']},
-    'mamba': {
-        'embedding.weight': ['backbone.embeddings.weight'], 'norm.weight': ['backbone.norm_f.weight'],
-        'layers.#.norm.weight': ['backbone.layers.#.norm.weight'], 'lm_head.weight': ['lm_head.weight'],
-        'layers.#.conv_weight': ['backbone.layers.#.mixer.conv1d.weight'],
-        'layers.#.conv_bias': ['backbone.layers.#.mixer.conv1d.bias'],
-        **{f'layers.#.{x}': [f'backbone.layers.#.mixer.{x}'] for x in (
-            'in_proj.weight', 'x_proj.weight', 'dt_proj.weight', 'dt_proj.bias', 'A_log', 'D', 'out_proj.weight')}}}
+    'llama': {'^embedding': 'model.embed_tokens', '^(norm|layers)': r'model.\1', r'attention\.': 'self_attn.',
+              '(gate|up|down)_': r'mlp.\1_', 'norm1': 'input_layernorm', 'norm2': 'post_attention_layernorm'},
+    'mamba': {'^embedding': 'backbone.embeddings', '^norm': 'backbone.norm_f', 'conv_': 'conv1d.',
+              r'^(layers\.\d+\.)norm': r'backbone.\1norm', r'^(layers\.\d+\.)': r'backbone.\1mixer.'}}
 
 
 def pretrained_config(hub):
-    """The hub's config.json (a dict) -> Config. Raises ValueError, naming what is missing, out of range or not
-    supported."""
+    """The hub's config.json (a dict) -> Config. Raises ValueError: what is out of range or not supported."""
     def number(name, low, high, default=None, kind=int):
         value = default if hub.get(name) is None else hub[name]
         if type(value) not in (int, kind) or not low <= value <= high:
-            raise ValueError(f'config.json: {name} is {value!r:.40}, expected {kind.__name__} from {low} to {high}')
+            raise ValueError(f'{name}={value!r:.40} in config.json: must be {kind.__name__}, {low} to {high}')
         return kind(value)
 
     family = hub.get('model_type') if isinstance(hub, dict) else None
+    if family not in (*NAMES,):
+        raise ValueError(f'model_type {family!r:.40} is not supported: only {" and ".join(NAMES)}')
+    vocab_size, d_model = number('vocab_size', 1, 10_000_000), number('hidden_size', 2, 100_000)
+    n_layers = number('num_hidden_layers', 1, 1000)
     if family == 'llama':
         rope = hub.get('rope_parameters') or hub.get('rope_scaling') or {}
-        hub = hub | rope if isinstance(rope, dict) else hub | dict(rope_type=rope)
-        n_heads, d_model = number('num_attention_heads', 1, 1000), number('hidden_size', 2, 100_000)
-        n_kv_heads, d_head = number('num_key_value_heads', 1, n_heads, n_heads), d_model // n_heads
-        if d_model % n_heads or d_head % 2 or n_heads % n_kv_heads:
-            raise ValueError(f'config.json: {n_heads} heads of {n_kv_heads} keys do not go with hidden_size {d_model}')
-        config = dict(d_mlp=number('intermediate_size', 1, 1_000_000), n_heads=n_heads, n_kv_heads=n_kv_heads,
-                      rope_theta=number('rope_theta', 1, 1e12, 10000.0, float),
-                      norm_eps=number('rms_norm_eps', 0, 1, 1e-6, float),
-                      tied_head=number('tie_word_embeddings', 0, 1, False, bool))
-        fixed = dict(hidden_act='silu', attention_bias=False, mlp_bias=False, head_dim=d_head, pretraining_tp=1,
-                     rope_type='default', type='default')
-    elif family == 'mamba':
-        config = dict(d_state=number('state_size', 1, 64, 16), d_conv=number('conv_kernel', 2, 16, 4),
-                      expand=number('expand', 1, 16, 2), norm_eps=number('layer_norm_epsilon', 0, 1, 1e-5, float),
-                      tied_head=number('tie_word_embeddings', 0, 1, True, bool))
-        fixed = dict(hidden_act='silu', use_bias=False, use_conv_bias=True)
+        hub = hub | (rope if isinstance(rope, dict) else dict(rope_type=rope))
+        n_heads = number('num_attention_heads', 1, d_model // 2)
+        n_kv_heads = number('num_key_value_heads', 1, n_heads, n_heads)
+        if d_model % (2 * n_heads) or n_heads % n_kv_heads:
+            raise ValueError(f'{n_heads} heads, {n_kv_heads} of them with keys: impossible at {d_model=}')
+        d_mlp = number('intermediate_size', 1, 1_000_000)
+        config = Config(vocab_size, 'A' * n_layers, d_model, d_mlp, n_heads, n_kv_heads,
+                        rope_theta=number('rope_theta', 1, 1e12, 10000.0, float),
+                        norm_eps=number('rms_norm_eps', 0, 1, 1e-6, float), frozen_embedding=False,
+                        tied_head=number('tie_word_embeddings', 0, 1, False, bool))
+        fixed = dict(hidden_act='silu', attention_bias=False, mlp_bias=False, head_dim=d_model // n_heads,
+                     pretraining_tp=1, rope_type='default', type='default')
     else:
-        raise ValueError(f'model_type {family!r:.40} is not supported: only llama and mamba')
-    letter = {'llama': 'A', 'mamba': 'M'}[family]
-    config = Config(number('vocab_size', 1, 10_000_000), letter * number('num_hidden_layers', 1, 1000),
-                    number('hidden_size', 1, 100_000), frozen_embedding=False, **config)
-    if family == 'mamba':
-        fixed |= dict(time_step_rank=config.dt_rank, intermediate_size=config.d_inner)
+        config = Config(vocab_size, 'M' * n_layers, d_model, d_state=number('state_size', 1, 64, 16),
+                        d_conv=number('conv_kernel', 2, 64, 4), expand=number('expand', 1, 64, 2),
+                        norm_eps=number('layer_norm_epsilon', 0, 1, 1e-5, float), frozen_embedding=False,
+                        tied_head=number('tie_word_embeddings', 0, 1, True, bool))
+        fixed = dict(hidden_act='silu', use_bias=False, use_conv_bias=True, time_step_rank=config.dt_rank,
+                     intermediate_size=config.d_inner)
     for name, value in fixed.items():
         if hub.get(name) not in (None, 'auto', value):
             raise ValueError(f'{name}={hub[name]!r:.40} is not supported: only {value!r}')
@@ -486,75 +474,77 @@ def pretrained_config(hub):
 
 
 def from_pretrained(name_or_dir, dtype=torch.float32):
-    """A LLaMA- or Mamba-family checkpoint in the hub's layout (config.json and *.safetensors), from a local folder
-    or by its name on the hub, as a Model: forward(tokens (B, L)) gives logits (B, L, vocab_size). Needs the packages
-    that come with `transformers`. Raises ValueError if there is no such checkpoint, if a file is damaged, or if it
-    asks for what is not supported."""
+    """A LLaMA or Mamba checkpoint in the hub's layout (config.json and *.safetensors), from a local folder or
+    by its name on the hub, as a Model. Needs the packages that come with `transformers`. Raises ValueError if
+    there is no such checkpoint, a file is damaged, or it asks for what is not supported."""
+    problem = 'not found locally and could not be downloaded: '
     try:
         from huggingface_hub import snapshot_download
         from safetensors.torch import load_file
-    except ImportError:
-        raise ValueError('pretrained checkpoints need one more package: pip install transformers')
-    try:
         where = Path(name_or_dir)
         if not where.is_dir():
-            try:
-                where = Path(snapshot_download(str(name_or_dir), allow_patterns=['config.json', '*.safetensors']))
-            except Exception as error:          # offline, unknown, gated, ...
-                raise ValueError(f'not found locally and could not be downloaded ({error})')
+            where = Path(snapshot_download(str(name_or_dir), allow_patterns=['config.json', '*.safetensors']))
+        problem, theirs = '', {}
         hub = json.loads((where / 'config.json').read_text(encoding='utf-8'))
-        config, theirs = pretrained_config(hub), {}
+        with torch.device('meta'):
+            model = Model(pretrained_config(hub))
         for file in sorted(where.glob('*.safetensors')):
             theirs |= load_file(file)
-        with torch.device('meta'):
-            model = Model(config)
-        weights = {ours: hub_weight(ours, expected.shape, NAMES[hub['model_type']], theirs, config, dtype)
-                   for ours, expected in model.state_dict().items()}
-    except Exception as error:                  # missing or damaged files raise all sorts
-        raise ValueError(f'{name_or_dir}: {[*str(error).strip().splitlines(), type(error).__name__][0]}')
-    model.load_state_dict(weights, assign=True)
+        load_weights(model, NAMES[hub['model_type']], theirs, dtype)
+    except ImportError:
+        raise ValueError('pretrained checkpoints need one more package: pip install transformers')
+    except Exception as error:          # offline, unknown, gated; missing or damaged files: all sorts
+        reason = [*str(error).strip().splitlines(), type(error).__name__][0]
+        raise ValueError(f'{name_or_dir}: {problem}{reason}')
     return model
 
 
-def hub_weight(ours, shape, names, theirs, config, dtype):
-    """The weight `ours` of a Model, of that shape, from the hub's weights `theirs` {name: tensor}. Raises ValueError."""
-    names = [name.replace('#', ''.join(re.findall(r'\d+', ours)[:1])) for name in names[re.sub(r'\d+', '#', ours, count=1)]]
-    if missing := [name for name in names if name not in theirs]:
-        raise ValueError(f'the checkpoint lacks {missing[0]}')
-    weight = torch.cat([theirs[name] for name in names])
-    if ours.endswith('conv_weight'):
-        weight = weight.squeeze(1)
-    if weight.shape != shape:
-        raise ValueError(f'{names[0]} has shape {tuple(weight.shape)}, expected {tuple(shape)}')
-    if ours.endswith('qkv_proj.weight'):        # the hub rotates the pairs (i, i + d_head/2), we (2i, 2i+1)
-        rotated = config.d_model + config.n_kv_heads * config.d_model // config.n_heads
-        pairs = weight[:rotated].view(-1, 2, config.d_model // config.n_heads // 2, config.d_model)
-        weight[:rotated] = pairs.transpose(1, 2).reshape(rotated, config.d_model)
-    fp32 = ours.endswith(('conv_weight', 'conv_bias', 'A_log', 'D'))            # as scan_cuda wants them
-    return weight.to(torch.float32 if fp32 else dtype)
+def load_weights(model, names, theirs, dtype):
+    """Give the model the hub's weights {name: tensor}. Raises ValueError if one is missing or misshapen."""
+    c, weights = model.config, {}
+    for ours, expected in model.state_dict().items():
+        name = ours
+        for pattern, replacement in names.items():
+            name = re.sub(pattern, replacement, name)
+        parts = [name.replace('qkv', x) for x in 'qkv'] if 'qkv' in name else [name]    # stacked
+        if missing := [name for name in parts if name not in theirs]:
+            raise ValueError(f'the checkpoint lacks {missing[0]}')
+        weight = torch.cat([theirs[name] for name in parts])
+        if ours.endswith('conv_weight'):
+            weight = weight.squeeze(1)
+        if weight.shape != expected.shape:
+            raise ValueError(f'{parts[0]} is {tuple(weight.shape)}, expected {tuple(expected.shape)}')
+        if ours.endswith('qkv_proj.weight'):    # the hub rotates the pairs (i, i + d_head/2), we (2i, 2i+1)
+            rotated = c.d_model + c.n_kv_heads * c.d_model // c.n_heads
+            pairs = weight[:rotated].view(-1, 2, c.d_model // c.n_heads // 2, c.d_model)
+            weight[:rotated] = pairs.transpose(1, 2).reshape(rotated, c.d_model)
+        always_fp32 = ours.endswith(('conv_weight', 'conv_bias', 'A_log', 'D'))     # scan_cuda asks for it
+        weights[ours] = weight.to(torch.float32 if always_fp32 else dtype)
+    model.load_state_dict(weights, assign=True)
 
 
 # --- what a token costs ----------------------------------------------------------------------------
 
 def generation_cost(size='0.5M', lengths=tuple(2 ** k for k in range(6, 18)), repeats=20):
-    """Time (median, seconds) and memory (bytes) of one more token after `lengths` tokens, batch 1, fp32, of freshly
-    initialised models: neither depends on what the tokens are. Returns a list of dicts."""
+    """Time (median, seconds) and memory (bytes) of one more token after `lengths` tokens, batch 1, fp32, of
+    freshly initialised models: neither depends on what the tokens are. Returns a list of dicts."""
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-    rows = []
+    token, rows = torch.ones(1, dtype=torch.int64, device=device), []
     for arch in ARCHS:
         model = make_model(arch, size, 128).to(device)
         for length in lengths:
-            state, token, seconds = model.init_state(1, length), torch.ones(1, dtype=torch.int64, device=device), []
+            state, seconds = model.init_state(1, length), []
             with torch.inference_mode():
                 for _ in range(repeats):
                     started = time.perf_counter()
                     model.step(token, state).argmax().item()
                     seconds.append(time.perf_counter() - started)
-            rows.append(dict(arch=arch, size=size, length=length, seconds=statistics.median(seconds),
-                             bytes=4 * sum(model.memory(length).values()), device=device.type,
-                             threads=torch.get_num_threads()))
-            print(f'{arch:12} {size}  {length:>8,} tokens of context   {1e3 * rows[-1]["seconds"]:8.2f} ms a token   '
-                  f'{rows[-1]["bytes"] / 1e6:10.3f} MB')
+            row = dict(arch=arch, size=size, length=length, seconds=statistics.median(seconds),
+                       bytes=4 * sum(model.memory(length).values()), device=device.type,
+                       threads=torch.get_num_threads())
+            print(f'{arch:12} {size}  {length:>8,} tokens of context   {1e3 * row["seconds"]:8.2f} ms a token'
+                  f'   {row["bytes"] / 1e6:10.3f} MB')
+            rows.append(row)
     return rows
 
 
@@ -566,7 +556,6 @@ class OneDNN(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x, weight)
-        ctx.has_bias = bias is not None
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'none', [], '')
 
     @staticmethod
@@ -574,12 +563,12 @@ class OneDNN(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         dx = torch.ops.mkldnn._linear_pointwise(grad, weight.t(), None, 'none', [], '')
         grad = grad.flatten(0, -2)
-        return dx, grad.t() @ x.flatten(0, -2), grad.sum(0) if ctx.has_bias else None
+        return dx, grad.t() @ x.flatten(0, -2), grad.sum(0) if ctx.needs_input_grad[2] else None
 
 
 class Linear(nn.Linear):
-    """nn.Linear, computed by oneDNN when it trains on a CPU in fp32. torch leaves such products to MKL, which on AMD
-    processors runs at a third of the speed (74 against 200 GFLOP/s a core). torch.compile makes its own choice."""
+    """nn.Linear, computed by oneDNN when training on a CPU in fp32. torch leaves such products to MKL, which
+    on AMD processors is three times as slow (74 against 200 GFLOP/s a core). torch.compile works without."""
 
     def forward(self, x):
         if (x.requires_grad and x.dtype == torch.float32 and x.device.type == 'cpu'

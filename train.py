@@ -16,16 +16,25 @@ once, or under torchrun, and the processes share the cells.
 In this file: constants, training, generation, evaluation, the table; then the plumbing. It imports data.py
 (the tasks) and models.py.
 """
+import os
+import signal
+import sys
+
+if __name__ == '__main__':      # before the imports that take seconds: Ctrl-C is one line at any moment
+    def interrupted(*_):        # (what is on the disk is always whole, see write; helpers end by themselves)
+        if os.environ.get('RANK', '0') == '0':
+            os.write(2, b'\ntrain.py: interrupted, run the same command again to continue\n')
+        os._exit(130)
+    signal.signal(signal.SIGINT, interrupted)
+    sys.stdout.reconfigure(line_buffering=True)                 # nothing that was printed is lost
+
 import argparse
 import inspect
 import itertools
 import json
 import math
-import os
 import re
-import signal
 import subprocess
-import sys
 import textwrap
 import threading
 import time
@@ -144,8 +153,7 @@ def train(c, cell, held_out, device, path):
     forward = torch.compile(model, mode='reduce-overhead') if c.compile else model
 
     step, seconds, log = 0, 0.0, []
-    if checkpoint := read_checkpoint(path / 'checkpoint.pt', cell, model):
-        optimizer.load_state_dict(checkpoint['optimizer'])
+    if checkpoint := read_checkpoint(path / 'checkpoint.pt', cell, model, optimizer):
         step, seconds, log = checkpoint['step'], checkpoint['seconds'], checkpoint['log']
 
     def save():
@@ -351,7 +359,7 @@ def run_cell(c, cell, device):
         measured, samples = evaluate(model, cell, n, tokens, loss_mask, c.eval_batch, device)
         by_length.append(dict(n=n, chance=task.chance(n), **measured))
         if len(held_out) > 1:
-            by_length[-1]['best_guess'] = data.best_guess(cell['task'], cell['n_nodes'], n)
+            by_length[-1]['best_guess'] = data.best_guess(cell['task'], cell['n_nodes'], n, cell['setup'])
     wrong, loss = teacher_forced(model, tokens, loss_mask, c.eval_batch, device)
     if cell['task'] == 'istree':
         measured['errors'] = errors_by_kind(wrong, tokens, loss_mask)
@@ -473,27 +481,44 @@ def best(c, group):
 
 # --- files -------------------------------------------------------------------------------------------------
 
+# What a file must hold: a type, [a list of], {str: a dict of}, or a dict with these names (name?: if any).
+LOG = dict(samples=int, loss=float, seconds=float, accuracy=float, exact_trace=float)
+SAMPLE = dict(prompt=str, expected=str, written=str, retrieved=[int])
 RESULT = dict(task=str, arch=str, setup=str, size=str, layers=str, d_state=int, n_nodes=int, seed=int,
               samples=int, samples_trained=int, lr=float, warmup=float, tuning=bool, accuracy=float,
-              accuracy_se=float, exact_trace=float, chance=float, loss=float, by_length=list, memory=dict,
-              params=int, seconds=float)
+              accuracy_se=float, exact_trace=float, chance=float, loss=float, memory={str: float},
+              by_length=[dict(n=int, accuracy=float)], params=int, seconds=float)
 
 
-def read_json(path, fields=None, lines=False):
-    """Read a JSON file of ours, or one of JSON lines. fields: {name: type} that it, or each line, must have;
-    an int may stand for a float. Raises UserError, naming the file."""
+def fits(value, shape):
+    """Whether a value read from a file has a shape, as above. Numbers are finite, whole ones not negative."""
+    if shape in (int, float):
+        return type(value) in (int, shape) and (0 if shape is int else -1e15) <= value < 1e15
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(fits(v, shape[0]) for v in value)
+    if not isinstance(shape, dict):
+        return type(value) is shape
+    if not isinstance(value, dict):
+        return False
+    if str in shape:
+        return all(fits(v, shape[str]) for v in value.values())
+    return all(fits(value[name.rstrip('?')], part) if name.rstrip('?') in value else name.endswith('?')
+               for name, part in shape.items())
+
+
+def read_json(path, shape):
+    """Read a JSON file of ours, or the list of values in one of JSON lines, each of that shape. Raises
+    UserError, naming the file, if it is damaged."""
     try:
-        text = Path(path).read_text(encoding='utf-8')
-        values = [json.loads(line) for line in text.splitlines()] if lines else [json.loads(text)]
+        text, lines = Path(path).read_text(encoding='utf-8'), Path(path).suffix == '.jsonl'
+        value = [json.loads(line) for line in text.splitlines()] if lines else json.loads(text)
+        json.dumps(value, ensure_ascii=False).encode()              # half a character could not be printed
+        if fits(value, [shape] if lines else shape):
+            return value
+        reason = 'not a file of ours, or an older one'
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f'{path} cannot be read ({str(error).splitlines()[0]}): delete it to start over')
-    for value in values:
-        for name, kind in (fields or {}).items():
-            found = value.get(name) if isinstance(value, dict) else None
-            if type(found) is not kind and not (kind is float and type(found) is int):
-                raise UserError(f'{path} is damaged ({name}: expected {kind.__name__}): '
-                                'delete it to start over')
-    return values if lines else values[0]
+        reason = f'damaged, {str(error)[:60]}'
+    raise UserError(f'{path} cannot be read ({reason}): delete it to start over')
 
 
 def write(path, save):
@@ -520,9 +545,10 @@ def write_json(path, value):
     write_text(path, json.dumps(value, indent=1) + '\n')
 
 
-def read_checkpoint(path, cell, model):
-    """Load a cell's checkpoint into its model and return it, None if there is none yet. The file is a zip
-    archive whose checksums tell of every flipped byte. Raises UserError on a damaged or foreign one."""
+def read_checkpoint(path, cell, model, optimizer=None):
+    """Load a cell's checkpoint into its model and optimizer and return it, None if there is none yet. The
+    file is a zip archive whose checksums tell of every flipped byte. Raises UserError on a damaged one and on
+    another cell's."""
     if not path.exists():
         return None
     try:
@@ -530,21 +556,25 @@ def read_checkpoint(path, cell, model):
             if archive.testzip():
                 raise ValueError('wrong checksum')
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-        config = checkpoint['cell']
-        if config == cell:
+        if not fits(checkpoint, dict(cell=dict, step=int, seconds=float, log=[LOG])):
+            raise ValueError('other contents')
+        if checkpoint['cell'] == cell:
             model.load_state_dict(checkpoint['model'])
-            checkpoint['step'] + len(checkpoint['log']) + checkpoint['seconds']         # there, and numbers
+            if optimizer:
+                optimizer.load_state_dict(checkpoint['optimizer'])      # (which looks at no shapes)
+                for p in optimizer.param_groups[0]['params']:
+                    expected = dict(step=(), exp_avg=p.shape, exp_avg_sq=p.shape)
+                    if {name: t.shape for name, t in optimizer.state[p].items()} != expected:
+                        raise ValueError('other shapes')
     except Exception as error:          # zipfile and torch.load raise all sorts on a damaged file
         raise UserError(f'{path} cannot be read ({type(error).__name__}): delete it to start this cell over')
-    if config != cell:
-        raise UserError(f'{path} belongs to another configuration ({difference(config, cell)}): '
+    if checkpoint['cell'] != cell:
+        raise UserError(f'{path} belongs to another configuration ({difference(checkpoint["cell"], cell)}): '
                         'choose another --out or delete it')
     return checkpoint
 
 
 def difference(old, new):
-    if not isinstance(old, dict):
-        return 'not a configuration'
     return ', '.join(f'{k}={old.get(k)} there, {new.get(k)} here'
                      for k in sorted({*map(str, old), *new}) if old.get(k) != new.get(k)) or 'other names'
 
@@ -555,7 +585,7 @@ def claim(path, cell):
     config = path / 'config.json'
     if not config.exists():
         write_json(config, cell)
-    if (old := read_json(config)) != cell:
+    if (old := read_json(config, dict)) != cell:
         raise UserError(f'{path} holds another configuration ({difference(old, cell)}): choose another --out')
 
 
@@ -566,7 +596,7 @@ CHOICES = dict(tasks=data.TASKS, archs=models.ARCHS, setups=data.SETUPS, sizes=m
                dtype=('float32', 'bfloat16'), device=('auto', 'cpu', 'cuda', 'mps'))
 LIMITS = dict(batch_size=(1, 65_536), eval_batch=(1, 65_536), n_val=(1, 1_000_000), d_state=(1, 1024),
               samples=(0, 10 ** 12), evaluations=(1, 10_000), warmup=(0, 1), solved=(0, 1), show=(0, 3),
-              processes=(0, 1024), workers=(0, 1024), lr=(0, 1e6), grad_clip=(0, 1e30))
+              processes=(0, 1024), workers=(0, 1024), lr=(0, 1e38), grad_clip=(0, 1e30))
 
 
 def read_value(name, text, default):
@@ -622,7 +652,8 @@ def parse(argv, constants=Constants, program='train.py', presets=PRESETS):
     named = overrides.get('tasks') if overrides.get('tasks') in presets else 'default'
     preset = overrides.pop('preset', named)             # a task may have a preset of its own
     c = replace(defaults, **presets[preset])
-    return replace(c, **{name: read_value(name, text, getattr(c, name)) for name, text in overrides.items()})
+    return replace(c, **{name: read_value(name, text or '', getattr(c, name))
+                         for name, text in overrides.items()})
 
 
 def shown(default):
@@ -669,7 +700,8 @@ def work(c, grid, device, wait):
 
 
 def end_with_parent():
-    """In a helper: its standard input is a pipe from the first process, closed when that process ends."""
+    """In a helper: its standard input is a pipe from the first process, which closes when that one ends, by
+    whatever means. (Ctrl-C reaches the first one alone: each helper is started in a session of its own.)"""
     sys.stdin.read()
     os._exit(1)
 
@@ -688,53 +720,44 @@ def main(argv):
         again = [sys.executable, __file__, *argv, f'--processes={processes}']
         for i in range(1, processes):
             rank = os.environ | dict(RANK=str(i), HELPER='1')
-            helpers.append(subprocess.Popen(again, stdin=subprocess.PIPE, env=rank))
+            helpers.append(subprocess.Popen(again, stdin=subprocess.PIPE, env=rank, start_new_session=True))
     if device.type == 'cpu':
         torch.set_num_threads(max(1, torch.get_num_threads() // max(1, processes)))
-    try:
-        for rung in rungs(c, grid):
-            for cell in rung:
-                claim(folder(c, cell), cell)
-            longest_first = sorted(rung, key=cost, reverse=True)
-            stopped += work(c, longest_first, device, wait=False)
-            # then wait for cells that other processes run, and take over those whose process died
-            stopped += work(c, [cell for cell in longest_first if cell not in stopped], device, wait=True)
-        for helper in helpers:
-            helper.wait()
-    finally:
-        for helper in helpers:
-            helper.terminate()
-            helper.wait()
+    for rung in rungs(c, grid):
+        for cell in rung:
+            claim(folder(c, cell), cell)
+        longest_first = sorted(rung, key=cost, reverse=True)
+        stopped += work(c, longest_first, device, wait=False)
+        # then wait for cells that other processes run, and take over those whose process died
+        stopped += work(c, [cell for cell in longest_first if cell not in stopped], device, wait=True)
+    for helper in helpers:
+        helper.wait()
     if RANK == 0:
-        paths = [folder(c, cell) / 'result.json' for cell in rung]
-        results = [read_json(path, RESULT) for path in paths if path.exists()]
-        print('\n' + table(results))
-        for result in results if c.show else ():
-            samples = read_json(folder(c, result) / 'samples.json')
+        folders = [folder(c, cell) for cell in rung]
+        results = {path: read_json(path / 'result.json', RESULT) for path in folders
+                   if (path / 'result.json').exists()}
+        print('\n' + table(results.values()))
+        for path in results if c.show else ():
+            samples = read_json(path / 'samples.json', [SAMPLE])
             for sample in samples[:c.show]:
-                print(f'\n{cell_name(result)}\n{show(sample, colour=sys.stdout.isatty())}')
+                print(f'\n{path.name}\n{show(sample, colour=sys.stdout.isatty())}')
     if stopped:
         raise UserError(f'{len(stopped)} of {len(rung)} cells stopped without a result')
 
 
 def cli(main, program, argv):
-    """Run main(argv) -> exit code; what the user can mend, or has asked for, is one line on stderr."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)      # like Ctrl-C: the last checkpoint stays
+    """Run main(argv) -> exit code; what the user can mend is one line on stderr."""
     try:
         main(argv)
-    except KeyboardInterrupt:
-        if RANK == 0:
-            print(f'{program}: interrupted, run the same command again to continue', file=sys.stderr)
-        return 130
-    except (UserError, ValueError, OSError) as error:
-        print(f'{program}: {error}', file=sys.stderr)
-        return 2
-    except (MemoryError, RuntimeError) as error:                    # torch says so in a RuntimeError
-        if isinstance(error, RuntimeError) and 'allocate' not in str(error):
+        return 0
+    except (UserError, ValueError, OSError, OverflowError, MemoryError, RuntimeError) as error:
+        line = [*str(error).splitlines(), type(error).__name__][0]
+        if isinstance(error, MemoryError) or 'allocate' in line:        # torch says so in a RuntimeError
+            line = f'out of memory, try smaller batches ({line})'
+        elif isinstance(error, RuntimeError) and not isinstance(error, RecursionError):
             raise
-        print(f'{program}: out of memory, try smaller batches ({str(error).splitlines()[0]})', file=sys.stderr)
+        print(f'{program}: {line}', file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == '__main__':
