@@ -84,8 +84,8 @@ EXERCISES = {
                 ((SCAN, 'pairwise_scan'),), ((SCAN, 'selective_scan_reference'),), KERNELS, 'exercise 4'),
     6: Exercise("The scan's backward pass", 15, 90, '''
         The gradients of all inputs, by hand: the gradient of the state obeys a recurrence that runs
-        backwards in time. `_fallback_forward` says what `starts` holds; `_states` computes the states
-        of a chunk from it. Autograd cannot be used.''',
+        backwards in time. `_fallback_forward` says what `starts` holds; `_states` computes the states of a
+        chunk from it. Autograd cannot be used.''',
                 ((SCAN, '_fallback_backward'),), (), KERNELS, 'exercises 4 and 5'),
     7: Exercise("Attention's KV cache", 15, 45, '''
         One forward pass for training, for reading a prompt and for a single token: stepping through a text
@@ -98,15 +98,15 @@ EXERCISES = {
         `model.step` return the logits of the next token.''',
                 (('train.py', 'generate'),), (), ('eval_hotpot.py', 'plot.py'), 'reading `data.retrieve`'),
     9: Exercise('Experiment: how much memory does n=16 need?', 15, 60, '''
-        Train an RNN (up to four layers, none of them attention) that solves IsTree with chain of thought, with
-        at most 5,000 floats of memory. Hand in the folders of three seeds as out/9/...; each must reach 75% on
-        graphs that the grader draws. This one does not:''',
+        Train an RNN (up to four layers, none of them attention) that solves IsTree with chain of thought,
+        with at most 5,000 floats of memory. Hand in the folders of three seeds as out/9/...; each must
+        reach 75% on graphs that the grader draws. This one does not:''',
                 needs='exercises 1, 5 and 8, if they are part of the assignment',
                 command='python train.py --archs=mamba --d_state=1 --setups=cot --seeds=0,1,2'),
     10: Exercise('Experiment: where should the attention layer stand?', 15, 60, '''
-        One Mamba layer with d_state=1 and one attention layer: which should be on top? Try both, and hand in
-        the folders of three seeds of the better one as out/10/...; each must reach 90% on graphs that the grader
-        draws. This is one of the two:''',
+        One Mamba layer with d_state=1 and one attention layer: which should be on top? Try both, and hand
+        in the folders of three seeds of the better one as out/10/...; each must reach 90% on graphs that
+        the grader draws. This is one of the two:''',
                 needs='exercises 1, 5, 7 and 8, if they are part of the assignment',
                 command='python train.py --archs=hybrid --layers=AM --setups=cot --seeds=0,1,2'),
     11: Exercise('A question', 10, 30, '''
