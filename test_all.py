@@ -4,6 +4,7 @@ float64, networkx, the official metrics, the `transformers` library. Run:  pytes
 Tests of what needs a compiler, a GPU, networkx or transformers skip themselves where there is none.
 Order: data.py, scan_cuda/, models.py, train.py, eval_hotpot.py, plot.py.
 """
+import ast
 import collections
 import copy
 import contextlib
@@ -37,6 +38,7 @@ import models
 import plot
 import scan_cuda
 import train
+from assignment import grade
 from scan_cuda import (causal_conv1d, causal_conv1d_reference, selective_scan, selective_scan_fallback,
                        selective_scan_reference)
 
@@ -2694,3 +2696,150 @@ def test_a_token_costs_an_rnn_the_same_memory_after_any_context():
     assert bytes_of('mamba') == [4 * 2 * 128 * (16 + 3)] * 2
     assert bytes_of('transformer') == [4 * 2 * 2 * 64 * length for length in (16, 64)]
     assert bytes_of('hybrid')[1] - bytes_of('hybrid')[0] == 4 * 2 * 64 * 48
+
+
+# --- the class assignment ----------------------------------------------------------------------------------
+
+CODED = [k for k, e in grade.EXERCISES.items() if e.targets]
+
+
+@pytest.fixture(scope='module')
+def handed_out(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('course') / 'handout'
+    grade.handout(folder, list(grade.EXERCISES), 0)
+    return folder
+
+
+def graded(folder, k):
+    result, = grade.grade(folder, [k], 'tests')
+    return result['score'], result['output']
+
+
+def test_the_handout_holds_no_line_of_a_solution(handed_out):
+    theirs = ''.join([path.read_text() for path in handed_out.rglob('*.*') if path.suffix != '.json'])
+    hidden, elsewhere = set(), ''
+    for file in ('data.py', 'scan_cuda/__init__.py', 'models.py', 'train.py'):
+        source = (HERE / file).read_text()
+        for name in [name for k in CODED for one, name in grade.EXERCISES[k].targets if one == file]:
+            first, last = grade.body(grade.find(ast.parse(source), name))
+            lines = source.split('\n')[first - 1:last]
+            source = source.replace('\n'.join(lines), '\n' * (len(lines) - 1))
+            hidden |= {line.split('#')[0].strip() for line in lines}
+            patterns = [re.findall(r"[^'{}]*\\[^'{}]*", line) for line in lines if 're.' in line]
+            hidden |= {part for found in patterns for part in found}
+        elsewhere += source
+    hidden = {line for line in hidden if len(line) > 24 or '\\d' in line and len(line) > 9}
+    assert len(hidden) > 60 and not [line for line in hidden if line in theirs and line not in elsewhere]
+    assert not [*handed_out.rglob('*.c*'), *handed_out.glob('test_all.py'), *handed_out.glob('grade.py')]
+    assert grade.MODEL_ANSWER[:40] not in theirs and "exercise 1: about 10 lines" in theirs
+
+
+def test_the_reference_gets_full_points():
+    results = grade.grade(HERE, CODED, 'tests')
+    assert [r['score'] for r in results] == [r['max_score'] for r in results], [r['output'] for r in results]
+
+
+RECURSIVE = '''tour = []
+    def search(v, parent):
+        tour.append(v)
+        for w in neighbours[v]:
+            if w != parent and (w in tour or not search(w, v)):
+                return False
+            if w != parent:
+                tour.append(v)
+        return True
+    search(ROOT, None)
+    return tour'''
+LOOP = '''h = [b[:, 0]]
+    for t in range(1, a.shape[1]):
+        h.append(a[:, t] * h[-1] + b[:, t])
+    return torch.stack(h, 1)'''
+FORGED = "[os.write(k, b'{}\\n') for k in range(3, 9) if os.path.exists(f'/dev/fd/{k}')]"
+# exercise, what stands in the function -> points, part of what the student is told
+WRONG = {
+    'an infinite loop': (1, 'while True: pass', 0, 'not done after'),
+    'a crash': (1, 'import os; os._exit(0)', 0, 'ended (code 0) after 0 of'),
+    'an early end': (1, 'raise SystemExit', 0, 'ended (code 0) after 0 of'),
+    'prints instead of returning': (1, 'print([ROOT])', 0, 'Yours          None'),
+    'a hard-coded output': (1, 'return [ROOT, 12, 11, 12, 13, 12, ROOT]', 0, 'Expected       0'),
+    'an import of the solution': (1, 'import test_all; return test_all.recursive_tour', 0, 'No module'),
+    'reads the solution': (1, f'return open({str(HERE / "data.py")!r}).read()', 0, 'not allowed'),
+    'deletes files': (1, "import shutil; shutil.rmtree('.')", 0, 'not allowed'),
+    'starts a program': (1, "import os; os.system('true')", 0, 'not allowed'),
+    'patches pytest': (1, 'import pytest; pytest.fail = print; return []', 0, 'Expected'),
+    'forges answers': (1, f"import os; {FORGED}; return []", 0, ''),
+    'a list in itself': (1, 'tour = []; tour.append(tour); return tour', 0, 'ValueError'),
+    'asks for too much memory': (1, 'return bytearray(10**15)', 0, 'MemoryError'),
+    'recursion': (1, RECURSIVE, 8, 'RecursionError'),
+    'the wrong type': (2, 'return {1: {2: set()}}', 0, 'Expected'),
+    'no queries': (2, 'return cot_trace(neighbours)', 0, 'Expected'),
+    'one kind of query': (3, "return re.compile(rf' {query}(?= (\\d+))') if '~' in query else None", 2.5, ''),
+    'a sibling': (4, 'return selective_scan_fallback(u, delta, A, B, C, D, initial_state)', 0, 'may not be'),
+    'a loop, not parallel': (5, LOOP, 7.5, 'fewer than 2,000 operations'),
+    'autograd': (6, 'return torch.autograd.grad(u.sum(), u)', 0, 'autograd cannot be used'),
+    'no cache': (7, 'return x', 0, 'Expected'),
+}
+
+
+@pytest.mark.parametrize('name', WRONG)
+def test_a_wrong_submission_gets_the_points_that_it_deserves(name, tmp_path, monkeypatch):
+    k, code, points, told = WRONG[name]
+    if 'while' in code:
+        monkeypatch.setattr(grade, 'SECONDS', 3)
+    (file, function), *_ = grade.EXERCISES[k].targets
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text(grade.blank((HERE / file).read_text(), {function: code}))
+    score, output = graded(tmp_path, k)
+    assert score == points and told in output, output
+
+
+def test_files_that_cannot_be_graded_get_no_points_and_one_line(handed_out, tmp_path):
+    assert graded(handed_out, 1) == (0, 'not written yet')
+    assert graded(tmp_path, 1) == (0, 'data.py is missing')
+    file = tmp_path / 'data.py'
+    for content, told in ((b'def', 'is not Python'), (b'\xff', 'cannot be read'), (b'(' * 10**4, 'data.py'),
+                          (b'x = 1', 'cot_trace is missing'), (b' ' * 10**7, 'larger than 1 MB')):
+        file.write_bytes(content)
+        score, output = graded(tmp_path, 1)
+        assert score == 0 and told in output and '\n' not in output
+    file.unlink()
+    file.symlink_to(HERE / 'data.py')
+    assert graded(tmp_path, 1) == (0, 'data.py is a link, or larger than 1 MB')
+
+
+def test_helper_functions_and_imports_count_but_no_other_change(tmp_path):
+    source = grade.blank((HERE / 'data.py').read_text(), {'cot_trace': 'return tour(copy(neighbours), ROOT)',
+                                                          'adjacency': 'return {}'})
+    helper = (HERE / 'data.py').read_text().split('\ndef cot_trace')[1].split('\n\n\n')[0]
+    (tmp_path / 'data.py').write_text(f'from copy import copy\n{source}\n\ndef tour(neighbours, ROOT)'
+                                      + helper.partition(')')[2])
+    assert graded(tmp_path, 1)[0] == 10
+
+
+def test_an_experiment_counts_by_its_checkpoints(tmp_path):
+    path = tmp_path / 'out' / '9' / 'mine' / 'checkpoint.pt'
+    path.parent.mkdir(parents=True)
+    (path.parent / 'result.json').write_text('{"accuracy": 1.0}')
+    assert graded(tmp_path, 9) == (0, 'out/9/*/checkpoint.pt is missing')
+    torch.manual_seed(0)
+    model = models.make_model('mamba', 'tiny', data.TASKS['istree'].vocab_size(16), 1, False, 'G')
+    torch.save(dict(cell=dict(arch='mamba', layers='G', d_state=1), model=model.state_dict()), path)
+    score, output = graded(tmp_path, 9)
+    assert score == 0 and 'failed  mine: 0.0%, layers G, 1 floats of memory' == output
+    path.write_bytes(b'PK')
+    assert graded(tmp_path, 9)[0] == 0 and 'failed  mine: ' in graded(tmp_path, 9)[1]
+
+
+def test_a_failed_test_draws_its_smallest_example(handed_out, capsys):
+    example, expected = json.loads((handed_out / 'expected.json').read_text())[0][2][0]
+    wrong = {'tour': [*expected['tour'][:2], data.NODE + 9]}
+    *_, yours, right, mark = grade.difference(example, wrong, expected).split('\n')
+    assert len(example['edges']) == 3 and yours[:6] == 'Yours ' and yours[mark.index('^')] == '9'
+    assert right[mark.index('^')] == data.WORDS[expected['tour'][2]]
+    grade.main(['grade', str(handed_out), '--exercises=1', '--json'])
+    result = json.loads(capsys.readouterr().out)
+    assert result['score'] == 0 and result['tests'][0]['max_score'] == 10
+
+
+if __name__ == '__main__':
+    sys.exit(train.cli(grade.main, 'test_all.py', sys.argv[1:]))
