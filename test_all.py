@@ -6,8 +6,8 @@ Order: data.py, scan_cuda/, models.py, train.py, eval_hotpot.py, plot.py.
 """
 import ast
 import collections
-import copy
 import contextlib
+import copy
 import ctypes
 import dataclasses
 import functools
