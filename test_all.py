@@ -1036,7 +1036,7 @@ def test_a_model_keeps_to_its_device(arch, device, autocast):
                 loss.backward()
                 torch.optim.Adam(p for p in model.parameters() if p.requires_grad).step()
             with torch.no_grad():
-                _, state = model.prefill(tokens, 80)
+                _, state = model.prefill(tokens)
                 logits = model.step(tokens[:, 0], state)
         assert logits.device.type == loss.device.type == device and logits.shape == (2, 50)
 
