@@ -213,8 +213,8 @@ class Attention(nn.Module):
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)      # (B, heads, L, d_head)
 
     def weights(self, x):
-        """How much each token of x (B, L, d_model) attends to each other: (B, n_heads, L, L), rows add up to 1.
-        Not needed to run the model, only to look at it."""
+        """How much each token of x (B, L, d_model) attends to each: (B, n_heads, L, L), rows add up to 1. Not
+        needed to run the model, only to look at it."""
         q, k, _ = self.heads(x)
         k = k.repeat_interleave(self.n_heads // self.n_kv_heads, 1)         # (B, n_heads, L, d_head)
         scores = q @ k.mT / math.sqrt(self.d_head)                          # (B, n_heads, L, L)
