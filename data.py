@@ -1,8 +1,8 @@
-"""The data: tasks, vocabulary, traces, batches and the retriever. Knows nothing about models.
+"""The data: tasks, samples, the retriever, the training stream. Knows nothing about models.
 
 IsTree (paper, sections 5 and 6): is a graph with n nodes and n-1 edges, given as a list of edges,
-a tree? One token per node, so `14` is one token. For n_nodes=5 and the edges 2-1 4-0 4-3 4-1,
-each setup writes after the prompt:
+a tree? A node is one token, so `14` is one token. For n=5 and the edges 2-1 4-0 4-3 4-1, each setup
+writes after the prompt:
 
   prompt     [BOS] 2 - 1 4 - 0 4 - 3 4 - 1 [EOS]
 
@@ -19,14 +19,15 @@ each setup writes after the prompt:
              [STARTSEARCH] 4 - 0 [ENDSEARCH] *3              edge {4,0}: 3, unvisited ...
              [STARTSEARCH] 3 ~ [ENDSEARCH] *[FAILED] 3 ~ 4 3 ... [EOS] [TRUE]
 
-The four retrieval primitives (section 4) are nothing but a look-up in the context: index, recall, cgram
-and counting, each drawn at its function below. They have the setups direct and retrieval.
+The other tasks: the four retrieval primitives (section 4), which are pure look-ups in the context, each drawn
+at its function, and two-hop questions in the manner of HotpotQA (section 6) about a small invented world.
 
-Try it:  python data.py          prints one sample of each task and setup
+Try it:  python data.py          prints a sample of each task in each of its setups
 """
 import random
 import re
-from functools import partial
+from collections import Counter
+from functools import lru_cache, partial
 from typing import Callable, NamedTuple
 
 import numpy as np
@@ -34,199 +35,134 @@ import numpy as np
 SPECIALS = ('-', '~', '[PAD]', '[BOS]', '[EOS]', '[TRUE]', '[FALSE]',
             '[STARTSEARCH]', '[ENDSEARCH]', '[FAILED]')
 EDGE, RECORD, PAD, BOS, EOS, TRUE, FALSE, START, END, FAILED = range(len(SPECIALS))
-NODE = len(SPECIALS)                                # number k, or node k of a graph, is token NODE + k
+NODE = len(SPECIALS)                    # number k, or node k of a graph, is token NODE + k
+ROOT = NODE                             # node 0, where every search begins
 MAX_NODES = 4096
 WORDS = SPECIALS + tuple(map(str, range(MAX_NODES)))
 TOKENS = {word: token for token, word in enumerate(WORDS)}
 SETUPS = ('direct', 'cot', 'retrieval')
-MAX_COUNT = 3                                       # of the task counting
-QUERIES = 32                                        # per sample of a retrieval primitive
-VALIDATION_SEED = (2402, 18510)                     # of a training seed, one chunk at most: held out all the same
-CHUNK = 1024                                        # training samples made at a time
-
-
-def vocab_size(n_nodes):
-    """Number of tokens of a task with n_nodes nodes."""
-    return NODE + n_nodes
+MAX_COUNT = 3                           # the largest answer of the task counting
+# random.Random(repr(seed)) draws the samples; the seeds of training are (seed, number of the batch, attempt)
+VALIDATION_SEED, TUNING_SEED = (2402, 18510), 'tuning'
 
 
 def decode(tokens, words=WORDS):
-    """Token ids (L,) -> text, tokens separated by blanks, padding left out."""
+    """Token ids (L,) -> text, words separated by spaces, padding left out."""
     return ' '.join([words[t] for t in tokens if t != PAD])
 
 
-# --- graphs: (B, n-1, 2) edges, (B,) labels ------------------------------------------------------
+# --- graphs: edges [(u, v), ...], and whether they form a tree --------------------------------------
 
-def permutations(rng, batch_size, n):
-    """(batch_size, n) int64, each row a random order of 0..n-1: sorts random 48-bit numbers that
-    carry their own index in the low bits (several times faster than argsort)."""
-    keys = rng.integers(0, 2**64, (batch_size, n), dtype=np.uint64)
-    keys = keys & np.uint64(2**64 - 2**16) | np.arange(n, dtype=np.uint64)
-    keys.sort(axis=1)
-    return (keys & np.uint64(2**16 - 1)).astype(np.int64)
-
-
-def two_star(rng, batch_size, n_nodes):
-    """The paper's distribution (appendix; 'binary' in the authors' code). p[0] and p[1] are centres,
-    each other node hangs on one of them by a fair coin, one more edge joins two leaves:
+def two_star(rng, n_nodes):
+    """The paper's distribution (appendix; 'binary' in the authors' code). p[0] and p[1] are centres, each
+    other node is a leaf of one of them by a fair coin, and one more edge joins two successive leaves of p:
 
         2   3   4          2   3   4
-         \\ /    |           \\ /    |       left: leaves of different centres are joined, a tree;
-          0     1            0     1       right: leaves of the same centre, a triangle and an
+         \\ /    |           \\ /    |       left: the leaves have different centres: a tree;
+          0     1            0     1       right: they have the same centre: a triangle, and an
           |     |            |     |       unconnected rest. Both have n-1 edges.
           5 --- 6            5--2  6
 
-    Returns edges (B, n-1, 2) int64 and is_tree (B,) bool, P(tree) = 1/2."""
-    p = permutations(rng, batch_size, n_nodes)
-    side = rng.integers(0, 2, (batch_size, n_nodes - 2))
-    edges = np.empty((batch_size, n_nodes - 1, 2), np.int64)
-    edges[:, :-1, 0] = np.where(side, p[:, 1:2], p[:, :1])
-    edges[:, :-1, 1] = p[:, 2:]
-    rows, i = np.arange(batch_size), rng.integers(0, n_nodes - 3, batch_size)
-    edges[:, -1, 0], edges[:, -1, 1] = p[rows, i + 2], p[rows, i + 3]
-    return edges, side[rows, i] != side[rows, i + 1]
+    rng: random.Random. P(tree) = 1/2."""
+    p = rng.sample(range(n_nodes), n_nodes)
+    leaves, centres = p[2:], rng.choices(p[:2], k=n_nodes - 2)
+    i = rng.randrange(n_nodes - 3)
+    return [*zip(centres, leaves), (leaves[i], leaves[i + 1])], centres[i] != centres[i + 1]
 
 
-def random_graph(rng, batch_size, n_nodes):
-    """Half the time a random recursive tree (node i is joined to a uniform earlier one, then nodes
-    are renamed at random), otherwise such a tree with one edge rewired: the edge above a random node
-    is cut and two nodes of the same part, not yet joined, are joined instead, which closes a cycle.
-    Cut and new edge are drawn uniformly among the possible ones, by rejection.
+def random_graph(rng, n_nodes):
+    """A random recursive tree, in which each node is joined to a uniform earlier one. Half the time, one edge
+    is then replaced so that a cycle closes: the edge above a node `cut` is removed, and two nodes u and v on
+    the same side of the cut, not yet joined, are joined. Finally the nodes are renamed at random.
 
-    Returns edges (B, n-1, 2) int64 and is_tree (B,) bool, P(tree) = 1/2."""
-    parent = np.zeros((batch_size, n_nodes), np.int64)
-    parent[:, 1:] = rng.integers(0, np.arange(1, n_nodes), (batch_size, n_nodes - 1))
-    edges = np.stack([parent[:, 1:], np.broadcast_to(np.arange(1, n_nodes), (batch_size, n_nodes - 1))], -1)
-    is_tree = rng.integers(0, 2, batch_size).astype(bool)
-    todo = np.flatnonzero(~is_tree)
-    while len(todo):
-        cut = rng.integers(1, n_nodes, len(todo))
-        u, v = rng.integers(0, n_nodes, (2, len(todo)))
-        below = np.zeros((len(todo), n_nodes), bool)            # in the part below the cut?
-        rows = np.arange(len(todo))
-        for i in range(1, n_nodes):                             # parents come before their children
-            below[:, i] = below[rows, parent[todo, i]] | (cut == i)
-        joined = (parent[todo, u] == v) | (parent[todo, v] == u)
-        good = (u != v) & (below[rows, u] == below[rows, v]) & ~joined
-        edges[todo[good], cut[good] - 1, 0], edges[todo[good], cut[good] - 1, 1] = u[good], v[good]
-        todo = todo[~good]
-    p = permutations(rng, batch_size, n_nodes)
-    return np.take_along_axis(p, edges.reshape(batch_size, -1), 1).reshape(edges.shape), is_tree
+          0                0
+         / \\              /          cut = 2 removes 0 - 2, which leaves 2, 4 and 5 below the cut, and
+        1   2            1   2       u = 4, v = 5 fits; so would 0 and 3, above it. All choices that fit
+       /   / \\          /   / \\      are equally likely.
+      3   4   5        3   4---5
+
+    rng: random.Random. P(tree) = 1/2."""
+    parent = [None] + [rng.randrange(i) for i in range(1, n_nodes)]
+    edges = [(parent[i], i) for i in range(1, n_nodes)]
+    is_tree = fits = rng.random() < 0.5
+    while not fits:
+        cut, u, v = rng.randrange(1, n_nodes), rng.randrange(n_nodes), rng.randrange(n_nodes)
+        below = {cut}
+        for i in range(cut + 1, n_nodes):               # parents come before their children
+            if parent[i] in below:
+                below.add(i)
+        fits = u != v and (u in below) == (v in below) and (u, v) not in edges and (v, u) not in edges
+    if not is_tree:
+        edges[cut - 1] = u, v
+    name = rng.sample(range(n_nodes), n_nodes)
+    return [(name[u], name[v]) for u, v in edges], is_tree
 
 
 DISTRIBUTIONS = {'two_star': two_star, 'random': random_graph}
 
 
-# --- traces: the whole batch searches in lock step ----------------------------------------------
+# --- the paper's two algorithms, on one graph -------------------------------------------------------
 
-class Search(NamedTuple):
-    """A batch of depth-first searches. The batch is treated as one big graph: node v of sample b has
-    the number b*n + v, and each edge is two half-edges, h (u -> v) and h^1 (v -> u), so that every
-    step of all searches is a handful of one-dimensional look-ups. NONE (no such half-edge) leads to
-    SINK, a node without edges at which a search that has ended stays for ever."""
-    visit: np.ndarray       # (B, T) the node on top of the stack at each step, SINK after the end
-    via: np.ndarray         # (B, T) the half-edge it was reached by, NONE at the start and after the end
-    parent: np.ndarray      # (B*n+1,) the half-edge from a node to its parent, -1 if never visited
-    first: np.ndarray       # (B*n+1,) a node's first half-edge in the order of the prompt
-    following: np.ndarray   # (B*2(n-1)+2,) the half-edge after h that leaves the same node
-    target: np.ndarray      # (B*2(n-1)+2,) where a half-edge leads
+def adjacency(edges, n_nodes):
+    """Edges [(u, v), ...] -> {node: its neighbours in the order of the edges}, all nodes as tokens."""
+    neighbours = {NODE + v: [] for v in range(n_nodes)}
+    for u, v in edges:
+        neighbours[NODE + u].append(NODE + v)
+        neighbours[NODE + v].append(NODE + u)
+    return neighbours
 
 
-def depth_first_search(edges):
-    """Search from node 0 of every sample, neighbours in the order of the edges, and stop at the first
-    visited node other than the parent (paper, Algorithm 1). edges (B, n-1, 2) -> Search."""
-    batch_size, n_edges, _ = edges.shape
-    n_nodes = n_edges + 1
-    SINK, NONE = batch_size * n_nodes, batch_size * 2 * n_edges
-    root = np.arange(batch_size) * n_nodes
-    nodes = edges.reshape(batch_size, -1) + root[:, None]               # half-edge -> node it leaves
-    target = np.append(edges[:, :, ::-1].reshape(batch_size, -1) + root[:, None], [SINK, SINK])
-    first = np.full(SINK + 1, NONE)
-    following = np.full(NONE + 2, NONE)
-    for h in reversed(range(2 * n_edges)):                              # linked lists, from the back
-        half_edge = np.arange(h, NONE, 2 * n_edges)
-        following[half_edge] = first[nodes[:, h]]
-        first[nodes[:, h]] = half_edge
-
-    parent = np.full(SINK + 1, -1)
-    parent[root] = parent[SINK] = NONE
-    visit = np.full((2 * n_nodes - 1, batch_size), SINK)
-    via = np.full((2 * n_nodes - 1, batch_size), NONE)
-    node, walked, onward = root, np.full(batch_size, NONE), first[root]
-    for t in range(2 * n_nodes - 1):
-        visit[t], via[t] = node, walked
-        up = parent[node]
-        onward = np.where(onward == up, following[onward], onward)      # never straight back up
-        returns = onward == NONE
-        walked = np.where(returns, up, onward)
-        node = target[walked]
-        above = parent[node]
-        enters = above < 0
-        cycle = ~(enters | returns)
-        walked[cycle], node[cycle], above[cycle] = NONE, SINK, NONE
-        parent[node] = np.where(enters, walked ^ 1, above)
-        onward = np.where(enters, first[node], following[walked ^ 1])
-    return Search(visit.T, via.T, parent, first, following, target)
+def cot_trace(neighbours):
+    """Algorithm 1: the Euler tour of a depth-first search from node 0, which stops at the first visited node
+    that is not the parent. neighbours: from adjacency. Returns a list of at most 2n-1 tokens."""
+    tour, parent, v = [], {ROOT: None}, ROOT
+    remaining = {v: iter(others) for v, others in neighbours.items()}
+    while v is not None:
+        tour.append(v)
+        w = next((w for w in remaining[v] if w != parent[v]), None)
+        if w is None:                                   # no neighbour remains: return
+            v = parent[v]
+        elif w in parent:                               # visited before: a cycle
+            break
+        else:
+            parent[w], v = v, w                         # enter w
+    return tour
 
 
-def cot_trace(edges):
-    """Euler tours (Algorithm 1). edges (B, n-1, 2) -> (B, 2n-1) tokens, -1 where there is none."""
-    search = depth_first_search(edges)
-    n_nodes = edges.shape[1] + 1
-    root = np.arange(len(edges))[:, None] * n_nodes
-    visit = search.visit.copy()
-    return np.where(visit == len(edges) * n_nodes, -1, visit - root + NODE)
+def retrieval_trace(neighbours):
+    """Algorithm 2: the same search, but whatever has to be looked up is asked for. neighbours: from
+    adjacency. Returns a list of at most 37n-26 tokens, including those that the retriever writes."""
+    answers = {}                                        # query -> what the retriever will find
+    for v, others in neighbours.items():
+        queries = [(v, EDGE)] + [(v, EDGE, w) for w in others]
+        answers.update(zip(queries, others))            # the last query finds nothing
+    trace, stack, prev = [], [ROOT], None
+
+    def ask(*query):
+        answer = answers.get(query, FAILED)
+        trace.extend((START, *query, END, answer))
+        return answer
+
+    while stack:
+        v = stack[-1]
+        trace.append(v)
+        parent = ask(v, RECORD)
+        w = ask(v, EDGE) if prev in (None, parent) else ask(v, EDGE, prev)
+        if w == parent != FAILED:                       # not straight back up
+            w = ask(v, EDGE, parent)
+        prev = v
+        if w == FAILED:                                 # no neighbour remains: return
+            stack.pop()
+        elif ask(w, RECORD) == FAILED and w != ROOT:
+            trace.extend((w, RECORD, v))                # unvisited: record its parent and enter it
+            answers[w, RECORD] = v
+            stack.append(w)
+        else:                                           # visited before: a cycle
+            break
+    return trace
 
 
-def retrieval_trace(edges):
-    """The search with every look-up written as a query (Algorithm 2). Each step of the search, on node
-    v reached from `prev`, fills the 26 slots below, where a slot that is not needed stays -1:
-
-        v [STARTSEARCH] v ~ [ENDSEARCH] parent          0..5
-        [STARTSEARCH] v - prev [ENDSEARCH] next         6..11    without prev when reached from the parent
-        [STARTSEARCH] v - parent [ENDSEARCH] next      12..17    only if the last answer was the parent
-        [STARTSEARCH] w ~ [ENDSEARCH] parent           18..22    only if there is a next neighbour w
-        w ~ v                                          23..25    only if w is unvisited
-
-    edges (B, n-1, 2) -> (B, (2n-1)*26) tokens, -1 where there is none."""
-    s = depth_first_search(edges)
-    s = s._replace(visit=s.visit.copy(), via=s.via.copy())              # rows side by side in memory
-    batch_size, n_nodes = len(edges), edges.shape[1] + 1
-    SINK, NONE = len(s.first) - 1, len(s.target) - 2
-    # token of a node, as 16 bits: this function is bound by memory traffic
-    token = np.append(np.tile(np.arange(NODE, NODE + n_nodes, dtype=np.int16), batch_size), np.int16(FAILED))
-
-    going = s.visit != SINK
-    up = s.parent[s.visit]
-    v, parent = token[s.visit], token[s.target[up]]
-    from_child = going & (s.via != NONE) & (up != s.via ^ 1)
-    answer = np.where(from_child, s.following[s.via ^ 1], s.first[s.visit])
-    again = going & (answer == up) & (up != NONE)
-    onward = np.where(again, s.following[answer], answer)
-    looks = onward != NONE                                              # there is a neighbour w ...
-    w = s.target[onward]
-    w_up = s.parent[w]                                                  # (where w got its record in the end)
-    enters = looks & (w_up == onward ^ 1)
-    enters[:, :-1] &= s.visit[:, 1:] == w[:, :-1]                       # ... that is entered, not met again
-
-    slots = np.full((*v.shape, 26), -1, np.int16)
-
-    def fill(at, *columns):
-        """Write columns, each (where, what), to the slots from `at` on."""
-        for slot, (where, what) in enumerate(columns, at):
-            slots[..., slot] = np.where(where, what, np.int16(-1))
-
-    fill(0, (going, v), (going, START), (going, v), (going, RECORD), (going, END), (going, parent))
-    fill(6, (going, START), (going, v), (going, EDGE), (from_child, token[s.target[s.via ^ 1]]), (going, END),
-         (going, token[s.target[answer]]))
-    fill(12, (again, START), (again, v), (again, EDGE), (again, parent), (again, END), (again, token[w]))
-    fill(18, (looks, START), (looks, token[w]), (looks, RECORD), (looks, END),
-         (looks, np.where(enters, np.int16(FAILED), token[s.target[w_up]])))
-    fill(23, (enters, token[w]), (enters, RECORD), (enters, v))
-    return slots.reshape(batch_size, -1)
-
-
-# --- samples ---------------------------------------------------------------------------------------
+# --- samples ----------------------------------------------------------------------------------------
 
 def prompt_length(n_nodes):
     """Tokens of the prompt, [BOS] and [EOS] included."""
@@ -239,266 +175,284 @@ def max_length(n_nodes, setup):
     return prompt_length(n_nodes) + trace[setup]
 
 
-def check(batch_size, n_nodes, limits, setup, setups, distribution, distributions):
-    """Raise ValueError, naming the argument, on what a task cannot generate."""
-    for name, value, known in (('setup', setup, setups), ('distribution', distribution, distributions)):
-        if value not in known:
-            raise ValueError(f'unknown {name} {value!r}: choose one of {", ".join(known)}')
-    for name, value, low, high in (('n_nodes', n_nodes, *limits), ('batch_size', batch_size, 1, None)):
-        if not isinstance(value, (int, np.integer)) or value < low or (high and value > high):
-            raise ValueError(f'{name}={value!r} is impossible: give a whole number '
-                             + (f'from {low} to {high}' if high else f'of at least {low}'))
+def check(task, batch_size, n_nodes, n, setup, distribution):
+    """Return batch_size, n_nodes and n, by default n_nodes, as ints. Raise ValueError, naming the argument, on
+    what a task cannot generate."""
+    def whole(name, value, known):
+        if not isinstance(value, (int, np.integer)) or int(value) not in known:
+            raise ValueError(f'{name}={value!r:.40} is impossible: give a whole number from {known[0]} to '
+                             f'{known[-1]}' + ', an even one' * (known.step == 2))
+        return int(value)
+
+    made = TASKS[task]
+    for name, value, known in (('setup', setup, made.setups),
+                               ('distribution', distribution, made.distributions)):
+        if not isinstance(value, str) or value not in known:
+            raise ValueError(f'unknown {name} {value!r:.40}: choose one of {", ".join(known)}')
+    batch_size, n_nodes = whole('batch_size', batch_size, range(1, 10**9)), whole('n_nodes', n_nodes, made.sizes)
+    sizes = range(made.lengths(n_nodes)[0], n_nodes + 1, made.sizes.step)
+    return batch_size, n_nodes, n_nodes if n is None else whole('n', n, sizes)
 
 
-def assemble(prompt, trace, answer):
-    """What all tasks do last: join prompt (B, P), trace (B, T), -1 where there is no token, [EOS] and answer
-    (B,); without a trace, prompt and answer. Returns tokens and loss_mask, see generate."""
-    batch_size, start = prompt.shape
-    if trace is None:
-        tokens = np.column_stack((prompt, answer))
-    else:
-        written = trace >= 0
-        end = start + written.sum(1)
-        tokens = np.full((batch_size, end.max() + 2), PAD, np.int64)
-        tokens[:, :start] = prompt
-        tokens[:, start:][np.arange(start, tokens.shape[1]) < end[:, None]] = trace[written]
-        tokens[np.arange(batch_size), end] = EOS
-        tokens[np.arange(batch_size), end + 1] = answer
+def generator(seed):
+    """The random.Random of a seed: a whole number, a text or a tuple of those. Raises ValueError on others."""
+    def plain(part):                                    # repr(np.int64(1)) is not that of 1
+        if isinstance(part, tuple):
+            return tuple(map(plain, part))
+        if not isinstance(part, (int, str, np.integer)):
+            raise ValueError(f'seed={seed!r:.40} is impossible: give a whole number, a text or a tuple of those')
+        return int(part) if isinstance(part, np.integer) else part
+    return random.Random(repr(plain(seed)))
+
+
+def assemble(samples, start):
+    """Samples, lists of token ids with prompts of `start` tokens -> tokens and loss_mask, see generate."""
+    tokens = np.full((len(samples), max(map(len, samples))), PAD)
+    for row, sample in zip(tokens, samples):
+        row[:len(sample)] = sample
     loss_mask = tokens != PAD
     loss_mask[:, :start] = False
-    loss_mask[:, 1:] &= tokens[:, :-1] != END
+    loss_mask[:, 1:] &= tokens[:, :-1] != END           # the retriever writes what follows [ENDSEARCH]
     return tokens, loss_mask
 
 
-def generate(batch_size, n_nodes, setup, seed, distribution='two_star'):
+def sample(edges, is_tree, setup):
+    """Edges in the order of the prompt, [(u, v), ...], and their label -> the sample, a list of token ids."""
+    prompt = [BOS]
+    for u, v in edges:
+        prompt += NODE + max(u, v), EDGE, NODE + min(u, v)
+    answer = TRUE if is_tree else FALSE
+    if setup == 'direct':
+        return [*prompt, EOS, answer]
+    trace = cot_trace if setup == 'cot' else retrieval_trace
+    return [*prompt, EOS, *trace(adjacency(edges, len(edges) + 1)), EOS, answer]
+
+
+def generate(batch_size, n_nodes, setup, seed, distribution='two_star', n=None):
     """A batch of IsTree samples, drawn as in the header of this file. Deterministic in its arguments.
 
-    seed: an int or a tuple of ints. Returns tokens (B, L) int64, right-padded with [PAD] to the longest
-    sample of the batch; loss_mask (B, L) bool, True where the token is to be predicted: after the
-    prompt, except padding and what the retriever writes (paper, section 6); is_tree (B,) bool.
-    Raises ValueError on an unknown setup or distribution, or an impossible batch_size or n_nodes."""
-    check(batch_size, n_nodes, (4, MAX_NODES), setup, SETUPS, distribution, DISTRIBUTIONS)
-    rng = np.random.default_rng(seed)
-    edges, is_tree = DISTRIBUTIONS[distribution](rng, batch_size, n_nodes)
-    order = permutations(rng, batch_size, n_nodes - 1)
-    edges = edges[np.arange(batch_size)[:, None], order]                # the order of the prompt
-
-    prompt = np.full((batch_size, prompt_length(n_nodes)), EOS)
-    prompt[:, 0] = BOS
-    prompt[:, 1:-1:3] = np.maximum(edges[:, :, 0], edges[:, :, 1]) + NODE
-    prompt[:, 2:-1:3] = EDGE
-    prompt[:, 3:-1:3] = np.minimum(edges[:, :, 0], edges[:, :, 1]) + NODE
-    trace = {'cot': cot_trace, 'retrieval': retrieval_trace}[setup](edges) if setup != 'direct' else None
-    return *assemble(prompt, trace, np.where(is_tree, TRUE, FALSE)), is_tree
+    seed: an int, or a tuple or string. n: the size of these samples, for this task always n_nodes. Returns
+    tokens (B, L) int64, right-padded with [PAD] to the longest sample of the batch; loss_mask (B, L) bool,
+    True where a token is to be predicted: after the prompt, except padding and what the retriever writes
+    (paper, section 6); is_tree (B,) bool. Raises ValueError on arguments that are unknown or impossible."""
+    batch_size, n_nodes, _ = check('istree', batch_size, n_nodes, n, setup, distribution)
+    rng, samples, labels = generator(seed), [], []
+    for _ in range(batch_size):
+        edges, is_tree = DISTRIBUTIONS[distribution](rng, n_nodes)
+        rng.shuffle(edges)
+        samples.append(sample(edges, is_tree, setup))
+        labels.append(is_tree)
+    return *assemble(samples, prompt_length(n_nodes)), np.array(labels)
 
 
 KINDS = ('next neighbour', 'return to the parent', 'query', 'record', 'answer')
 
 
 def token_kinds(tokens, loss_mask):
-    """What the tokens that an IsTree model has to predict are for: tokens and loss_mask (B, L) -> (B, L) indices of
-    KINDS, -1 where loss_mask is False. A node of the tour that has been written before is a return; [EOS] is part of the
-    answer."""
-    in_query = np.cumsum(tokens == START, 1) > np.cumsum(tokens == END, 1) - (tokens == END)
-    record = tokens == RECORD
-    record[:, 1:] |= tokens[:, :-1] == RECORD
-    record[:, :-1] |= tokens[:, 1:] == RECORD
-    kinds = np.select([in_query, record, tokens < NODE], [2, 3, 4], 0)
-    tour, rows = loss_mask & (kinds == 0), np.arange(len(tokens))
-    written = np.zeros((len(tokens), tokens.max() + 1), bool)
-    for t in range(tokens.shape[1]):
-        kinds[:, t] += tour[:, t] & written[rows, tokens[:, t]]
-        written[rows, tokens[:, t]] |= tour[:, t]
-    return np.where(loss_mask, kinds, -1)
+    """What each token that an IsTree model has to predict is for. tokens, loss_mask (B, L) -> (B, L) indices
+    of KINDS, -1 where loss_mask is False. A node that the tour has visited before is a return; [EOS] belongs
+    to the answer."""
+    kinds = np.full(tokens.shape, -1)
+    for b, row in enumerate(tokens.tolist()):
+        tour, in_query = set(), False
+        for t in np.flatnonzero(loss_mask[b]):
+            in_query |= row[t] == START
+            if in_query:
+                kind = 'query'
+                in_query = row[t] != END
+            elif RECORD in row[t - 1:t + 2]:            # w ~ v
+                kind = 'record'
+            elif row[t] < NODE:
+                kind = 'answer'
+            else:
+                kind = 'return to the parent' if row[t] in tour else 'next neighbour'
+                tour.add(row[t])
+            kinds[b, t] = KINDS.index(kind)
+    return kinds
 
 
-# --- the retrieval primitives ----------------------------------------------------------------------
+# --- the retriever ----------------------------------------------------------------------------------
 
-# Each function draws (sequence (B, S), queries (B, QUERIES, Q), answers (B, QUERIES), trace (B, T)), all
-# token ids; the trace is the retrieval setup's for the last query, the one that counts. Drawn with QUERIES=2.
-#
-# The queries before the last stand answered in the prompt, and in the setup direct they are learned from, too: with
-# one answer per sample a hybrid was still at chance after 96,000 samples of recall at n=8. An answer stands right
-# behind its query, where attention finds the pair soonest: with a token between them the Transformer stayed at chance.
-# With small n the last query has mostly been asked before (n=12: in 94% of the samples; never in counting), so that
-# its answer may be looked up there as well: retrieval from the context all the same, but for index not by position.
-# Numbers come from twice as many as occur, so that which ones do is a first thing to learn. Within a context every
-# answer is as likely as any other.
-
-def index(rng, batch_size, n):
-    """Index (paper, section 4): token number i, from 0, of a sequence of n different numbers below 2n. n=5:
-
-        direct     inputs   [BOS] 3 0 9 7 2 ~ 4 2 2
-                   targets                    2   9
-
-        retrieval  inputs   [BOS] 3 0 9 7 2 ~ 4 2 2             [STARTSEARCH] - 2           [ENDSEARCH] 9     [EOS]
-                   targets                        [STARTSEARCH] -             2 [ENDSEARCH]             [EOS] 9
-
-    Prompt n+65 tokens with QUERIES=32, then the answer, in retrieval 6 tokens later; vocabulary 10+2n; chance 1/n."""
-    sequence = permutations(rng, batch_size, 2 * n)[:, :n] + NODE
-    i = rng.integers(0, n, (batch_size, QUERIES))
-    answers = np.take_along_axis(sequence, i, 1)
-    return sequence, i[:, :, None] + NODE, answers, columns(START, EDGE, i[:, -1] + NODE, END, answers[:, -1])
+# The regular expressions (Python's re) that answer queries; V and W stand for the query's numbers. Paste one
+# into a regex tester together with a sample; the answer is the group that matched.
+QUERIES = {
+    'istree': {                                         # paper, section 5.1
+        # x in the latest record `V ~ x`; the pattern begins with a space
+        r'(\d+) ~': r' V ~(?= (\d+))',
+        # the other end of the prompt's first edge at V, or of its first after edge {V, W}
+        r'(\d+) -': r'^\[BOS\][^[]*? (?:V - (\d+)|(\d+) - V\b)',
+        r'(\d+) - (\d+)': r'^\[BOS\][^[]*? (?:V - W|W - V)\b[^[]*? (?:V - (\d+)|(\d+) - V\b)'},
+    'primitive': {                                      # only the sequence is searched, all before the ~
+        r'- (\d+)': r'^\[BOS\](?: \d+){V} (\d+)',       # index: skip V numbers
+        r'(\d+)': r'^\[BOS\][^~]*? V (\d+)',            # recall: the number after the first V
+        r'(\d+) (\d+)': r'^\[BOS\][^~]*? V W (\d+)',    # cgram: the number after the first V W
+        # counting: V itself, if it occurs at least W times
+        r'(\d+) ~ (\d+)': r'^\[BOS\](?:(?: (?!V )\d+)* (V)\b){W}'},
+}
 
 
-def recall(rng, batch_size, n):
-    """Associative recall (paper, section 4): the token after the query in a sequence of n pairs of a key
-    (below 2n) and its value (from 2n to 4n-1), all different. n=3:
-
-        direct     inputs   [BOS] 1 9 5 6 2 11 ~ 2  11 5
-                   targets                       11    6
-
-        retrieval  inputs   [BOS] 1 9 5 6 2 11 ~ 2 11 5             [STARTSEARCH] 5           [ENDSEARCH] 6     [EOS]
-                   targets                            [STARTSEARCH] 5             [ENDSEARCH]             [EOS] 6
-
-    Prompt 2n+65 tokens with QUERIES=32, then the answer, in retrieval 5 tokens later; vocabulary 10+4n; chance 1/n."""
-    keys, values = (permutations(rng, batch_size, 2 * n)[:, :n] + NODE + low for low in (0, 2 * n))
-    i = rng.integers(0, n, (batch_size, QUERIES))
-    queries, answers = np.take_along_axis(keys, i, 1), np.take_along_axis(values, i, 1)
-    sequence = np.stack((keys, values), 2).reshape(batch_size, -1)
-    return sequence, queries[:, :, None], answers, columns(START, queries[:, -1], END, answers[:, -1])
-
-
-def cgram(rng, batch_size, n):
-    """c-gram retrieval (paper, section 4; here c=2): the token after the first occurrence of the two query
-    tokens, in that order, in a sequence of n numbers below n, each twice (if n is odd, one of them once),
-    in random order. Knowing what follows the second token alone leaves two answers. n=8:
-
-        direct     inputs   [BOS] 0 7 1 7 5 1 0 5 ~ 7 5 1 7 1
-                   targets                            1     7
-
-        retrieval  inputs   [BOS] 0 7 1 7 5 1 0 5 ~ 7 5 1 7 1             [STARTSEARCH] 7 1           [ENDSEARCH] 7     [EOS]
-                   targets                                  [STARTSEARCH] 7             1 [ENDSEARCH]             [EOS] 7
-
-    Prompt n+97 tokens with QUERIES=32, then the answer, in retrieval 6 tokens later; vocabulary 10+n; chance 2/n."""
-    sequence = np.take_along_axis(permutations(rng, batch_size, n), permutations(rng, batch_size, n) // 2, 1) + NODE
-    grams = sequence[:, :-2] * len(WORDS) + sequence[:, 1:-1]           # a pair of tokens as one number
-    i = rng.integers(0, n - 2, (batch_size, QUERIES))
-    first = (grams[:, None] == np.take_along_axis(grams, i, 1)[:, :, None]).argmax(2)
-    a, b, answers = (np.take_along_axis(sequence, first + k, 1) for k in range(3))
-    return sequence, np.stack((a, b), 2), answers, columns(START, a[:, -1], b[:, -1], END, answers[:, -1])
-
-
-def counting(rng, batch_size, n):
-    """Counting (paper, section 4): how often the query occurs in a sequence of n numbers below n. The numbers
-    go in secret pairs that occur c and 3-c times, so that every count from 0 to MAX_COUNT=3 is as likely.
-    In retrieval the model asks for a first, second, ... occurrence until there is none. n=6:
-
-        direct     inputs   [BOS] 4 2 4 2 2 5 ~ 5 1 4
-                   targets                      1   2
-
-        retrieval  inputs   [BOS] 4 2 4 2 2 5 ~ 5 1 4             [STARTSEARCH] 4 ~ 1           [ENDSEARCH] 4
-                   targets                          [STARTSEARCH] 4             ~ 1 [ENDSEARCH]             [STARTSEARCH]
-
-                   inputs   [STARTSEARCH] 4 ~ 2           [ENDSEARCH] 4
-                   targets  4             ~ 2 [ENDSEARCH]             [STARTSEARCH]
-
-                   inputs   [STARTSEARCH] 4 ~ 3           [ENDSEARCH] [FAILED] [EOS]
-                   targets  4             ~ 3 [ENDSEARCH]             [EOS]    2
-
-    Prompt n+65 tokens with QUERIES=32, then the answer, in retrieval 7 tokens later for 0 and 6 more for each
-    one more; vocabulary 10+n; chance 1/4."""
-    names, places = permutations(rng, batch_size, n), permutations(rng, batch_size, n)
-    c = rng.integers(0, MAX_COUNT + 1, (batch_size, n // MAX_COUNT + 1))        # the last pair is a filler
-    pair = places // MAX_COUNT
-    which = 2 * pair + (places % MAX_COUNT >= np.take_along_axis(c, pair, 1))
-    last = rng.integers(0, n // MAX_COUNT, (batch_size, 1))                     # earlier queries ask other pairs
-    before = (last + rng.integers(1, n // MAX_COUNT, (batch_size, QUERIES - 1))) % (n // MAX_COUNT)
-    asked = 2 * np.hstack((before, last)) + rng.integers(0, 2, (batch_size, QUERIES))
-    counts = np.take_along_axis(c, asked // 2, 1)
-    counts = np.where(asked % 2, MAX_COUNT - counts, counts)
-    sequence, queries = np.take_along_axis(names, which, 1) + NODE, np.take_along_axis(names, asked, 1) + NODE
-    q, k, count = queries[:, -1:], np.arange(1, MAX_COUNT + 2), counts[:, -1:]
-    trace = np.stack(np.broadcast_arrays(START, q, RECORD, k + NODE, END, np.where(k <= count, q, FAILED)), 2)
-    trace = np.where((k <= count + 1)[:, :, None], trace, -1).reshape(batch_size, -1)
-    return sequence, queries[:, :, None], counts + NODE, trace
-
-
-def columns(*parts):
-    """Tokens and columns of tokens (B,) -> (B, number of parts)."""
-    return np.stack(np.broadcast_arrays(*parts), 1)
-
-
-def generate_primitive(draw, batch_size, n_nodes, setup, seed, distribution='uniform'):
-    """A batch of index, recall, cgram or counting samples (draw) with n = n_nodes. Arguments, tokens,
-    loss_mask and errors as in generate, but that in the setup direct loss_mask is also True on the answers
-    within the prompt; the third result is the last answers (B,), token ids."""
-    lowest = 2 * MAX_COUNT if draw is counting else 4
-    check(batch_size, n_nodes, (lowest, MAX_NODES // 4), setup, ('direct', 'retrieval'), distribution, ('uniform',))
-    sequence, queries, answers, trace = draw(np.random.default_rng(seed), batch_size, n_nodes)
-    asked = np.concatenate((queries, answers[:, :, None]), 2)
-    column = np.full((batch_size, 1), BOS)
-    prompt = np.hstack((column, sequence, np.full_like(column, RECORD), asked.reshape(batch_size, -1)[:, :-1]))
-    tokens, loss_mask = assemble(prompt, trace if setup == 'retrieval' else None, answers[:, -1])
-    if setup == 'direct':
-        loss_mask[:, ::-asked.shape[2]][:, :QUERIES] = True             # from the last answer backwards
-    return tokens, loss_mask, answers[:, -1]
-
-
-# --- the retriever -------------------------------------------------------------------------------
-
-def query_pattern(query):
-    """The Python regular expression that answers a query, or None if the query is malformed. Paste it
-    into a regex tester together with a context; the answer is the group that matched, of the first
-    match for an edge, of the last for a record (the first branch there steps over whole queries).
-
-        3 ~     \\[STARTSEARCH\\].*?\\[ENDSEARCH\\]|\\b3 ~ (\\d+)
-        3 -     ^\\[BOS\\][^[]*?(?:\\b3 - (\\d+)|\\b(\\d+) - 3\\b)
-        3 - 7   ^\\[BOS\\][^[]*?\\b(?:3 - 7|7 - 3)\\b[^[]*?(?:\\b3 - (\\d+)|\\b(\\d+) - 3\\b)
-    """
-    if not (parts := re.fullmatch(r'(\d+) (?:(~)|-(?: (\d+))?)', query)):
-        return None
-    v, record, w = parts.groups()
-    if record:
-        return rf'\[STARTSEARCH\].*?\[ENDSEARCH\]|\b{v} ~ (\d+)'
-    edge = rf'(?:\b{v} - (\d+)|\b(\d+) - {v}\b)'
-    after = rf'\b(?:{v} - {w}|{w} - {v})\b[^[]*?' if w else ''
-    return rf'^\[BOS\][^[]*?{after}{edge}'
-
-
-def primitive_pattern(query):
-    """The same for the retrieval primitives, where only the sequence, all before the prompt's ~, is searched:
-
-        - 2     ^\\[BOS\\](?: \\d+){2} (\\d+)                  index: skips 2 tokens
-        3       ^\\[BOS\\][^~]*? 3 (\\d+)                     recall: the token after the first 3,
-        3 2     ^\\[BOS\\][^~]*? 3 2 (\\d+)                   cgram: or the first 3 2
-        4 ~ 2   ^\\[BOS\\](?:(?: (?!4 )\\d+)* (4)\\b){2}        counting: 4 itself, if it occurs at least 2 times
-    """
-    if m := re.fullmatch(r'- (\d+)', query):
-        return rf'^\[BOS\](?: \d+){{{m[1]}}} (\d+)'
-    if re.fullmatch(r'\d+(?: \d+)*', query):
-        return rf'^\[BOS\][^~]*? {query} (\d+)'
-    if m := re.fullmatch(r'(\d+) ~ (\d+)', query):
-        return rf'^\[BOS\](?:(?: (?!{m[1]} )\d+)* ({m[1]})\b){{{m[2]}}}'
+@lru_cache(maxsize=2**16)
+def query_pattern(query, kind):
+    """The compiled regular expression for a query, e.g. `3 - 7`, or None if the query is malformed."""
+    for form, pattern in QUERIES[kind].items():
+        if numbers := re.fullmatch(form, query):
+            for letter, number in zip('VW', numbers.groups()):
+                pattern = pattern.replace(letter, number)
+            return re.compile(pattern)
     return None
 
 
-def split_query(context, words=WORDS):
-    """Token ids (L,) that end with `[STARTSEARCH] query [ENDSEARCH]` -> those before it, the text of the query."""
-    start = max(np.flatnonzero(np.asarray(context) == START), default=-1)
-    return context[:max(start, 0)], decode(context[start + 1:-1], words)
+def retrieve(text, kind='istree'):
+    """Answer the query at the end of a text with a regular expression, run over all that stands before it.
+
+    text: the words of the context joined by spaces, ending in `[STARTSEARCH] query [ENDSEARCH]`. kind: one of
+    QUERIES. Returns the answer, a list of one token id, and whether the query is well-formed. The answer is
+    the last match outside queries, [FAILED] if there is none or the query is malformed."""
+    before, _, query = text.removesuffix('[ENDSEARCH]').rpartition('[STARTSEARCH]')
+    if (pattern := query_pattern(query.strip(), kind)) is None:
+        return [FAILED], False
+    answer = '[FAILED]'
+    for m in pattern.finditer(before):
+        start, end = (before.rfind(word, 0, m.start()) for word in ('[STARTSEARCH]', '[ENDSEARCH]'))
+        if start <= end and m.lastindex:                # the last query before it, if any, has ended
+            answer = m[m.lastindex]
+    return [TOKENS[answer]], True
 
 
-def retrieve(context, pattern_of=query_pattern):
-    """Answer the query at the end of a context with a regular expression, run over the context's text.
+# --- the retrieval primitives ------------------------------------------------------------------------
 
-    context: token ids (L,) that end with `[STARTSEARCH] query [ENDSEARCH]`. pattern_of: the task's
-    patterns. Returns the token id of the answer; for IsTree (paper, section 5.1 and Algorithm 2):
-      v ~    x in the latest record `v ~ x` written outside queries
-      v -    the other end of the first edge of the prompt that touches v
-      v - w  the other end of the next edge of the prompt that touches v after edge {v, w}
-    [FAILED] if there is no such thing or the query is malformed."""
-    before, query = split_query(context)
-    if (pattern := pattern_of(query)) is None:
-        return FAILED
-    found = [m[m.lastindex] for m in re.finditer(pattern, decode(before)) if m.lastindex]
-    return TOKENS[found[-1]] if found else FAILED
-
-
-# --- two-hop questions: HotpotQA's task in a small world ---------------------------------------------
+# Each function draws a sequence of numbers below `numbers` and all n questions that can be asked about it, as
+# (query, answer). rng: random.Random. In the drawings, targets stand under the input from which they are
+# predicted, and the retriever writes the tokens marked *.
 #
-#   Ada Tarn: Velm once, Orsel now.                     ten paragraphs, `title: text`, half of them on people
-#   Amber Tower: Odo Dahl wrote it in Lomar. ...        and half on novels, one by each
+# As in multi-query associative recall (Zoology, Arora et al. 2023), a sample of the setup direct asks several
+# questions, each once and in random order, with every answer right behind its query: all answers are terms of
+# the loss, and none can be copied from an earlier one. Values are drawn with replacement, and only half of
+# the questions are asked, so that crossing out the answers already given helps little (see best_guess). The
+# setup retrieval asks a single question. A number is the same token whether it stands for a position, a count
+# or itself; its place tells which.
+
+def index(rng, n, numbers):
+    """Index (paper, section 4): number i, counted from 0, of a sequence of n numbers. n=4:
+
+        direct     inputs   [BOS] 3 0 9 0 ~ 2 9 1
+                   targets                  9   0
+        retrieval           [BOS] 3 0 9 0 ~ 2 [STARTSEARCH] - 2 [ENDSEARCH] *9 [EOS] 9
+    """
+    sequence = rng.choices(range(numbers), k=n)
+    return sequence, [*enumerate(sequence)]
+
+
+def recall(rng, n, numbers):
+    """Associative recall (paper, section 4): the number after the query in a sequence of n different keys,
+    each with a value behind it, drawn from a second range of numbers. n=3:
+
+        direct     inputs   [BOS] 1 79 5 76 2 81 ~ 2  81 5
+                   targets                         81    76
+        retrieval           [BOS] 1 79 5 76 2 81 ~ 5 [STARTSEARCH] 5 [ENDSEARCH] *76 [EOS] 76
+    """
+    keys, values = rng.sample(range(numbers), n), rng.choices(range(numbers, 2 * numbers), k=n)
+    pairs = [*zip(keys, values)]
+    return [number for pair in pairs for number in pair], pairs
+
+
+def cgram(rng, n, numbers):
+    """c-gram retrieval (paper, section 4; here c=2): the number after the two query numbers, in that order,
+    in a sequence of n+2. Each number occurs twice (for odd n, one of them once), shuffled until the n pairs
+    of neighbours that can be asked for differ. Looking up the second one alone leaves two answers. n=4:
+
+        direct     inputs   [BOS] 7 1 7 5 1 5 ~ 7 5 1 1 7
+                   targets                        1     5
+        retrieval           [BOS] 7 1 7 5 1 5 ~ 7 5 [STARTSEARCH] 7 5 [ENDSEARCH] *1 [EOS] 1
+    """
+    sequence = (2 * rng.sample(range(numbers), (n + 3) // 2))[:n + 2]
+    while len({*zip(sequence[:n], sequence[1:])}) < n:
+        rng.shuffle(sequence)
+    return sequence, [(f'{a} {b}', c) for a, b, c in zip(sequence, sequence[1:], sequence[2:])]
+
+
+def counting(rng, n, numbers):
+    """Counting (paper, section 4): how often the query occurs in a sequence. n numbers, n even, form secret
+    pairs: one occurs c times and the other 3-c, for a uniform c from 0 to MAX_COUNT=3, so that all counts are
+    equally likely and the sequence has 3n/2 numbers. In retrieval the model asks for a first, second, ...
+    occurrence until there is none. n=4; the pairs are 4 (twice) and 2 (once), 5 (three times) and 9 (never):
+
+        direct     inputs   [BOS] 4 5 2 5 4 5 ~ 9 0 4
+                   targets                      0   2
+        retrieval           [BOS] 4 5 2 5 4 5 ~ 4 [STARTSEARCH] 4 ~ 1 [ENDSEARCH] *4 [STARTSEARCH] 4 ~ 2
+                            [ENDSEARCH] *4 [STARTSEARCH] 4 ~ 3 [ENDSEARCH] *[FAILED] [EOS] 2
+    """
+    names, counts = rng.sample(range(numbers), n), []
+    for c in rng.choices(range(MAX_COUNT + 1), k=n // 2):
+        counts += c, MAX_COUNT - c
+    sequence = [name for name, count in zip(names, counts) for _ in range(count)]
+    rng.shuffle(sequence)
+    return sequence, [*zip(names, counts)]
+
+
+PRIMITIVES = {'index': index, 'recall': recall, 'cgram': cgram, 'counting': counting}
+
+
+def numbers_for(n_nodes):
+    """How many numbers there are: so many that values rarely repeat, and that small n have enough prompts."""
+    return max(64, 4 * n_nodes)
+
+
+def n_questions(n, setup):
+    """How many of the n questions a sample asks."""
+    return (n + 1) // 2 if setup == 'direct' else 1
+
+
+def look_up(task, query, answer):
+    """The trace of the setup retrieval, as text: what the model asks, and what the retriever writes."""
+    if task == 'counting':
+        found = [query] * answer + ['[FAILED]']
+        return ' '.join([f'[STARTSEARCH] {query} ~ {k} [ENDSEARCH] {x}' for k, x in enumerate(found, 1)])
+    return f'[STARTSEARCH] {"- " * (task == "index")}{query} [ENDSEARCH] {answer}'
+
+
+def generate_primitive(task, batch_size, n_nodes, setup, seed, distribution='uniform', n=None):
+    """A batch of samples of a primitive with n questions, by default n_nodes, over the vocabulary of n_nodes.
+    The prompt ends with the first query. Arguments, tokens, loss_mask and errors as in generate, except that
+    in the setup direct loss_mask is True on the answers only. The third result is the answers (B, asked)."""
+    batch_size, n_nodes, n = check(task, batch_size, n_nodes, n, setup, distribution)
+    rng, samples, answers = generator(seed), [], []
+    for _ in range(batch_size):
+        sequence, questions = PRIMITIVES[task](rng, n, numbers_for(n_nodes))
+        text = f'[BOS] {" ".join(map(str, sequence))} ~'
+        asked = rng.sample(questions, n_questions(n, setup))
+        for query, answer in asked:
+            trace = '' if setup == 'direct' else look_up(task, query, answer) + ' [EOS] '
+            text += f' {query} {trace}{answer}'
+        samples.append([TOKENS[word] for word in text.split()])
+        answers.append([NODE + answer for _, answer in asked])
+    start = TASKS[task].prompt_length(n)
+    tokens, loss_mask = assemble(samples, start)
+    if setup == 'direct':
+        loss_mask[:] = False
+        loss_mask[:, start::len(str(query).split()) + 1] = True
+    return tokens, loss_mask, np.array(answers)
+
+
+def best_guess(task, n_nodes, n, setup='direct', samples=1000):
+    """Accuracy of the best player who never looks anything up: who knows the n answers, but not to which
+    question each belongs, crosses out those given, and names the most frequent one left. By simulation."""
+    if task not in PRIMITIVES:
+        return TASKS[task].chance(n)
+    rng, accuracies = random.Random(0), []
+    for _ in range(samples):
+        _, questions = PRIMITIVES[task](rng, n, numbers_for(n_nodes))
+        answers = [answer for _, answer in rng.sample(questions, n)]
+        for i in range(n_questions(n, setup)):
+            (_, count), = Counter(answers[i:]).most_common(1)
+            accuracies.append(count / (n - i))
+    return float(np.mean(accuracies))
+
+
+# --- two-hop questions: HotpotQA's task in a small world ----------------------------------------------
+#
+#   Ada Tarn: Velm once, Orsel now.                     ten paragraphs, `title: text`, half about people
+#   Amber Tower: Odo Dahl wrote it in Lomar. ...        and half about novels, one by each
 #   Question: Where did the author of Amber Tower live once?
 #
 #   gold, full   Thought: Amber Tower: Odo Dahl wrote it in Lomar. Odo Dahl: Ravik once, Elsto now.
@@ -510,82 +464,95 @@ def retrieve(context, pattern_of=query_pattern):
 #                Found: *Odo Dahl: Ravik once, Elsto now.*
 #                Answer: Ravik
 #
-# The conditions of eval_hotpot.py: gold (only the two paragraphs that matter are shown), full, and retrieval, where
-# the paragraphs need not be recalled: the model writes regular expressions and is shown, between *, what they find. One
-# model learns all three; the first label after the question is given and tells it which. A word, with its colon,
-# is a token, and so are signs and the end of a line with the sign before it.
+# The conditions of eval_hotpot.py: gold shows only the two paragraphs that matter, full shows all of them.
+# Retrieval shows all too, but they need not be recalled: the model writes regular expressions, and the
+# retriever writes what they find (between *). One model learns all three; the first label after the question
+# is given and says which it is. For train.py, n_nodes is the number of paragraphs, the setup is always
+# `retrieval`, since the retriever runs live, and the distribution is a condition, or `mixed`: every question
+# under all three, in turn. A word is a token together with its colon; so are signs, and the end of a line
+# with the sign before it.
 
 HOTPOT_CONDITIONS = ('gold', 'full', 'retrieval')
-HOTPOT_DISTRIBUTIONS = ('mixed', *HOTPOT_CONDITIONS)        # mixed: each question under all three, in turn
-HOTPOT_PARAGRAPHS, HOTPOT_FOUND = 10, 2                     # of a question; at most shown after a query
-HOTPOT_TRACE = 30                                           # tokens of the longest conversation after the prompt
+HOTPOT_DISTRIBUTIONS = ('mixed', *HOTPOT_CONDITIONS)
+HOTPOT_PARAGRAPHS, HOTPOT_FOUND = 10, 2                 # of a question; shown at most after a query
+HOTPOT_TRACE = 30                                       # tokens of the longest conversation after the prompt
 FIRST, LAST, ADJECTIVE, NOUN, TOWN = map(str.split, (
     'Ada Bram Cleo Dario Edda Finn Gala Hugo Ines Jory Kaya Odo',
     'Arden Bell Corvin Dahl Esker Falk Hale Jarl Lund Moor Rusk Tarn',
     'Amber Bitter Copper Distant Early Frozen Golden Hollow Iron Jade Open Silver',
     'Anchor Bridge Compass Door Engine Forest Garden Harbour Island Jewel Lantern Tower',
-    'Aldmoor Brenick Caldry Dunwell Elsto Farrowby Grimsend Hestrel Ilvane Jorvale Kelsund Lomar Mirrick Nethby Orsel '
-    'Pellora Quarne Ravik Stennis Torvik Ulmere Velm Wexby Zelle'))
+    'Aldmoor Brenick Caldry Dunwell Elsto Farrowby Grimsend Hestrel Ilvane Jorvale Kelsund Lomar '
+    'Mirrick Nethby Orsel Pellora Quarne Ravik Stennis Torvik Ulmere Velm Wexby Zelle'))
 # the special tokens keep their ids and are written as labels and answers
-HOTPOT_WORDS = ('-', '~', '[PAD]', '[BOS]', 'Answer:', 'yes', 'no', 'Search:', 'Found:', 'nothing', 'Question:', 'Thought:',
-                '\n', '.\n', '?\n', *'. , ^ | wrote it in once now'.split(),
+HOTPOT_WORDS = ('-', '~', '[PAD]', '[BOS]', 'Answer:', 'yes', 'no', 'Search:', 'Found:', 'nothing',
+                'Question:', 'Thought:', '\n', '.\n', '?\n', *'. , ^ | wrote it in once now'.split(),
                 *'Where did does the author of live Did Do and one town'.split(),
                 *FIRST, *LAST, *ADJECTIVE, *NOUN, *TOWN, *[f'{word}:' for word in (*LAST, *NOUN)])
 HOTPOT_TOKENS = {word: token for token, word in enumerate(HOTPOT_WORDS)}
 
 
+def hotpot_layout(text):
+    """Words joined by spaces -> text as it would be written, without [BOS]."""
+    return re.sub(r' (?=[.,?|\n])|(?<=[\n^|]) ', '', text.removeprefix('[BOS] '))
+
+
 def hotpot_decode(tokens):
     """Token ids -> text, without padding and [BOS]."""
-    return re.sub(r' (?=[.,?|\n])|(?<=[\n^|]) ', '', ' '.join([HOTPOT_WORDS[t] for t in tokens if t not in (PAD, BOS)]))
+    return hotpot_layout(' '.join([HOTPOT_WORDS[t] for t in tokens if t not in (PAD, BOS)]))
 
 
 def hotpot_encode(text):
     """The inverse: text -> list of token ids. Raises ValueError on an unknown word."""
-    words = re.findall(r'\w+:?|[.?]?\n|\S', text)
     try:
-        return [HOTPOT_TOKENS[word] for word in words]
+        return [HOTPOT_TOKENS[word] for word in re.findall(r'\w+:?|[.?]?\n|\S', text)]
     except KeyError as unknown:
         raise ValueError(f'unknown word {unknown}: this small world has {len(HOTPOT_WORDS)} words')
 
 
 def hotpot_record(rng, n_paragraphs=HOTPOT_PARAGRAPHS):
     """Draw a question (rng: random.Random) as a record in the layout of HotpotQA's official file, see
-    eval_hotpot.load_hotpot; supporting_facts in the order in which they are needed. Three in four go from a novel to
-    its author (bridge), the others compare two people. There are only two last names, and two nouns in titles, so
-    that each paragraph has others of nearly the same name; all towns differ, but for people with one in common."""
+    eval_hotpot.load_hotpot; supporting_facts are in the order in which they are needed. Three in four
+    questions go from a novel to its author (bridge), the others compare two people. There are only two last
+    names, and two nouns in titles, so that names are alike. All towns differ, unless two people share one."""
     half = n_paragraphs // 2
-    people, novels = (rng.sample([f'{a} {b}' for b in rng.sample(twos, 2) for a in rng.sample(ones, half // 2 + 1)], half)
-                      for ones, twos in ((FIRST, LAST), (ADJECTIVE, NOUN)))
+
+    def names(firsts, seconds):
+        return rng.sample([f'{first} {second}' for second in rng.sample(seconds, 2)
+                           for first in rng.sample(firsts, half // 2 + 1)], half)
+
+    people, novels = names(FIRST, LAST), names(ADJECTIVE, NOUN)
     towns = rng.sample(TOWN, 3 * half)
-    scene, once, now = towns[:half], towns[half:2 * half], towns[2 * half:]
-    i, j = rng.sample(range(half), 2)               # about novel i and its author, or people i and j
-    about, word, one, both = (once, 'once', 'did', 'Did') if rng.random() < 0.5 else (now, 'now', 'does', 'Do')
+    written_in, lived = towns[:half], dict(once=towns[half:2 * half], now=towns[2 * half:])
+    i, j = rng.sample(range(half), 2)                   # about novel i and its author, or people i and j
+    when = 'once' if rng.random() < 0.5 else 'now'
     if rng.random() < 0.75:
-        kind, supporting, answer = 'bridge', (novels[i], people[i]), about[i]
-        question = f'Where {one} the author of {novels[i]} live {word}?'
+        kind, supporting, answer = 'bridge', (novels[i], people[i]), lived[when][i]
+        question = f'Where {"did" if when == "once" else "does"} the author of {novels[i]} live {when}?'
     else:
         kind, supporting, answer = 'comparison', (people[i], people[j]), rng.choice(('yes', 'no'))
-        question = f'{both} {people[i]} and {people[j]} live in one town {word}?'
+        question = f'{"Did" if when == "once" else "Do"} {people[i]} and {people[j]} live in one town {when}?'
         if answer == 'yes':
-            about[j] = about[i]
-    context = [[novel, [f'{person} wrote it in {town}.']] for novel, person, town in zip(novels, people, scene)]
-    context += [[person, [f'{one} once, {two} now.']] for person, one, two in zip(people, once, now)]
+            lived[when][j] = lived[when][i]
+    context = [[novel, [f'{person} wrote it in {town}.']]
+               for novel, person, town in zip(novels, people, written_in)]
+    context += [[person, [f'{once} once, {now} now.']]
+                for person, once, now in zip(people, lived['once'], lived['now'])]
     rng.shuffle(context)
-    return dict(_id=f'small-world-{rng.getrandbits(48):012x}', question=question, answer=answer, type=kind, context=context,
-                supporting_facts=[[title, 0] for title in supporting])
+    return dict(_id=f'small-world-{rng.getrandbits(48):012x}', question=question, answer=answer, type=kind,
+                context=context, supporting_facts=[[title, 0] for title in supporting])
 
 
 def hotpot_records(size, n_paragraphs=HOTPOT_PARAGRAPHS, seed=VALIDATION_SEED):
-    """A list of records, those from which the samples of the same seed are made."""
-    rng = random.Random(repr(seed))
+    """A list of records: those from which the samples of the same seed are made."""
+    rng = generator(seed)
     return [hotpot_record(rng, n_paragraphs) for _ in range(size)]
 
 
 def hotpot_paragraphs(record, gold=False):
     """[(title, text), ...] of the context; gold: of the supporting ones only."""
     supporting = dict(record['supporting_facts'])
-    return [(title, ' '.join([sentence.strip() for sentence in sentences])) for title, sentences in record['context']
-            if not gold or title in supporting]
+    return [(title, ' '.join([sentence.strip() for sentence in sentences]))
+            for title, sentences in record['context'] if not gold or title in supporting]
 
 
 def hotpot_lines(paragraphs):
@@ -595,18 +562,20 @@ def hotpot_lines(paragraphs):
 
 def hotpot_prompt(question, paragraphs, condition):
     """What a model reads before it writes; ends with the label of the first line that it writes."""
-    return f'{hotpot_lines(paragraphs)}Question: {question}\n' + ('Search:' if condition == 'retrieval' else 'Thought:')
+    label = 'Search:' if condition == 'retrieval' else 'Thought:'
+    return f'{hotpot_lines(paragraphs)}Question: {question}\n{label}'
 
 
 def hotpot_conversation(record, condition):
     """A question of the small world as drawn above: [(text, whether the model is to write it), ...]."""
     gold = hotpot_paragraphs(record, gold=True)
     titles = [title for title, _ in record['supporting_facts']]
-    prompt = hotpot_prompt(record['question'], gold if condition == 'gold' else hotpot_paragraphs(record), condition)
+    shown = gold if condition == 'gold' else hotpot_paragraphs(record)
+    pieces = [(hotpot_prompt(record['question'], shown, condition), False)]
     if condition != 'retrieval':
         recalled = ' '.join([f'{title}: {dict(gold)[title]}' for title in titles])
-        return [(prompt, False), (f' {recalled}\nAnswer: {record["answer"]}', True)]
-    pieces, label = [(prompt, False)], ''
+        return [*pieces, (f' {recalled}\nAnswer: {record["answer"]}', True)]
+    label = ''
     for hop in [titles] if record['type'] == 'comparison' else [[title] for title in titles]:
         query = '|'.join([f'^{title}' for title in hop])
         found = hotpot_lines([(title, text) for title, text in gold if title in hop])
@@ -616,17 +585,16 @@ def hotpot_conversation(record, condition):
 
 
 def hotpot_prompt_length(n_paragraphs):
-    """Tokens of the prompt: [BOS], paragraphs (9 on a novel, 8 on a person), the longest question (12), two labels."""
+    """Tokens of the prompt: [BOS], paragraphs (9 about a novel, 8 about a person), the longest question (12)
+    and two labels."""
     return 1 + n_paragraphs // 2 * (9 + 8) + 12 + 2
 
 
-def generate_hotpot(batch_size, n_paragraphs, setup, seed, distribution='mixed'):
-    """A batch of questions as drawn above. distribution: a condition, or mixed. Returns tokens (B, L), shorter prompts
-    padded on the left; loss_mask (B, L), True on what the model writes and on one [PAD] after it, so that it learns to
-    stop; answers (B,), token ids. Raises ValueError as generate does."""
-    check(batch_size, n_paragraphs, (4, 2 * (len(TOWN) // 3)), setup, ('retrieval',), distribution, HOTPOT_DISTRIBUTIONS)
-    if n_paragraphs % 2:
-        raise ValueError(f'n_nodes={n_paragraphs} is impossible: give an even number of paragraphs')
+def generate_hotpot(batch_size, n_paragraphs, setup, seed, distribution='mixed', n=None):
+    """A batch of questions as drawn above. Returns tokens (B, L), shorter prompts padded on the left;
+    loss_mask (B, L), True on what the model writes and on one [PAD] after it, so that it learns to stop;
+    answers (B,), token ids. Raises ValueError as generate does."""
+    batch_size, n_paragraphs, _ = check('hotpot', batch_size, n_paragraphs, n, setup, distribution)
     conditions = HOTPOT_CONDITIONS if distribution == 'mixed' else (distribution,)
     records = hotpot_records(-(-batch_size // len(conditions)), n_paragraphs, seed)
     asked = [(record, condition) for record in records for condition in conditions][:batch_size]
@@ -636,112 +604,133 @@ def generate_hotpot(batch_size, n_paragraphs, setup, seed, distribution='mixed')
     for i, (record, condition) in enumerate(asked):
         (prompt, _), *pieces = hotpot_conversation(record, condition)
         prompt = [BOS, *hotpot_encode(prompt)]
-        conversation = [(token, written) for text, written in pieces for token in hotpot_encode(text)] + [(PAD, True)]
-        end = start + len(conversation)
         tokens[i, start - len(prompt):start] = prompt
-        tokens[i, start:end], loss_mask[i, start:end] = zip(*conversation)
+        end = start
+        for text, by_model in pieces:
+            begin, written = end, hotpot_encode(text)
+            end += len(written)
+            tokens[i, begin:end], loss_mask[i, begin:end] = written, by_model
+        loss_mask[i, end] = True
     return tokens, loss_mask, np.array([HOTPOT_TOKENS[record['answer']] for record, _ in asked])
 
 
-def hotpot_pattern(query):
-    """The query itself if it is a regular expression, None if it is malformed."""
+def search_paragraphs(text):
+    """Answer the query at the end of a text, words joined by spaces that end with `Search: query Found:`: the
+    first HOTPOT_FOUND paragraphs of the prompt in which the query, a regular expression, is found, or
+    `nothing`. Returns their token ids, and whether the query is well-formed. (What would make `re` slow
+    cannot be written with the words of this small world.)"""
+    paragraphs, _, conversation = hotpot_layout(text).partition('Question:')
+    query = ['', *conversation.split('Search:')[1:]][-1].removesuffix('Found:').partition('\n')[0].strip()
     try:
-        return re.compile(query).pattern.strip() or None
+        pattern = re.compile(query)
     except re.error:
-        return None
+        query = ''
+    found = [line for line in paragraphs.splitlines(True) if query and pattern.search(line)][:HOTPOT_FOUND]
+    return hotpot_encode(''.join(found) or 'nothing\n'), query != ''
 
 
-def search_paragraphs(context):
-    """Answer the query at the end of a context, token ids (L,) that end with `Search: query Found:`: the first
-    HOTPOT_FOUND paragraphs of the prompt in which the query, a regular expression, is found. Returns their token ids,
-    or those of `nothing`. (What would make `re` slow cannot be written with the words of this small world.)"""
-    paragraphs, _, conversation = hotpot_decode(context).partition('Question:')
-    query = conversation.rpartition('Search:')[2].removesuffix('Found:')
-    pattern = hotpot_pattern(query.partition('\n')[0].strip())
-    found = [line for line in paragraphs.splitlines(True) if pattern and re.search(pattern, line)][:HOTPOT_FOUND]
-    return hotpot_encode(''.join(found) or 'nothing\n')
-
-
-# --- tasks, training stream and validation set ---------------------------------------------------
+# --- tasks, the training stream and validation sets --------------------------------------------------
 
 class Task(NamedTuple):
-    """What a task provides. The answer is the last token of a sample, in every task."""
-    generate: Callable          # (batch_size, n, setup, seed, distribution) -> tokens, loss_mask, labels
-    vocab_size: Callable        # n -> number of tokens
-    prompt_length: Callable     # n -> tokens of the prompt, the same for all samples
-    max_length: Callable        # (n, setup) -> tokens of the longest sample
-    chance: Callable            # n -> accuracy of a guess
-    query_pattern: Callable = query_pattern     # query text -> regular expression, None if malformed
-    retrieve: Callable = retrieve               # context ids -> id, or ids, of the answer
+    """What a task provides. n_nodes fixes the vocabulary; n, at most n_nodes, is the size of a sample. The
+    answer is the last token of a sample."""
+    generate: Callable      # (batch_size, n_nodes, setup, seed, distribution, n) -> tokens, loss_mask, labels
+    vocab_size: Callable    # n_nodes -> number of tokens
+    prompt_length: Callable  # n -> tokens of the prompt, the same for all samples of that n
+    max_length: Callable    # (n, setup) -> tokens of the longest sample
+    chance: Callable        # n -> accuracy of a random one of the possible answers
+    sizes: range            # the possible n_nodes
+    retrieve: Callable = retrieve                       # text that ends in a query -> token ids, well-formed?
+    lengths: Callable = lambda n_nodes: (n_nodes,)      # n_nodes -> the n that a training run mixes
     distributions: tuple = tuple(DISTRIBUTIONS)
     setups: tuple = SETUPS
-    words: tuple = WORDS        # token id -> word
+    words: tuple = WORDS    # token id -> word
 
 
-def primitive(draw, vocab_size, sequence_length, query_length, trace_length, chance):
-    """The Task of a retrieval primitive, its lengths in tokens, that of the trace at most."""
-    prompt_length = lambda n: 1 + sequence_length(n) + QUERIES * (query_length + 1)
-    return Task(partial(generate_primitive, draw), lambda n: NODE + vocab_size(n), prompt_length,
-                lambda n, setup: prompt_length(n) + (trace_length + 2 if setup == 'retrieval' else 1), chance,
-                primitive_pattern, partial(retrieve, pattern_of=primitive_pattern), ('uniform',), ('direct', 'retrieval'))
+def primitive(task, sequence, query, trace, chance, vocabularies=1, step=1):
+    """The Task of a retrieval primitive. sequence: n -> its length; query, trace: their (greatest) lengths.
+    vocabularies: how many ranges of numbers it takes; step: 2 if n must be even."""
+    def prompt_length(n):
+        return 1 + sequence(n) + 1 + query
+
+    def max_length(n, setup):
+        after_prompt = trace + 2 if setup == 'retrieval' else 1 + (query + 1) * (n_questions(n, setup) - 1)
+        return prompt_length(n) + after_prompt
+
+    def lengths(n_nodes):                               # small n are learned first and pave the way
+        return *[2 ** i for i in range(1, 10) if 2 ** i < n_nodes], n_nodes
+
+    return Task(partial(generate_primitive, task), lambda n_nodes: NODE + vocabularies * numbers_for(n_nodes),
+                prompt_length, max_length, chance, range(2, MAX_NODES // 8 + 1, step),
+                partial(retrieve, kind='primitive'), lengths, ('uniform',), ('direct', 'retrieval'))
 
 
 TASKS = {
-    'istree': Task(generate, vocab_size, prompt_length, max_length, lambda n: 1 / 2),
-    'index': primitive(index, lambda n: 2 * n, lambda n: n, 1, 5, lambda n: 1 / n),
-    'recall': primitive(recall, lambda n: 4 * n, lambda n: 2 * n, 1, 4, lambda n: 1 / n),
-    'cgram': primitive(cgram, lambda n: n, lambda n: n, 2, 5, lambda n: 2 / n),
-    'counting': primitive(counting, lambda n: n, lambda n: n, 1, 6 * (MAX_COUNT + 1), lambda n: 1 / (MAX_COUNT + 1)),
-    # hotpot's chance: of a guess at yes or no, or among the towns of the paragraphs shown (3 under gold), mixed
+    'istree': Task(generate, lambda n: NODE + n, prompt_length, max_length, lambda n: 1 / 2,
+                   range(4, MAX_NODES + 1)),
+    'index': primitive('index', lambda n: n, query=1, trace=5, chance=lambda n: 1 / n),
+    'recall': primitive('recall', lambda n: 2 * n, query=1, trace=4, chance=lambda n: 1 / n, vocabularies=2),
+    'cgram': primitive('cgram', lambda n: n + 2, query=2, trace=5, chance=lambda n: 2 / (n + 2)),
+    'counting': primitive('counting', lambda n: MAX_COUNT * n // 2, query=1, trace=6 * (MAX_COUNT + 1),
+                          chance=lambda n: 1 / (MAX_COUNT + 1), step=2),
+    # hotpot's chance: guess yes or no, or one of the towns of the paragraphs shown (3 under gold), mixed
     'hotpot': Task(generate_hotpot, lambda n: len(HOTPOT_WORDS), hotpot_prompt_length,
                    lambda n, setup: hotpot_prompt_length(n) + HOTPOT_TRACE,
                    lambda n: 1 / 4 * 1 / 2 + 3 / 4 * (1 / 3 * 1 / 3 + 2 / 3 * 2 / (3 * n)),
-                   hotpot_pattern, search_paragraphs, HOTPOT_DISTRIBUTIONS, ('retrieval',), HOTPOT_WORDS),
+                   range(4, 2 * (len(TOWN) // 3) + 1, 2), search_paragraphs,
+                   distributions=HOTPOT_DISTRIBUTIONS, setups=('retrieval',), words=HOTPOT_WORDS),
 }
 
 
-def fingerprint(tokens):
-    """(B, L) tokens -> (B,) uint64 that are equal for equal rows and, but for a chance of about 2^-60,
-    different for different ones."""
-    weights = np.random.default_rng(0).integers(0, 2**63, tokens.shape[1], dtype=np.uint64) * 2 + 1
-    return (tokens.astype(np.uint64) * weights).sum(1)
+class Batches:
+    """The training stream, for torch's DataLoader: batches[i] is batch number i, tokens (batch_size, L) and
+    loss_mask (batch_size, L), made when asked for and always the same, whichever process makes it. The n of
+    its samples is one of the task's lengths, each in turn.
+
+    held_out: a list of validation tokens (N, L). A training sample with one of their prompts is replaced by
+    another one of its batch. Raises ValueError if everything is held out."""
+
+    def __init__(self, task, batch_size, n_nodes, setup, seed, distribution=None, held_out=()):
+        self.task, self.batch_size, self.n_nodes = task, batch_size, n_nodes
+        self.setup, self.seed = setup, seed
+        self.distribution = distribution or TASKS[task].distributions[0]
+        self.lengths = TASKS[task].lengths(n_nodes)
+        self.held_out = {row[:TASKS[task].prompt_length(n)].tobytes()
+                         for tokens in held_out for row in tokens for n in self.lengths}
+
+    def __getitem__(self, i):
+        tokens, loss_mask, _ = self.samples(self.lengths[i % len(self.lengths)], (self.seed, i))
+        length = np.flatnonzero(loss_mask.any(0))[-1] + 1
+        return tokens[:, :length], loss_mask[:, :length]
+
+    def samples(self, n, seed):
+        """A batch of size n, none of it held out. Returns what generate returns."""
+        start = TASKS[self.task].prompt_length(n)
+        for attempt in range(10):
+            batch = TASKS[self.task].generate(self.batch_size, self.n_nodes, self.setup, (*seed, attempt),
+                                              self.distribution, n)
+            others = [i for i, row in enumerate(batch[0]) if row[:start].tobytes() not in self.held_out]
+            if others:
+                return tuple(part[np.resize(others, self.batch_size)] for part in batch)
+        raise ValueError(f'n={n} has so few prompts that all are in the validation set: '
+                         'take a larger n or a smaller validation set')
 
 
-def validation_set(task, size, n_nodes, setup, distribution='two_star'):
-    """The held-out samples: the same for every seed and model. Returns what generate returns."""
-    return TASKS[task].generate(size, n_nodes, setup, VALIDATION_SEED, distribution)
-
-
-def training_batches(task, batch_size, n_nodes, setup, seed, distribution='two_star', held_out=None, first=0):
-    """Endless stream of training batches, tokens (batch_size, L) and loss_mask (batch_size, L), made on
-    the fly and cut to the longest sample of each batch. Batch number `first` comes first, so that an
-    interrupted run sees the same stream when it resumes.
-
-    held_out: validation tokens (N, L). A training sample with the same prompt is thrown out, and another
-    of its chunk takes its place. Raises ValueError if the validation set holds all there is."""
-    made = TASKS[task]
-    start = made.prompt_length(n_nodes)
-    forbidden = None if held_out is None else fingerprint(held_out[:, :start])
-    per_chunk = max(1, CHUNK // batch_size)
-    chunk, skip = divmod(first, per_chunk)
-    while True:
-        tokens, loss_mask, _ = made.generate(per_chunk * batch_size, n_nodes, setup, (seed, chunk, 0), distribution)
-        if forbidden is not None:
-            keep = np.flatnonzero(~np.isin(fingerprint(tokens[:, :start]), forbidden))
-            if len(keep) == 0:
-                raise ValueError(f'n={n_nodes} has so few prompts that all are in the validation set: '
-                                 'take a larger n or a smaller validation set')
-            if len(keep) < len(tokens):
-                keep = np.resize(keep, len(tokens))
-                tokens, loss_mask = tokens[keep], loss_mask[keep]
-        for i in range(skip, per_chunk):
-            rows = slice(i * batch_size, (i + 1) * batch_size)
-            length = int(np.flatnonzero(loss_mask[rows].any(0))[-1]) + 1
-            yield tokens[rows, :length], loss_mask[rows, :length]
-        chunk, skip = chunk + 1, 0
+def validation_set(task, size, n_nodes, setup, distribution=None, n=None, tuning=False):
+    """The held-out samples, the same for every seed and model. tuning: others, for choosing constants, none
+    of which has a prompt of the reported set of that size. distribution: by default the task's first. Returns
+    what generate returns."""
+    distribution = distribution or TASKS[task].distributions[0]
+    reported = TASKS[task].generate(size, n_nodes, setup, VALIDATION_SEED, distribution, n)
+    if not tuning:
+        return reported
+    others = Batches(task, size, n_nodes, setup, None, distribution, held_out=[reported[0]])
+    return others.samples(n or n_nodes, (TUNING_SEED,))
 
 
 if __name__ == '__main__':
     for name, task in TASKS.items():
         for setup in task.setups:
-            print(f'{name}, {setup}:\n{decode(task.generate(1, 6, setup, seed=0)[0][0], task.words)}\n')
+            for distribution in HOTPOT_CONDITIONS if name == 'hotpot' else task.distributions[:1]:
+                print(f'{name}, setup {setup}, distribution {distribution}, n_nodes 6:')
+                print(decode(task.generate(1, 6, setup, 1, distribution)[0][0], task.words), end='\n\n')

@@ -195,11 +195,7 @@ class Attention(nn.Module):
         """x (B, L, d_model). cache: the KVCache of the tokens before, to which these are added, or None."""
         B, L, _ = x.shape
         seen = cache.seen if cache else 0
-        qkv = self.qkv_proj(x).view(B, L, -1, self.d_head)                  # (B, L, all heads, d_head)
-        qk, v = qkv.split((self.n_heads + self.n_kv_heads, self.n_kv_heads), 2)
-        qk = rotate(qk, torch.arange(seen, seen + L, device=x.device), self.rope_theta)
-        q, k = qk.split((self.n_heads, self.n_kv_heads), 2)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)   # (B, heads, L, d_head)
+        q, k, v = self.heads(x, seen)                                       # (B, heads, L, d_head)
         mask = None
         if cache:
             k, v = cache.append(k, v)                                       # (B, heads, seen + L, d_head)
@@ -208,6 +204,24 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=L > 1 and mask is None,
                                            enable_gqa=self.n_kv_heads < self.n_heads)
         return self.o_proj(y.transpose(1, 2).reshape(B, L, -1))             # y (B, heads, L, d_head)
+
+    def heads(self, x, seen=0):
+        """Queries, keys and values of x (B, L, d_model), whose first token has position `seen`."""
+        B, L, _ = x.shape
+        qkv = self.qkv_proj(x).view(B, L, -1, self.d_head)                  # (B, L, all heads, d_head)
+        qk, v = qkv.split((self.n_heads + self.n_kv_heads, self.n_kv_heads), 2)
+        qk = rotate(qk, torch.arange(seen, seen + L, device=x.device), self.rope_theta)
+        q, k = qk.split((self.n_heads, self.n_kv_heads), 2)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)      # (B, heads, L, d_head)
+
+    def weights(self, x):
+        """How much each token of x (B, L, d_model) attends to each other: (B, n_heads, L, L), rows add to 1.
+        Not needed to run the model, only to look at it."""
+        q, k, _ = self.heads(x)
+        k = k.repeat_interleave(self.n_heads // self.n_kv_heads, 1)         # (B, n_heads, L, d_head)
+        scores = q @ k.mT / math.sqrt(self.d_head)                          # (B, n_heads, L, L)
+        future = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1)    # (L, L)
+        return scores.masked_fill(future, -math.inf).softmax(-1)
 
 
 def rotate(x, positions, theta):

@@ -1,14 +1,24 @@
-"""The figures, drawn from what train.py, models.py and eval_hotpot.py wrote: one function each, then a list of them.
+"""The figures, drawn from what train.py, models.py and eval_hotpot.py wrote. Knows results, no models.
 
-  python plot.py                              out/**/result.json ... -> figures/*.png and *.pdf
+  python plot.py                              out/**/result.json ... -> figures/*.png, *.pdf and walk.gif
   python plot.py --out=results --figures=figures
 
-A function takes all that was found (a dict of lists) and yields a name and a figure for each picture that it
-has results for; cells that have been begun and not ended are named below it. Colours are Okabe and Ito's, safe
-for the colour-blind; in black and white, markers tell the architectures apart, line styles the rest.
+Each function takes all that was found (a dict of lists, see load) and yields a name and a figure for each
+picture that there are results for. Colours are Okabe and Ito's, safe for the colour-blind. Points stand where
+they belong: lines differ in width and markers in size, so that three lines at 100% can be told apart.
 """
-import json
+import os
+import signal
+
+if __name__ == '__main__':              # before the imports that take seconds: Ctrl-C is one line at any moment
+    line = b'\nplot.py: interrupted, run the same command again\n'
+    signal.signal(signal.SIGINT, lambda *_: (os.write(2, line), os._exit(130)))
+
+import itertools
+import math
+import re
 import sys
+import textwrap
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +27,12 @@ import matplotlib
 matplotlib.use('Agg')                       # to files, also where there is no screen
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.patches import FancyArrowPatch, Rectangle
+from matplotlib.ticker import LogLocator, NullLocator
+from PIL import Image
 
 import data
-import models
-from train import Refused, cli, parse
+from train import SAMPLE, UserError, cli, parse, read_json
 
 
 @dataclass
@@ -29,272 +41,719 @@ class Constants:
     figures: str = 'figures'                # folder of the pictures
 
 
-NAMES = {'transformer': 'Transformer', 'mamba': 'RNN (Mamba)', 'hybrid': 'hybrid'}
-COLOURS = {'transformer': '#0072B2', 'mamba': '#D55E00', 'hybrid': '#009E73'}
-MARKERS = {'transformer': 's', 'mamba': 'o', 'hybrid': '^'}
-HATCHES = {'transformer': '', 'mamba': '///', 'hybrid': '...'}
-LINES = {'direct': '-', 'cot': '-.', 'retrieval': '--'}
+LOOKS = {'transformer': dict(label='Transformer', color='#0072B2', marker='s', markersize=8, linewidth=3.5),
+         'hybrid': dict(label='hybrid', color='#009E73', marker='^', markersize=6, linewidth=2),
+         'mamba': dict(label='RNN (Mamba)', color='#D55E00', marker='o', markersize=3.5, linewidth=0.9)}
+HATCHES = {'hybrid': '...', 'mamba': '///'}
+RED, PINK, YELLOW, GREY = '#C00000', '#FFB0B0', '#F0E442', '#999999'
+NAMES = {'istree': 'IsTree', 'index': 'index', 'recall': 'associative recall', 'cgram': 'c-gram retrieval',
+         'counting': 'counting', 'hotpot': 'two-hop questions', 'direct': 'answer at once',
+         'cot': 'chain of thought', 'retrieval': 'with a retriever'} | {a: LOOKS[a]['label'] for a in LOOKS}
 CELL = ('task', 'arch', 'setup', 'size', 'n_nodes', 'seed')
-CONSTANTS = ('distribution', 'd_state', 'frozen_embedding', 'samples', 'batch_size', 'warmup_samples', 'grad_clip', 'dtype')
-TITLES = {'index': 'Index', 'recall': 'Associative recall', 'cgram': 'c-gram retrieval', 'counting': 'Counting'}
+CONSTANTS = ('distribution', 'd_state', 'frozen_embedding', 'samples', 'batch_size', 'warmup', 'grad_clip',
+             'dtype')
 
-plt.rcParams |= {'font.size': 9, 'axes.spines.top': False, 'axes.spines.right': False, 'legend.frameon': False,
-                 'savefig.dpi': 200, 'savefig.bbox': 'tight', 'pdf.fonttype': 42, 'hatch.linewidth': 0.6}
+plt.rcParams |= {'font.size': 9, 'axes.spines.top': False, 'axes.spines.right': False, 'savefig.dpi': 200,
+                 'savefig.bbox': 'tight', 'legend.frameon': False, 'pdf.fonttype': 42, 'hatch.linewidth': 0.6}
 
 
-# --- what the figures share ---------------------------------------------------------------------------
-
-def values(results, name):
-    return sorted({r[name] for r in results})
-
+# --- what the figures share ------------------------------------------------------------------------------
 
 def where(results, **wanted):
     """The results with these values."""
-    return [r for r in results if all(r[name] == value for name, value in wanted.items())]
+    return [r for r in results if all(r.get(name) == value for name, value in wanted.items())]
 
 
-def alike(results, but=()):
-    """Of results that differ in more than a figure shows (those of a sweep over d_state, say), for each setup the
-    largest group with the same constants, apart from those named in `but`."""
-    key = lambda r: tuple(r.get(name) for name in CONSTANTS if name not in but)
-    commonest = {setup: Counter(map(key, where(results, setup=setup))).most_common(1)[0][0]
-                 for setup in values(results, 'setup')}
-    return [r for r in results if key(r) == commonest[r['setup']]]
+def groups(results, *names):
+    """[(values of these names, the results with them)], in the order of NAMES, else sorted."""
+    found, known = [((), results)], [*NAMES]
+    order = lambda value: (known.index(value), 0) if value in known else (len(known), value)
+    for name in names:
+        found = [((*key, value), where(rows, **{name: value}))
+                 for key, rows in found for value in sorted({r[name] for r in rows}, key=order)]
+    return found
 
 
-def curve(axes, results, x, dodge=0.0, **style):
-    """Accuracy in percent against the value x of the results, mean over seeds; error bars: standard error, between seeds
-    if there are several, else binomial. dodge moves points sideways, by a fraction of a doubling of x."""
+def alike(found, but=(), **wanted):
+    """The results with these values that may be compared: no sweep's, none of other layers, and of those that
+    differ in more than a figure shows, for each setup and size, the largest group with the same constants
+    (except `but`)."""
+    results = [r for r in where(found['results'], **wanted) if not r.get('tuning') and not r.get('layers')]
+    for within, names in (((), [name for name in CONSTANTS if name not in but]), (('arch',), ['lr'])):
+        constants = lambda r: tuple(r.get(name) for name in names)
+        best = [(rows, Counter(map(constants, rows)).most_common(1)[0][0])
+                for _, rows in groups(results, 'task', 'setup', 'size', *within)]
+        results = [r for rows, commonest in best for r in rows if constants(r) == commonest]
+    return results
+
+
+def look(arch):
+    return LOOKS.get(arch, dict(label=arch, color='black', marker='D', markersize=5, linewidth=1.5))
+
+
+def curve(axes, results, x, **style):
+    """Accuracy in percent against the value x of the results, mean over seeds; error bars: standard error,
+    between seeds if there are several, else binomial."""
     points = []
-    for value in values(results, x):
-        accuracy = [100 * r['accuracy'] for r in where(results, **{x: value})]
-        error = np.std(accuracy, ddof=1) / len(accuracy) ** 0.5 if len(accuracy) > 1 else \
-            100 * where(results, **{x: value})[0]['accuracy_se']
-        points.append((value * 2 ** dodge, np.mean(accuracy), error))
-    axes.errorbar(*zip(*points), capsize=2, markersize=5, **style)
+    for (value,), rows in groups(results, x):
+        accuracy = [100 * r['accuracy'] for r in rows]
+        error = np.std(accuracy, ddof=1) / len(rows) ** 0.5 if len(rows) > 1 else 100 * rows[0]['accuracy_se']
+        points.append((value, np.mean(accuracy), error))
+    axes.errorbar(*zip(*points), capsize=2, **style)
 
 
-def label(arch, size, sizes):
-    return f'{NAMES[arch]}, {size}' if len(sizes) > 1 else NAMES[arch]
+def panels(found, width=2.7, columns=4):
+    """A figure with a panel of percents for each group, at most `columns` side by side, and (panel, key,
+    rows)."""
+    columns = min(columns, len(found))
+    rows = -(-len(found) // columns)
+    size = width * columns, 2.8 * rows
+    figure, axes = plt.subplots(rows, columns, figsize=size, sharey=True, squeeze=False)
+    axes[0, 0].set_ylim(0, 105)
+    for panel in axes[:, 0]:
+        panel.set_ylabel('accuracy (%)')
+    for panel in axes.flat[len(found):]:
+        panel.set_axis_off()
+    for panel, (key, _) in zip(axes.flat, found):
+        title = ', '.join(f'n={part}' if isinstance(part, int) else NAMES.get(part, part) for part in key)
+        panel.set_title(title, fontsize=9)
+    return figure, [(panel, key, rows) for panel, (key, rows) in zip(axes.flat, found)]
 
 
-def panels(titles, width=2.9, height=2.9):
-    """A figure with a panel for each title, side by side, and the panels by title."""
-    figure, axes = plt.subplots(1, len(titles), figsize=(1 + width * len(titles), height), sharey=True, squeeze=False)
-    for panel, title in zip(axes[0], titles):
-        panel.set_title(title)
-    return figure, dict(zip(titles, axes[0]))
-
-
-def finish(figure, unfinished=()):
-    """The legend of all panels, each label once, at the right; the unfinished cells below."""
+def finish(figure, unfinished=(), note=''):
+    """The legend of all panels, each label once, at the right; a note and the unfinished cells below."""
     labels = {text: handle for axes in figure.axes for handle, text in zip(*axes.get_legend_handles_labels())}
     figure.tight_layout()
     figure.legend(labels.values(), labels.keys(), loc='center left', bbox_to_anchor=(1, 0.5))
-    if unfinished:
-        names = [f'{c["task"]} {c["arch"]} {c["setup"]} {c["size"]} n={c["n_nodes"]} seed {c["seed"]}' for c in unfinished]
-        more = f' and {len(names) - 6} more' if len(names) > 6 else ''
-        figure.text(0.01, -0.02, f'not finished: {", ".join(names[:6])}{more}', fontsize=6, color='grey', va='top')
+    names = ['{task} {arch} {setup} {size} n={n_nodes} seed {seed}'.format(**c) for c in unfinished]
+    if names:
+        note += f'not finished: {", ".join(names[:6])}'
+        note += f' and {len(names) - 6} more' if len(names) > 6 else ''
+    figure.text(0.01, -0.02, note, fontsize=7, color='grey', va='top')
     return figure
 
 
-def axis_of_n(axes, ns, name):
-    axes.set_xscale('log', base=2)
-    axes.set_xticks(ns, ns)
-    axes.minorticks_off()
-    axes.set(xlabel=name, xlim=(ns[0] / 1.15, ns[-1] * 1.15), ylim=(0, 104))
+def log_axis(panel, rows, x, label):
+    """A logarithmic x-axis, with ticks exactly where there are points."""
+    ticks = [value for (value,), _ in groups(rows, x)]
+    panel.set(xscale='log', xlabel=label)
+    panel.set_xticks(ticks, [f'{tick:g}' for tick in ticks])
+    panel.xaxis.set_minor_locator(NullLocator())
 
 
-# --- the figures ----------------------------------------------------------------------------------------
+def chance(panel, rows, x=None):
+    """The accuracy of a guess and, where that is another, of the best guess that looks nothing up."""
+    for name, text, line in (('chance', 'chance', ':'), ('best_guess', 'best guess without look-up', '--')):
+        points = [(value, 100 * r[name]) for (value,), (r, *_) in groups(rows, x) if name in r] if x else []
+        if points:
+            panel.plot(*zip(*points), line, color=GREY, label=text)
+        elif name in rows[0]:
+            panel.axhline(100 * rows[0][name], linestyle=line, color=GREY, label=text)
+
+
+# --- accuracies ------------------------------------------------------------------------------------------
 
 def accuracy(found):
-    """The paper's main figure: accuracy on IsTree against n, a panel for each setup, a line style for each size."""
-    results = alike(where(found['results'], task='istree'))
-    setups, sizes = [s for s in LINES if where(results, setup=s)], [s for s in models.SIZES if where(results, size=s)]
-    if not results:
+    """The paper's main figure: accuracy on IsTree against n, a panel for each setup, a line for each
+    architecture (and d_state, if run for about as many cells as the commonest), a picture for each size."""
+    for (size,), results in groups(alike(found, ['d_state'], task='istree'), 'size'):
+        figure, parts = panels(groups(results, 'setup'))
+        for panel, _, rows in parts:
+            chance(panel, rows)
+            for (arch,), line in groups(rows, 'arch'):
+                states = Counter(r['d_state'] for r in line)
+                main, *others = [d for d, count in states.most_common() if 2 * count > max(states.values())]
+                curve(panel, where(line, d_state=main), 'n_nodes', **look(arch))
+                for d in others:
+                    curve(panel, where(line, d_state=d), 'n_nodes', **look(arch) | dict(
+                        label=f'{look(arch)["label"]}, d_state {d} instead of {main}', linestyle='--'))
+            log_axis(panel, rows, 'n_nodes', 'n, nodes of the graph')
+        yield f'accuracy-{size}', finish(figure, where(found['unfinished'], task='istree', size=size))
+
+
+def sizes(found):
+    """The paper's grid: accuracy on IsTree against n, a panel for each setup and architecture, a line for
+    each size."""
+    results = alike(found, task='istree')
+    names = [size for (size,), _ in groups(results, 'size')]
+    if len(names) < 2:
         return
-    figure, axes = panels(setups)
-    for setup in setups:
-        axes[setup].axhline(50, linestyle=':', color='grey', label='chance')
-        for i, (arch, size) in enumerate((arch, size) for size in sizes for arch in models.ARCHS):
-            if line := where(results, setup=setup, arch=arch, size=size):
-                curve(axes[setup], line, 'n_nodes', 0.03 * (i - (3 * len(sizes) - 1) / 2), label=label(arch, size, sizes),
-                      color=COLOURS[arch], marker=MARKERS[arch], linestyle=['-', '--', ':', '-.'][sizes.index(size)])
-        axis_of_n(axes[setup], values(results, 'n_nodes'), 'n, nodes of the graph')
-    axes[setups[0]].set_ylabel('accuracy (%)')
-    yield 'accuracy', finish(figure, where(found['unfinished'], task='istree'))
+    figure, parts = panels(groups(results, 'setup', 'arch'), columns=3)
+    for panel, _, rows in parts:
+        chance(panel, rows)
+        for (size,), line in groups(rows, 'size'):
+            i = names.index(size)
+            curve(panel, line, 'n_nodes', label=size, color=plt.get_cmap('viridis')(0.9 * i / len(names)),
+                  marker='sD^o'[i % 4], markersize=9 / (1 + i / 2), linewidth=3.5 / (1 + i / 2))
+        log_axis(panel, rows, 'n_nodes', 'n, nodes of the graph')
+    yield 'sizes', finish(figure)
+
+
+def primitives(found):
+    """The bottleneck in its purest form (paper, section 4): accuracy of the retrieval primitives against the
+    length of the context, a panel for each setup and task. One run has learned all lengths of a line."""
+    all_results = [r | row | dict(n_nodes=row['n']) for r in alike(found) for row in r.get('by_length', ())]
+    for (size,), results in groups(all_results, 'size'):
+        figure, parts = panels(groups(results, 'setup', 'task'), columns=len(groups(results, 'task')))
+        for panel, _, rows in parts:
+            for (arch,), line in groups(rows, 'arch'):
+                curve(panel, line, 'n_nodes', **look(arch))
+            chance(panel, rows, 'n_nodes')
+            log_axis(panel, rows, 'n_nodes', 'n, pairs or tokens in the context')
+        tasks = {r['task'] for r in results}
+        yield f'primitives-{size}', finish(figure, [c for c in found['unfinished'] if c['task'] in tasks])
+
+
+def chosen(results):
+    """The best result of a sweep, of those with most samples: in accuracy, in exact traces, then solved
+    soonest."""
+    order = lambda r: (r['samples'], r['accuracy'], r['exact_trace'], -r.get('samples_trained', 0))
+    return max(results, key=order)
+
+
+def sweep(found):
+    """How the constants were found, and who is picky: accuracy against the learning rate, a panel for each
+    task and setup, a line for each architecture and warm-up, each point after its longest run."""
+    for (size,), results in groups(where(found['results'], tuning=True), 'size'):
+        figure, parts = panels(groups(results, 'task', 'setup', 'n_nodes'))
+        for panel, _, rows in parts:
+            chance(panel, rows)
+            for (arch,), runs in groups(rows, 'arch'):
+                best = chosen(runs)
+                for i, ((warmup,), line) in enumerate(groups(runs, 'warmup')):
+                    longest = [chosen(same) for _, same in groups(line, 'lr')]
+                    style = dict(label=f'{look(arch)["label"]}, warm-up {warmup:.0%}', linewidth=1.3,
+                                 markersize=4, linestyle=['-', (0, (2, 1)), ':'][min(i, 2)])
+                    curve(panel, longest, 'lr', **look(arch) | style)
+                    for r in [r for r in longest if r['samples'] < best['samples']]:
+                        panel.plot(r['lr'], 100 * r['accuracy'], 'kx', zorder=9,
+                                   label='given up after a shorter run')
+                panel.plot(best['lr'], 100 * best['accuracy'], 'o', color=look(arch)['color'], clip_on=False,
+                           fillstyle='none', markersize=13, markeredgewidth=1.8, label='chosen')
+            log_axis(panel, rows, 'lr', 'learning rate')
+            panel.tick_params(axis='x', labelrotation=60)
+        yield f'sweep-{size}', finish(figure)
 
 
 def learning(found):
-    """Who learns how fast: accuracy on IsTree against training samples, a panel for each setup, a line for each
-    seed. The last point is the result, on all held-out samples, the ones before are on 200 of them."""
-    all_results = alike([r for r in where(found['results'], task='istree') if r['log']])
-    for n in values(all_results, 'n_nodes'):
-        results = where(all_results, n_nodes=n)
-        setups = [s for s in LINES if where(results, setup=s)]
-        figure, axes = panels(setups)
-        for setup in setups:
-            axes[setup].axhline(50, linestyle=':', color='grey', label='chance')
-            for r in where(results, setup=setup):
-                points = [(line['samples'], line['accuracy']) for line in r['log'] if line['samples'] < 0.99 * r['samples']]
-                x, y = zip(*points, (r['samples'], r['accuracy']))
-                axes[setup].plot(np.array(x) / 1000, 100 * np.array(y), color=COLOURS[r['arch']], marker=MARKERS[r['arch']],
-                                 markersize=4, alpha=0.8, label=label(r['arch'], r['size'], values(results, 'size')))
-            axes[setup].set(xlabel='thousand samples', ylim=(0, 104))
-        axes[setups[0]].set_ylabel(f'accuracy (%), n={n}')
-        yield f'learning-n{n}', finish(figure)
+    """Who learns how fast: accuracy on IsTree against training samples, a panel for each setup, a line for
+    each seed. The last point is the result, on all held-out samples, the others are on 200 of them; there a
+    model that always gives the same answer scores somewhere in the grey band."""
+    all_results = [r for r in alike(found, task='istree') if r['log']]
+    for (size, n), results in groups(all_results, 'size', 'n_nodes'):
+        figure, parts = panels(groups(results, 'setup', 'n_nodes'))
+        for panel, _, rows in parts:
+            chance(panel, rows)
+            panel.axhspan(43, 57, color='#E6E6E6', linewidth=0, label='a guess on 200 samples')        # 95%
+            for r in rows:
+                end = r.get('samples_trained', r['samples'])
+                points = [(line['samples'], line['accuracy']) for line in r['log']
+                          if line['samples'] < 0.99 * end]
+                x, y = zip(*points, (end, r['accuracy']))
+                style = look(r['arch']) | dict(linewidth=1, markersize=3)
+                panel.plot(np.array(x) / 1000, 100 * np.array(y), **style)
+            panel.set_xlabel('thousand samples')
+        yield f'learning-{size}-n{n}', finish(figure)
 
+
+# --- what it costs, what goes wrong ------------------------------------------------------------------------
 
 def memory(found):
-    """The claim itself: accuracy on IsTree with chain of thought against the floats that a model carries from token
-    to token at the end of the prompt."""
-    all_results = alike(where(found['results'], task='istree', setup='cot'), but=['d_state'])
-    for n in values(all_results, 'n_nodes'):
-        results = where(all_results, n_nodes=n)
-        figure, axes = panels([f'IsTree, chain of thought, n={n}'], width=3.4)
-        for panel in axes.values():
-            panel.axhline(50, linestyle=':', color='grey', label='chance')
-            for arch in models.ARCHS:
-                if line := where(results, arch=arch):
-                    curve(panel, line, 'state_floats', color=COLOURS[arch], marker=MARKERS[arch], label=NAMES[arch])
-            panel.set_xscale('log', base=2)
-            panel.set(xlabel='memory at the end of the prompt (floats)', ylabel='accuracy (%)', ylim=(0, 104))
-        if len(values(results, 'state_floats')) > 3:
-            yield f'memory-n{n}', finish(figure)
+    """The claim itself: accuracy on IsTree with chain of thought, and what a model carries from token to
+    token at the end of the prompt, in floats."""
+    all_results = [r for r in alike(found, ['d_state'], task='istree', setup='cot') if r.get('memory')]
+    for (size, n), results in groups(all_results, 'size', 'n_nodes'):
+        rows = groups(results, 'arch', 'd_state')
+        if len(rows) < 4:
+            continue
+        figure, (right, bars) = plt.subplots(1, 2, figsize=(7.5, 0.9 + 0.3 * len(rows)), sharey=True)
+        for y, ((arch, _), group) in enumerate(rows):
+            percent, left = np.mean([100 * r['accuracy'] for r in group]), 0
+            right.plot(percent, y, 'o', color=look(arch)['color'])
+            right.text(percent - 3, y, f'{percent:.0f}', ha='right', va='center', fontsize=8)
+            for part, name, colour, hatch in (('state', 'scan state', '#D55E00', ''),
+                                              ('cache', 'KV cache', '#0072B2', '...'),
+                                              ('window', 'convolution window', '#E69F00', '///')):
+                floats = group[0]['memory'].get(part, 0)
+                bars.barh(y, floats, 0.7, left, color=colour, hatch=hatch, edgecolor='white', label=name)
+                left += floats
+            bars.text(left, y, f' {left:,.0f}', va='center', fontsize=8)
+        right.axvline(50, linestyle=':', color=GREY, label='chance')
+        right.set_yticks(range(len(rows)), [NAMES.get(arch, arch) + f', d_state {d}' * (arch != 'transformer')
+                                            for (arch, d), _ in rows])
+        right.set(xlim=(0, 105), ylim=(len(rows) - 0.5, -0.5), xlabel='accuracy (%)')
+        bars.set_xlabel('floats carried at the end of the prompt')
+        figure.suptitle(f'IsTree, n={n}, chain of thought', fontsize=9)
+        yield f'memory-{size}-n{n}', finish(figure)
 
 
 def errors(found):
-    """Where it goes wrong: share of wrong tokens of each kind, all tokens before them given: in-context retrieval (the next
-    neighbour, is it visited?) against bookkeeping (return to the parent, query, record)."""
-    all_results = alike([r for r in where(found['results'], task='istree') if 'errors' in r and r['setup'] != 'direct'])
-    for size, n in sorted({(r['size'], r['n_nodes']) for r in all_results}):
-        results = where(all_results, size=size, n_nodes=n)
-        setups = [s for s in LINES if where(results, setup=s)]
-        figure, axes = panels(setups, width=3.7)
-        for setup in setups:
-            kinds = [kind for kind in data.KINDS if kind in where(results, setup=setup)[0]['errors']]
-            for i, arch in enumerate(models.ARCHS):
-                if group := where(results, setup=setup, arch=arch):
-                    rates = np.mean([[100 * r['errors'][kind] for kind in kinds] for r in group], 0)
-                    bars = axes[setup].bar(np.arange(len(kinds)) + 0.27 * (i - 1), rates, 0.25, color=COLOURS[arch],
-                                           hatch=HATCHES[arch], edgecolor='white', label=NAMES[arch])
-                    axes[setup].bar_label(bars, ['<0.1' if 0 < rate < 0.1 else f'{rate:.1f}' for rate in rates], fontsize=6)
-            names = [kind.replace(' to ', ' to\n').replace('next ', 'next\n') for kind in kinds]
-            axes[setup].set_xticks(range(len(kinds)), names, fontsize=8)
-        axes[setups[0]].set_ylabel(f'wrong tokens (%), n={n}')
-        yield f'errors-{size}-n{n}', finish(figure)
+    """Where it goes wrong: share of wrong tokens of each kind, all tokens before them given: in-context
+    retrieval (the next neighbour) against bookkeeping. A setup in which no model errs in 1% of a kind has a
+    note, not a panel."""
+    all_results = [r for r in alike(found, task='istree') if r.get('errors') and r['setup'] != 'direct']
+    for (size, n), results in groups(all_results, 'size', 'n_nodes'):
+        found_by_setup, note = [], ''
+        for key, rows in groups(results, 'setup', 'n_nodes'):
+            if (worst := max(max(r['errors'].values()) for r in rows)) < 0.01:
+                rate = max(100 * worst, 0.1)
+                note += f'{NAMES[key[0]]}: no model errs in more than {rate:.1f}% of any kind. '
+            else:
+                found_by_setup.append((key, rows))
+        if not found_by_setup:
+            continue
+        figure, parts = panels(found_by_setup, 3.7)
+        for panel, _, rows in parts:
+            kinds = [kind for kind in data.KINDS if all(kind in r['errors'] for r in rows)]
+            for i, ((arch,), group) in enumerate(groups(rows, 'arch')):
+                rates = [np.mean([100 * r['errors'][kind] for r in group]) for kind in kinds]
+                bars = panel.bar(np.arange(len(kinds)) + 0.27 * (i - 1), rates, 0.25, edgecolor='white',
+                                 color=look(arch)['color'], label=look(arch)['label'],
+                                 hatch=HATCHES.get(arch))
+                panel.bar_label(bars, ['<0.1' if 0 < r < 0.1 else f'{r:.1f}' for r in rates], fontsize=6)
+            panel.set_xticks(range(len(kinds)), [textwrap.fill(kind, 10) for kind in kinds], fontsize=8)
+            panel.autoscale(axis='y')
+        figure.axes[0].set_ylabel('wrong tokens (%)')
+        yield f'errors-{size}-n{n}', finish(figure, note=note)
 
 
 def generation(found):
-    """What one more token costs against the tokens before it, in time and in memory, measured by models.py."""
+    """What one more token costs against the tokens before it, in time and in memory, measured by
+    models.py."""
     for rows in found['generation']:
-        figure, (time, space) = plt.subplots(1, 2, figsize=(7, 2.9))
-        for arch in models.ARCHS:
-            line = where(rows, arch=arch)
-            for axes, name, unit in ((time, 'seconds', 1e3), (space, 'bytes', 1e-6)):
-                axes.plot([r['length'] for r in line], [unit * r[name] for r in line], label=NAMES[arch],
-                          color=COLOURS[arch], marker=MARKERS[arch], markersize=4)
-                axes.set_xscale('log', base=2)
-                axes.set_yscale('log')
-                axes.set_xlabel('tokens of context')
-        time.set_ylabel(f'ms a token, {rows[0]["size"]}')
-        space.set_ylabel(f'memory (MB), {rows[0]["size"]}')
+        figure, axes = plt.subplots(1, 2, figsize=(7, 2.9))
+        for panel, name, unit, text in zip(axes, ('seconds', 'bytes'), (1e3, 1e-6),
+                                           ('ms a token', 'memory (MB)')):
+            for (arch,), line in groups(rows, 'arch'):
+                panel.plot([r['length'] for r in line], [unit * r[name] for r in line], **look(arch))
+            log_axis(panel, rows, 'length', 'tokens of context')
+            panel.tick_params(axis='x', labelrotation=60)
+            panel.set(yscale='log', ylabel=f'{text}, {rows[0]["size"]}')
+            panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            panel.yaxis.set_major_formatter('{x:g}')
+            panel.yaxis.set_minor_locator(NullLocator())
         yield f'generation-{rows[0]["size"]}', finish(figure)
 
 
 def hotpot(found):
-    """HotpotQA: exact match of each model under the three conditions, on all questions."""
-    if not found['hotpot']:
+    """HotpotQA: exact match of each model under the three conditions, on all questions; mean over seeds.
+    Error bars: standard error, between seeds if there are several, else between questions."""
+    models = {}
+    for name, rows in found['hotpot']:
+        arch, _, size = re.sub(r'-s\d+$', '', name).partition('-')
+        label = f'{look(arch)["label"]}\n{size}' if arch in LOOKS else textwrap.fill(name, 18)
+        questions = [r.get('id') for r in rows]                 # files on the same ones are seeds
+        models.setdefault((label, *questions), []).append(rows)
+    if not models:
         return
-    conditions = data.HOTPOT_CONDITIONS
-    figure, axes = plt.subplots(figsize=(1.5 + 1.6 * len(found['hotpot']), 2.9))
-    for i, (condition, colour, hatch) in enumerate(zip(conditions, ('#999999', '#E69F00', '#56B4E9'), ('', '///', '...'))):
-        right = [[100 * r['em'] for r in where(rows, condition=condition)] for _, rows in found['hotpot']]
-        bars = axes.bar(np.arange(len(right)) + 0.27 * (i - 1), [np.mean(r) for r in right], 0.25, color=colour,
-                        hatch=hatch, yerr=[np.std(r, ddof=1) / len(r) ** 0.5 for r in right], capsize=2,
-                        edgecolor='white', label=condition)
-        axes.bar_label(bars, [f'{np.mean(r):.0f}' for r in right], fontsize=7, padding=2)
-    axes.set_xticks(range(len(found['hotpot'])), [name for name, _ in found['hotpot']])
+    figure, axes = plt.subplots(figsize=(1.5 + 1.6 * len(models), 2.9))
+    conditions = dict.fromkeys(r['condition'] for _, rows in found['hotpot'] for r in rows)
+    looks = zip(conditions, (GREY, '#E69F00', '#56B4E9'), ('', '///', '...'))
+    for i, (condition, colour, hatch) in enumerate(looks):
+        scores = []
+        for seeds in models.values():
+            runs = [[100 * r['em'] for r in where(rows, condition=condition)] for rows in seeds]
+            scores.append(np.array([np.mean(run) for run in runs] if len(runs) > 1 else runs[0]))
+        spread = [s.std(ddof=1) / len(s) ** 0.5 if len(s) > 1 else 0 for s in scores]
+        bars = axes.bar(np.arange(len(scores)) + 0.27 * (i - 1), [s.mean() for s in scores], 0.25,
+                        yerr=spread, capsize=2, color=colour, hatch=hatch, edgecolor='white', label=condition)
+        axes.bar_label(bars, [f'{s.mean():.0f}' for s in scores], fontsize=7, padding=2)
+    for r in where(found['results'], task='hotpot')[:1]:
+        axes.axhline(100 * r.get('chance', math.nan), linestyle=':', color='black',
+                     label='a guess (mean of the three)')
+    axes.set_xticks(range(len(models)), [label for label, *_ in models])
     axes.set(ylabel='exact match (%)', ylim=(0, 108))
     yield 'hotpot', finish(figure)
 
 
-def primitives(found):
-    """The bottleneck in its purest form (paper, section 4): accuracy of the retrieval primitives against the length of
-    the context, a panel for each task, a picture for each size of the models."""
-    all_results = alike([r for r in found['results'] if r['task'] in TITLES])
-    for size in values(all_results, 'size'):
-        results = where(all_results, size=size)
-        tasks = [task for task in TITLES if where(results, task=task)]
-        lines = [(arch, setup) for setup in LINES for arch in models.ARCHS if where(results, arch=arch, setup=setup)]
-        figure, axes = panels([TITLES[task] for task in tasks])
-        for task in tasks:
-            panel, ns = axes[TITLES[task]], values(where(results, task=task), 'n_nodes')
-            panel.plot(ns, [100 * data.TASKS[task].chance(n) for n in ns], ':', color='grey', label='chance')
-            for i, (arch, setup) in enumerate(lines):
-                if line := where(results, task=task, arch=arch, setup=setup):
-                    curve(panel, line, 'n_nodes', 0.035 * (i - (len(lines) - 1) / 2), label=f'{NAMES[arch]}, {setup}',
-                          color=COLOURS[arch], marker=MARKERS[arch], linestyle=LINES[setup],
-                          markerfacecolor=COLOURS[arch] if setup == 'direct' else 'white')
-            axis_of_n(panel, ns, 'n, pairs in the context' if task == 'recall' else 'n, tokens in the context')
-        axes[TITLES[tasks[0]]].set_ylabel('accuracy (%)')
-        yield f'primitives-{size}', finish(figure, [c for c in found['unfinished'] if c['task'] in TITLES])
+def attention(found):
+    """What the mechanism looks like: where the top attention layer looks, a row for each token that was
+    written, a column for each of the prompt; framed is the edge that leads from this token to the next."""
+    for r in [r for r in alike(found, task='istree') if r['attention']]:
+        prompt, wrote, share = [r['attention'][name] for name in ('prompt', 'generated', 'share')]
+        figure, axes = plt.subplots(figsize=(8, 8 * (len(wrote) + 6) / (len(prompt) + 6)))
+        weights = np.array(r['attention']['weights'])[:, :len(prompt)]
+        figure.colorbar(axes.imshow(weights, cmap='Blues', vmin=0, vmax=1), label='attention', shrink=0.6)
+        for i, move in enumerate(zip(wrote, wrote[1:])):
+            for j, edge in enumerate(edges_of(' '.join(prompt))):
+                if {*edge} == {*move}:
+                    frame = Rectangle((3 * j + 0.5, i - 0.5), 3, 1, fill=False, color=RED, linewidth=1)
+                    axes.add_patch(frame)
+        axes.set_xticks(range(len(prompt)), prompt, fontsize=6, rotation=90)
+        axes.set_yticks(range(len(wrote)), wrote, fontsize=6)
+        axes.set(xlabel='the prompt', ylabel='what was written, from top to bottom')
+        title = f'Where the attention layer looks ({r["arch"]}); framed: the edge to the next node'
+        if share is not None:
+            title += f'\n(on average {share:.0%} of its attention is there if that node is a new neighbour)'
+        axes.set_title(title, fontsize=9)
+        yield f'attention-{r["arch"]}-{r["size"]}-n{r["n_nodes"]}-s{r["seed"]}', figure
 
 
-FIGURES = [accuracy, learning, memory, errors, generation, hotpot, primitives]
+# --- what happens: one sample, a film of it, the idea ------------------------------------------------------
+
+def edges_of(prompt):
+    """The edges of a prompt, read from its text: [(u, v), ...], nodes as words."""
+    return re.findall(r'(\d+) - (\d+)', prompt)
+
+
+def tour(words):
+    """Where a search has been: {index: node} of the nodes that were written outside queries and records."""
+    steps, query = {}, False
+    for i, word in enumerate(words):
+        query = word == '[STARTSEARCH]' or query and word != '[ENDSEARCH]'
+        before = words[max(0, i - 1)]
+        record = before == '~' or words[i + 1:i + 2] == ['~']
+        if word.isdigit() and not query and not record and before != '[ENDSEARCH]':
+            steps[i] = word
+    return steps
+
+
+def mistake(sample):
+    """The first wrong word of a sample: its index, the wrong step (u, w), the right one (u, x), each None if
+    it is no step, and a sentence. All None if nothing is wrong."""
+    written, expected = sample['written'].split(), sample['expected'].split()
+    if written == expected:
+        return None, None, None, None
+    end = min(len(written), len(expected))
+    i = next((i for i in range(end) if written[i] != expected[i]), end)
+    w, x = [*written, 'nothing'][i], [*expected, 'nothing'][i]
+    here = ['nowhere', *[node for j, node in tour(expected).items() if j < i]][-1]
+    edges = [{*edge} for edge in edges_of(sample['prompt'])]
+    why = f'At {here} it wrote {w} instead of {x}'
+    if {here, x} in edges:
+        why += f': the prompt has {here} - {x}' + ('' if {here, w} in edges else f', but no {here} - {w}')
+    return i, (here, w) if i in tour(written) else None, (here, x) if i in tour(expected) else None, why
+
+
+def cases(found):
+    """For each size and n of IsTree, of the held-out samples that were kept, the one that tells most: on
+    which the RNN errs without a retriever and the others do not. Yields size, n and {(setup, arch): (result,
+    sample)}."""
+    results = [r for r in alike(found, task='istree', distribution='two_star')
+               if r['setup'] != 'direct' and r['arch'] in LOOKS]
+    for (size, n), rows in groups(results, 'size', 'n_nodes'):
+        told = {}
+        for r in reversed(rows):                                            # of several seeds, the first
+            for kept in r['kept']:
+                told.setdefault(kept['prompt'], {})[r['setup'], r['arch']] = r, kept
+        fails = lambda case, key: key in case and case[key][1]['written'] != case[key][1]['expected']
+        score = lambda case: (fails(case, ('cot', 'mamba')), -sum(fails(case, key) for key in case))
+        if told:
+            yield size, n, max(told.values(), key=score)
+
+
+def tape(axes, items, marks, columns, lines):
+    """Write texts in lines of `columns` characters, the last `lines` if there are more. marks: {index of a
+    text: (colour, background)}."""
+    axes.clear()
+    axes.set(xlim=(0, columns), ylim=(-lines, 0))
+    axes.set_axis_off()
+    size = axes.get_window_extent().width / axes.figure.dpi * 72 / columns / 0.602      # monospaced
+    places, x, y = [], 0, 0
+    for item in items:
+        x, y = (0, y + 1) if x + len(item) > columns else (x, y)
+        places.append((x, y))
+        x += len(item) + 1
+    for i, (item, (x, line)) in enumerate(zip(items, places)):
+        if line > y - lines:
+            colour, background = marks.get(i, ('black', 'none'))
+            axes.text(x, max(y + 1 - lines, 0) - line, item, family='monospace', fontsize=size, va='top',
+                      color=colour, bbox=dict(facecolor=background, edgecolor='none', pad=1))
+
+
+def stars(axes, prompt, read, steps, colour, wrong=None, right=None, match=None):
+    """Draw the two stars of a prompt, its first `read` edges: a walk (nodes) in colour, its wrong last step
+    in red, the step that would have been right dotted, the edge that the retriever has found in yellow."""
+    edges = edges_of(prompt)
+    nodes, pairs = [str(v) for v in range(len(edges) + 1)], [{*edge} for edge in edges]
+    touches = lambda pair: sum(not {*edge}.isdisjoint(pair) for edge in edges)
+    centres = max(itertools.combinations(nodes, 2), key=touches)
+    joined = {v for edge in edges if {*edge}.isdisjoint(centres) for v in edge}         # two leaves
+    place = {}
+    for hub, x, first in zip(centres, (-1.45, 1.45), (0, np.pi)):
+        near = lambda v: {hub, v} in pairs or hub == centres[0] and {centres[1], v} not in pairs
+        leaves = [v for v in nodes if v not in centres and near(v)]
+        leaves.sort(key=lambda v: v not in joined)
+        for v, angle in zip(leaves, first + 2 * np.pi * np.arange(len(leaves)) / max(1, len(leaves))):
+            place[v] = x + np.cos(angle), np.sin(angle)
+        place[hub] = x, 0
+    axes.clear()
+    axes.set(xlim=(-2.7, 2.7), ylim=(-1.25, 1.25), aspect='equal')
+    axes.set_axis_off()
+    lines = [*[(edge, '#CCCCCC', 1, '-') for edge in edges[:read]], (match, YELLOW, 9, '-'),
+             *[(step, colour, 3, '-') for step in zip(steps, steps[1:])], (right, 'black', 3, (0, (1, 0.8)))]
+    for pair, line_colour, width, dashes in lines:
+        if pair and {*pair} <= {*place}:
+            axes.plot(*zip(*[place[v] for v in pair]), color=line_colour, linewidth=width, linestyle=dashes,
+                      zorder=1)
+    if wrong and {*wrong} <= {*place}:
+        axes.add_patch(FancyArrowPatch(*[place[v] for v in wrong], arrowstyle='-|>', mutation_scale=14,
+                                       color=RED, linewidth=2, connectionstyle='arc3,rad=0.25', shrinkA=7,
+                                       shrinkB=8, zorder=3))
+    for v, (x, y) in place.items():
+        here = [v] == steps[-1:]
+        circle = dict(boxstyle='circle,pad=0.3', facecolor=colour if here else 'white',
+                      edgecolor=colour if v in steps else '#BBBBBB')
+        axes.text(x, y, v, ha='center', va='center', fontsize=7, color='white' if here else 'black',
+                  bbox=circle)
+
+
+def sample(found):
+    """One held-out graph, the right search and the one that each architecture wrote, with its first wrong
+    step."""
+    for size, n, told in cases(found):
+        shown = [key for key in (*[('cot', arch) for arch in LOOKS], ('retrieval', 'mamba')) if key in told]
+        rows = (len(shown) + 2) // 2
+        figure, axes = plt.subplots(2 * rows, 2, figsize=(8, 2.7 * rows), height_ratios=[4, 1] * rows)
+        for panel in axes.flat:
+            panel.set_axis_off()
+        for i, key in enumerate([None, *shown]):
+            kept = told.get(key, next(iter(told.values())))[1]
+            words = kept['written' if key else 'expected'].split()
+            steps, colour = tour(words), look(key[1])['color'] if key else '#444444'
+            at, wrong, right, why = mistake(kept) if key else (None,) * 4
+            graph, text = axes[i // 2 * 2:, i % 2][:2]
+            walked = [v for j, v in steps.items() if at is None or j < at]
+            stars(graph, kept['prompt'], len(edges_of(kept['prompt'])), walked, colour, wrong, right)
+            who = f'{NAMES[key[1]]}, {NAMES[key[0]]}' if key else 'Is it a tree? The right search'
+            graph.set_title(f'{who}: {["nothing", *words][-1]}', fontsize=9, color=colour, weight='bold')
+            graph.text(0.5, 0, why or '', fontsize=7, color=RED, ha='center', va='top',
+                       transform=graph.transAxes)
+            places = [j for j in range(len(words)) if j in steps or j == at or j == len(words) - 1]
+            bad = {k: j for k, j in enumerate(places) if at is not None and j >= at}
+            marks = {k: ('white', RED) if j == at else (GREY, 'none') for k, j in bad.items()}
+            tape(text, [words[j] for j in places], marks, 56, 2)
+        edges = [f'{u}-{v}' for u, v in edges_of(kept['prompt'])]
+        text = textwrap.fill('the prompt:  ' + '  '.join(edges), 100, break_on_hyphens=False)
+        figure.suptitle(text, fontsize=8, y=0.95)
+        yield f'sample-{size}-n{n}', figure
+
+
+def scenes(told):
+    """The film, frame by frame: who (setup, arch), how many edges have been read and words written, which
+    edge the retriever has found, what is said, and seconds. All of it stands in the samples that were
+    kept."""
+    edges = edges_of(next(iter(told.values()))[1]['prompt'])
+    for read in range(len(edges) + 1):
+        yield None, read, 0, None, f'Is this graph a tree?\nThe models read its {len(edges)} edges.', 0.2
+    acts = ('cot', 'transformer'), ('cot', 'mamba'), ('retrieval', 'mamba')
+    for key in [key for key in acts if key in told]:
+        kept, who = told[key][1], f'{NAMES[key[1]]}, {NAMES[key[0]]}'
+        words, (at, *_, why) = kept['written'].split(), mistake(kept)
+        steps, start = tour(words), 0
+        slow = [*steps, len(words), len(words), len(words)][2]      # the first two steps of a retriever's
+        scene = lambda t, say, seconds, match=None: (key, len(edges), t, match, f'{who}\n{say}', seconds)
+        yield scene(0, 'It writes its search.', 1)
+        match = None
+        for t, word in enumerate(words[:at], 1):
+            query = ' '.join(words[start:t]).partition(' [ENDSEARCH]')[0]
+            if word == '[STARTSEARCH]':
+                start, match = t, None
+            elif word == '[ENDSEARCH]':
+                ends = {*query.split()[:1], *words[t:t + 1]}
+                match = next((edge for edge in edges if {*edge} == ends and '-' in query), None)
+                if t < slow:
+                    yield scene(t, f'It asks:  {query}', 0.6)
+                    yield scene(t, f'It asks:  {query}   The retriever searches the text.', 0.5, match)
+            elif t - 1 in kept['retrieved'] and t < slow:
+                yield scene(t, f'It asks:  {query}   The answer, {word}, is pasted.', 0.6, match)
+            elif t - 1 in steps and (t > slow or key[0] == 'cot'):
+                more = ' And so on.' if key[0] == 'retrieval' else ''
+                yield scene(t, f'The search is at {word}.{more}', 0.2)
+        if at is not None:
+            yield scene(at + 1, why, 2.5)
+        right = 'right' if words[-1:] == kept['expected'].split()[-1:] else 'wrong'
+        yield scene(len(words), f'Its answer is {["nothing", *words][-1]}: {right}.', 2)
+
+
+def draw_scene(figure, told, scene):
+    """Draw a frame of the film."""
+    key, read, t, match, say, _ = scene
+    kept = told.get(key, next(iter(told.values())))[1]
+    edges, words = edges_of(kept['prompt']), kept['written'].split() if key else []
+    at, wrong, right, _ = mistake(kept)
+    if not key or at is None or at >= t:
+        at, wrong, right = t, None, None
+    colour = look(key[1])['color'] if key else '#444444'
+    said, prompt, graph, carried, wrote = figure.axes
+    for axes in (said, carried):
+        axes.clear()
+        axes.set_axis_off()
+    said.text(0, 0, say, fontsize=11, color=RED if at < t else colour)
+    paint = lambda edge: YELLOW if edge == match else PINK if right and {*edge} == {*right} else '#EEEEEE'
+    marks = {i: ('black', paint(edge)) for i, edge in enumerate(edges)}
+    tape(prompt, [' - '.join(edge) for edge in edges[:read]], marks, 90, 3)
+    steps = [node for i, node in tour(words).items() if i < at]
+    stars(graph, kept['prompt'], read, steps, colour, wrong, right, match)
+    marks = {i: ('black', YELLOW if i == t - 1 else '#EEEEEE') for i in kept['retrieved'] if i < at}
+    marks |= {i: ('white', RED) if i == at else (GREY, 'none') for i in range(at, t)}
+    tape(wrote, words[:t], marks, 90, 4)
+
+    carried.set(xlim=(0, 27), ylim=(-16, 2), aspect='equal')
+    prompt_tokens, tokens = 3 * len(edges) + 2, 1 + 3 * read + (read == len(edges)) + t
+    unit = max(r['memory'].get('cache', 0) for r, _ in told.values()) / prompt_tokens or 256    # of a square
+    who = [key] if key else [k for k in (('cot', 'mamba'), ('cot', 'transformer')) if k in told]
+    for x, k in zip((0, 14), who):
+        floats, style = told[k][0]['memory'], dict(color=look(k[1])['color'], linewidth=0)
+        fixed = floats.get('state', 0) + floats.get('window', 0)
+        squares = int(tokens * floats.get('cache', 0) / prompt_tokens / unit)
+        side = (fixed / unit) ** 0.5
+        carried.add_patch(Rectangle((x, -side), side, side, **style))
+        for i in range(squares):
+            carried.add_patch(Rectangle((x + i % 12, -1 - i // 12), 0.85, 0.85, **style))
+        text = f'{squares * unit:,.0f} numbers' if squares else f'{fixed:,.0f} numbers, always'
+        carried.text(x, 0.5, f'{look(k[1])["label"]}\n{text}', fontsize=9, color=style['color'])
+
+
+def walk(found):
+    """A film of one sample, of the largest n that has some: what is read, what is carried from token to
+    token, to scale, and where the search goes. Yields its frames and their seconds."""
+    for told in [case for *_, case in cases(found) if all(r.get('memory') for r, _ in case.values())][-1:]:
+        figure, frames = plt.figure(figsize=(8, 5.2), dpi=100), []
+        for place in ((.02, .92, .96, .07), (.02, .74, .96, .12), (0, .22, .6, .53), (.6, .22, .39, .47),
+                      (.02, .01, .96, .17)):
+            figure.add_axes(place)
+        for x, y, text in ((.02, .87, 'the prompt'), (.02, .19, 'what is written'),
+                           (.6, .72, 'what is carried, to scale')):
+            figure.text(x, y, text, fontsize=8, color='grey')
+        for scene in scenes(told):
+            draw_scene(figure, told, scene)
+            figure.canvas.draw()
+            frames.append(np.array(figure.canvas.buffer_rgba())[..., :3])
+        paints = np.array([[int(c[i:i + 2], 16) for i in (1, 3, 5)] for c in (RED, YELLOW, PINK)], np.uint8)
+        swatches = paints.repeat(80, 0)[:, None].repeat(800, 1)
+        palette = Image.fromarray(np.concatenate((*frames[::10], swatches))).quantize(48)   # one for all
+        frames = [Image.fromarray(frame).quantize(palette=palette, dither=0) for frame in frames]
+        seconds = [scene[-1] for scene in scenes(told)]
+        yield 'walk', [*zip(frames, np.array(seconds) * min(1, 38 / sum(seconds)))]
+
+
+def idea(found):
+    """The paper in a drawing: what each kind of model carries from token to token. Needs no results."""
+    figure, axes = plt.subplots(1, 3, figsize=(8, 2.6))
+    text = ['2-1', '4-0', '4-3', '...', '4-?']
+    boxes = (('mamba', text, 'RNN: a box of fixed size',
+              'The longer the text, the more\nof it is forgotten.'),
+             ('transformer', text, 'Transformer: a growing cache',
+              'Nothing is forgotten; the memory\ngrows with the text.'),
+             ('mamba', [*text, '3'], 'RNN with a retriever',
+              'What was forgotten is looked up\nin the text and pasted at its end.'))
+    for panel, (arch, words, title, below) in zip(axes, boxes):
+        colour, retrieves, height = look(arch)['color'], len(words) > 5, 0.6 if arch == 'mamba' else 0.27
+        panel.set(xlim=(-0.7, 5.7), ylim=(-2.75, 2.4), aspect='equal', xticks=[], yticks=[])
+        panel.spines[:].set(visible=True, color='#CCCCCC')
+        panel.set_title(title, fontsize=10, weight='bold', color=colour)
+        panel.text(2.5, -1.65, below, ha='center', va='top', fontsize=8.5)
+        for x, word in zip(np.arange(len(words)) + (0 if retrieves else 0.5), words):
+            lit = retrieves and x in (2, 5)
+            panel.text(x, 1, f'{word:^3}', ha='center', va='center', fontsize=8.5, family='monospace',
+                       bbox=dict(boxstyle='square,pad=0.25', facecolor=YELLOW if lit else 'white',
+                                 edgecolor=GREY))
+            for i in range(int(x) + 1 if arch == 'transformer' else 1):
+                panel.add_patch(Rectangle((x - 0.3, 0.35 - height - 0.35 * i), 0.6, height, color=colour,
+                                          linewidth=0))
+            if x >= 1 and arch == 'mamba':
+                panel.annotate('', (x - 0.25, 0.05), (x - 0.75, 0.05), arrowprops=dict(arrowstyle='->'))
+        if retrieves:
+            panel.add_patch(FancyArrowPatch((2, 1.4), (5, 1.4), connectionstyle='arc3,rad=-0.3',
+                                            arrowstyle='-|>', mutation_scale=12, color='black'))
+            panel.text(3.5, 1.9, 'the retriever', ha='center', va='bottom', fontsize=8.5)
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
+    figure.text(0.5, 0.02, "Hybrid: an RNN with one Transformer layer on top carries the box and its cache.",
+                ha='center', fontsize=9, color=LOOKS['hybrid']['color'])
+    yield 'idea', figure
+
+
+FIGURES = [idea, accuracy, sizes, primitives, sweep, learning, memory, errors, generation, hotpot, attention,
+           sample, walk]
+
+
+# --- reading the results -----------------------------------------------------------------------------------
+
+# What a file must hold, see train.fits.
+LENGTH = {'n': int, 'accuracy': float, 'accuracy_se': float, 'best_guess': float, 'chance': float}
+RESULT = {'task': str, 'arch': str, 'setup': str, 'size': str, 'n_nodes': int, 'seed': int, 'd_state': int,
+          'distribution': str, 'samples': int, 'lr': float, 'warmup': float, 'accuracy': float,
+          'accuracy_se': float, 'exact_trace': float, 'samples_trained?': int, 'tuning?': bool,
+          'layers?': str, 'chance?': float, 'errors?': {str: float}, 'memory?': {str: float},
+          'by_length?': [LENGTH]}
+LOG = {'samples': int, 'accuracy': float}
+ATTENTION = {'prompt': [str], 'generated': [str], 'weights': [[float]]}
+HOTPOT = {'condition': str, 'em': float}
+GENERATION = {'arch': str, 'size': str, 'length': int, 'seconds': float, 'bytes': int}
+
+
+def read(path, shape):
+    """The list of values in a JSON or JSON-lines file; of a damaged one, a line that says so and an empty list."""
+    try:
+        value = read_json(path, shape)
+        return value if isinstance(value, list) else [value]
+    except UserError as error:
+        print(f'left out: {error}')
+        return []
 
 
 def load(out):
-    """What there is to draw below a folder: results and unfinished cells of train.py (dicts, with their log), lists of rows
-    of models.py, (model name, rows) of eval_hotpot.py. Raises Refused on a damaged file."""
-    def read(path):
-        try:
-            text = path.read_text()
-            return [json.loads(part) for part in (text.splitlines() if path.suffix == '.jsonl' else [text])]
-        except ValueError as error:
-            raise Refused(f'{path} is damaged ({error}): delete it')
+    """What there is to draw below a folder: results of train.py (dicts, with their log, kept samples and
+    attention) and its unfinished cells, lists of rows of models.py, (model name, rows) of eval_hotpot.py."""
+    def beside(path, name, shape):
+        return read(path.with_name(name), shape) if path.with_name(name).exists() else []
 
-    results, unfinished, hotpot = {}, [], []
-    for path in sorted(out.glob('**/config.json')):
-        if not path.with_name('result.json').exists():
-            unfinished += read(path)
+    unfinished = [c for path in sorted(out.glob('**/config.json'))
+                  if not path.with_name('result.json').exists()
+                  for c in read(path, {name: RESULT[name] for name in CELL})]
+    results, hotpot = {}, []
     for path in sorted(out.glob('**/result.json')):
-        result, = read(path)
-        if not {*CELL, 'accuracy'} <= {*result}:
-            raise Refused(f'{path} is not a result of train.py: delete it')
-        log = path.with_name('log.jsonl')
-        cell = tuple(result.get(name) for name in CELL + CONSTANTS)
-        if cell in results:
-            print(f'{path} is left out: {results[cell]["path"]} is of the same cell')
-        results.setdefault(cell, result | dict(path=path, log=read(log) if log.exists() else []))
+        for r in read(path, RESULT):
+            cell = tuple(str(r.get(name)) for name in (*CELL, *CONSTANTS, 'lr', 'tuning', 'layers'))
+            if not {r['task'], r['setup']} <= {*NAMES} or r['n_nodes'] < 1:
+                print(f'{path} is left out: no task or setup of ours')
+            elif cell in results:
+                print(f'{path} is left out: {results[cell]["path"]} is of the same cell')
+            else:
+                shown = [a for a in beside(path, 'attention.json', ATTENTION)
+                         if {len(a['prompt'] + a['generated'])} == {len(row) for row in a['weights']}
+                         and len(a['weights']) == len(a['generated'])]
+                kept = [s for s in beside(path, 'samples.json', [SAMPLE]) if edges_of(s['prompt'])]
+                results[cell] = r | dict(path=path, log=beside(path, 'log.jsonl', LOG), kept=kept,
+                                         attention=dict(share=None) | shown[0] if shown else None)
     for path in sorted(out.glob('**/hotpot/*.jsonl')):
-        rows = read(path)
-        if len({len(where(rows, condition=c)) for c in data.HOTPOT_CONDITIONS}) == 1:
+        rows = read(path, HOTPOT)
+        counts = Counter(r['condition'] for r in rows)
+        if len(counts) == 3 and len({*counts.values()}) == 1:
             hotpot.append((path.stem.rpartition('-')[0], rows))
-        else:
+        elif rows:
             print(f'{path} is left out: not finished')
-    order = lambda name: [i for i, arch in enumerate(models.ARCHS) if name.startswith(arch)] or [len(models.ARCHS)]
-    return dict(results=sorted(results.values(), key=lambda r: (order(r['arch']), r['n_nodes'], r['seed'])),
-                unfinished=unfinished, hotpot=sorted(hotpot, key=lambda found: order(found[0])),
-                generation=[rows for path in sorted(out.glob('**/generation.json')) for rows in read(path)])
+    order = lambda name: next((i for i, arch in enumerate(LOOKS) if name.startswith(arch)), len(LOOKS))
+    generation = [read(path, [GENERATION]) for path in sorted(out.glob('**/generation.json'))]
+    in_order = sorted(results.values(), key=lambda r: (r['n_nodes'], r['seed']))
+    return dict(results=in_order, unfinished=unfinished,
+                hotpot=sorted(hotpot, key=lambda found: order(found[0])),
+                generation=[rows for rows in generation if rows])
 
 
 def main(argv):
     c = parse(argv, Constants, 'plot.py', {'default': {}})
-    found = load(Path(c.out))
-    names = []
+    folder, found = Path(c.figures), load(Path(c.out))
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f'--figures={folder} is a file: name a folder')
+    if not any(found[kind] for kind in ('results', 'hotpot', 'generation')):
+        raise UserError(f'{c.out}: no results to draw, run train.py first')
+    folder.mkdir(parents=True, exist_ok=True)
     for draw in FIGURES:
         for name, figure in draw(found):
-            Path(c.figures).mkdir(parents=True, exist_ok=True)
-            names.append(Path(c.figures) / f'{name}.png')
-            for path in (names[-1], names[-1].with_suffix('.pdf')):
+            path = folder / f'{name}.{"gif" if draw is walk else "png"}'
+            if draw is walk:
+                (first, *others), seconds = zip(*figure)
+                times = [round(1000 * s) for s in seconds]
+                first.save(path, save_all=True, append_images=others, duration=times, loop=0)
+            else:
                 figure.savefig(path)
-            plt.close(figure)
-    if not names:
-        raise Refused(f'{c.out}: no results to draw, run train.py first')
+                figure.savefig(path.with_suffix('.pdf'))
+            plt.close('all')
+            print(path)
     if n := len(found['unfinished']):
         print(f'{n} cells have been begun and not finished: run their train.py command again')
-    print(*names, sep='\n')
 
 
 if __name__ == '__main__':

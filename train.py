@@ -1,375 +1,185 @@
-"""Train and evaluate the grid: tasks x archs x setups x sizes x n_nodes x seeds, one cell at a time.
+"""Train and evaluate the grid: tasks x architectures x setups x sizes x n x seeds, one cell at a time.
 
   python train.py                                             the main job, for a 2-core laptop
   python train.py --archs=mamba --setups=cot,retrieval --n_nodes=16 --out=out/mine
-  python train.py --preset=paper                              the paper's grid: a GPU, please
+  python train.py --show=1                                    ... and print a sample of every cell
+  python train.py --sweep                                     how the learning rates below were chosen
+  python train.py --preset=paper                              the paper's grid: needs a GPU
   python train.py --help                                      every constant
 
-Each cell trains a model on samples made on the fly, then generates on held-out prompts with the
-retriever running live, and writes out/{task}-{arch}-{setup}-{size}-n{n}-s{seed}/: config.json,
-log.jsonl (a line per evaluation), checkpoint.pt, result.json. Run the same command again after an
-interruption: finished cells are skipped, the unfinished ones continue where their checkpoints stand.
-Run it several times at once, or under torchrun, and the processes share the cells among them.
+A cell trains one model on samples made on the fly, then generates on held-out prompts with the retriever
+running live, and writes its folder under out/: config.json, log.jsonl (a line per evaluation), checkpoint.pt,
+samples.json (what it wrote for three held-out prompts) and result.json. Run the same command again after an
+interruption: finished cells are skipped, the others continue from their checkpoints. Run it several times at
+once, or under torchrun, and the processes share the cells.
+
+In this file: constants, training, generation, evaluation, the table; then the plumbing. It imports data.py
+(the tasks) and models.py.
 """
+import os
+import signal
+import sys
+
+if __name__ == '__main__':      # before the imports that take seconds: Ctrl-C is one line at any moment
+    def interrupted(*_):        # (what is on the disk is always whole, see write; helpers end by themselves)
+        if os.environ.get('RANK', '0') == '0':
+            os.write(2, b'\ntrain.py: interrupted, run the same command again to continue\n')
+        os._exit(130)
+    signal.signal(signal.SIGINT, interrupted)
+    sys.stdout.reconfigure(line_buffering=True)                 # nothing that was printed is lost
+
+import argparse
 import inspect
 import itertools
 import json
 import math
-import os
 import re
-import signal
 import subprocess
-import sys
+import textwrap
+import threading
 import time
+import zipfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import filelock
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils.data import DataLoader
 from tqdm import tqdm
-
-try:
-    import fcntl
-except ImportError:
-    fcntl = None
 
 import data
 import models
 
+# Constants that depend on setup and architecture come from `python train.py --sweep`, see results/README.md.
+# Samples of `retrieval` are eight times as long, hence the smaller batches; all architectures get as many.
+SAMPLES = {'direct': 40_000, 'cot': 320_000, 'retrieval': 16_000}
+BATCH_SIZE = {'direct': 32, 'cot': 32, 'retrieval': 8}
+LR = {'direct.transformer': 1e-3, 'direct.mamba': 4e-3, 'direct.hybrid': 4e-3,
+      'cot.transformer': 2e-3, 'cot.mamba': 4e-3, 'cot.hybrid': 4e-3,
+      'retrieval.transformer': 1e-3, 'retrieval.mamba': 4e-3, 'retrieval.hybrid': 4e-3}
+WARMUP = dict.fromkeys(LR, 0.05)
+
 
 @dataclass
 class Constants:
-    # the grid: each a value or several, separated by commas
-    tasks: tuple = ('istree',)              # what is learned (data.TASKS)
-    archs: tuple = ('transformer', 'mamba', 'hybrid')   # the architectures (models.ARCHS)
-    setups: tuple = ('direct', 'cot', 'retrieval')      # answer at once, after a chain of thought, with a retriever
-    sizes: tuple = ('tiny',)                # of the models (models.SIZES): tiny, 0.5M, 1M, 2M
-    n_nodes: tuple = (12,)                  # size of the task: nodes of the graph, length of the sequence
-    seeds: tuple = (0,)                     # of the initial weights and the training data
+    # the grid, each one value or several separated by commas
+    tasks: tuple = ('istree',)              # what is learned: istree, index, recall, cgram, counting, hotpot
+    archs: tuple = ('transformer', 'mamba', 'hybrid')   # the architectures
+    setups: tuple = ('direct', 'cot', 'retrieval')      # answer at once, after thinking, or with a retriever
+    sizes: tuple = ('tiny',)                # of the models: tiny, 0.5M, 1M, 2M
+    layers: tuple = ('',)                   # instead of the architecture's own: AMM, say (models.LAYERS)
+    d_state: tuple = (1,)                   # memory of recurrent layers: Mamba's state per channel (paper 16)
+    n_nodes: tuple = (16,)                  # size of the task: nodes of the graph, length of the sequence
+    seeds: tuple = (0,)                     # for the initial weights and the training data
     # the task
-    distribution: str = 'two_star'          # of istree's graphs: two_star or random
+    distribution: str = 'two_star'          # how istree draws its graphs: two_star or random
     n_val: int = 1000                       # held-out samples for the result
     # the model
-    d_state: int = 1                        # size of Mamba's state per inner channel: its memory (the paper: 16)
-    frozen_embedding: bool = False          # sinusoids that are not trained (the paper), or learned
-    # training: where there are names, give one value for all or name:value,...
-    samples: dict = field(default_factory=lambda: dict(direct=40_000, cot=160_000, retrieval=10_000))   # to train on
-    batch_size: dict = field(default_factory=lambda: dict(direct=32, cot=32, retrieval=8))  # samples per step
-    lr: dict = field(default_factory=lambda: {'transformer': 3e-3, 'mamba': 6e-3, 'hybrid': 4e-3})  # highest learning rate
-    eval_every: dict = field(default_factory=lambda: dict(direct=10_000, cot=25_000, retrieval=2_500))  # samples a log line
-    warmup_samples: int = 2000              # learning rate rises linearly, then falls as a cosine to 0
-    grad_clip: float = 1.0                  # largest norm of the gradient, 0: no limit
-    dtype: str = 'float32'                  # float32, or bfloat16 by autocast
+    frozen_embedding: bool = False          # fixed sinusoids (the paper) instead of a learned embedding
+    # training; where constants have names, give one value for all or name:value,...
+    samples: dict = field(default_factory=SAMPLES.copy)         # training samples
+    batch_size: dict = field(default_factory=BATCH_SIZE.copy)   # samples per step
+    lr: dict = field(default_factory=LR.copy)                   # peak learning rate
+    warmup: dict = field(default_factory=WARMUP.copy)           # share of the run during which it rises
+    grad_clip: float = 1.0                  # largest norm of the gradient; 0 means no limit (the paper)
+    dtype: str = 'float32'                  # float32, or bfloat16 through autocast
+    evaluations: int = 8                    # evaluations during a run, each on 200 held-out samples
+    solved: float = 0.995                   # stop after two evaluations with so many exact traces; 0: never
+    # choosing constants
+    sweep: bool = False                     # try all learning rates and warm-ups, on other seeds and prompts
     # running
-    out: str = 'out'                        # folder of the results
+    out: str = 'out'                        # folder for the results
+    show: int = 0                           # samples printed per cell, at most 3
     device: str = 'auto'                    # auto, cpu, cuda or mps
     eval_batch: int = 500                   # samples generated at a time
-    checkpoint_seconds: int = 30            # between two checkpoints
-    processes: int = 0                      # cells run at once, 0: one per CPU core; one per GPU by torchrun
+    checkpoint_seconds: int = 30            # time between two checkpoints
+    workers: int = 0                        # processes that make batches; 0: this one does (right for a CPU)
+    compile: bool = False                   # train through torch.compile(mode='reduce-overhead')
+    processes: int = 0                      # cells that run at once; 0: one per CPU core; GPUs: use torchrun
 
 
-PAPER = dict(sizes=('0.5M', '1M', '2M'), n_nodes=(16, 32, 64), n_val=5000, d_state=16, frozen_embedding=True,
-             samples=dict.fromkeys(data.SETUPS, 1_000_000),
-             batch_size=dict.fromkeys(data.SETUPS, 64),
-             lr={'transformer': 1e-3, 'mamba': 3e-4, 'hybrid': 3e-4},
-             eval_every=dict.fromkeys(data.SETUPS, 100_000),
-             warmup_samples=10_000, grad_clip=0.0)
-HOTPOT = dict(tasks=('hotpot',), setups=('retrieval',), n_nodes=(data.HOTPOT_PARAGRAPHS,), distribution='mixed', n_val=1500,
-              d_state=16, samples=dict.fromkeys(data.SETUPS, 80_000), batch_size=dict.fromkeys(data.SETUPS, 16),
-              lr={'transformer': 1e-3, 'mamba': 4e-3, 'hybrid': 3e-3}, eval_every=dict.fromkeys(data.SETUPS, 20_000))
-PRIMITIVES = dict(tasks=('recall', 'index'), setups=('direct', 'retrieval'), n_nodes=(4, 6, 8, 12),
-                  samples={'direct': 32_000, 'cot': 0, 'retrieval': 8_000}, batch_size=dict.fromkeys(data.SETUPS, 16),
-                  eval_every=dict.fromkeys(data.SETUPS, 8_000))
+PAPER = dict(sizes=('0.5M', '1M', '2M'), n_nodes=(16, 32, 64), n_val=5000, d_state=(16,),
+             frozen_embedding=True,
+             samples=dict.fromkeys(SAMPLES, 1_000_000), batch_size=dict.fromkeys(SAMPLES, 64),
+             lr={name: 1e-3 if name.endswith('transformer') else 3e-4 for name in LR},
+             warmup=dict.fromkeys(LR, 0.01), grad_clip=0.0, evaluations=10, solved=0.0)
+HOTPOT = dict(tasks=('hotpot',), setups=('retrieval',), n_nodes=(data.HOTPOT_PARAGRAPHS,), n_val=1500,
+              distribution='mixed', d_state=(16,), samples=dict.fromkeys(SAMPLES, 80_000),
+              batch_size=dict.fromkeys(SAMPLES, 16), warmup=dict.fromkeys(LR, 0.025), evaluations=4,
+              lr=LR | {'retrieval.transformer': 1e-3, 'retrieval.mamba': 4e-3, 'retrieval.hybrid': 3e-3})
+PRIMITIVES = dict(tasks=('index', 'recall', 'cgram', 'counting'), setups=('direct', 'retrieval'),
+                  n_nodes=(16,), samples=SAMPLES | {'direct': 64_000, 'retrieval': 8_000},
+                  batch_size=dict.fromkeys(SAMPLES, 16), lr=dict.fromkeys(LR, 2e-3), evaluations=8)
 PRESETS = {'default': {}, 'paper': PAPER, 'hotpot': HOTPOT, 'primitives': PRIMITIVES}
-CHOICES = dict(tasks=data.TASKS, archs=models.ARCHS, setups=data.SETUPS, sizes=models.SIZES,
-               distribution=[*data.DISTRIBUTIONS, *data.HOTPOT_DISTRIBUTIONS],
-               dtype=('float32', 'bfloat16'), device=('auto', 'cpu', 'cuda', 'mps'))
+
+# The grid of a sweep: the same for every task, setup and architecture. All of it is run with an eighth of the
+# samples, the best two then with half of them (successive halving, Jamieson & Talwalkar 2016).
+SWEEP_LR = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
+SWEEP_WARMUP = (0.05, 0.25)
+SWEEP_SHARES, SWEEP_KEEPS, SWEEP_SEED = (1 / 8, 1 / 2), 2, 1000
 
 
-RANK = int(os.environ.get('RANK', 0))       # of this process among those that share the grid
-
-
-class Refused(Exception):
+class UserError(Exception):
     """Something the user can mend: printed as one line, exit code 2."""
 
 
-# --- the command line --------------------------------------------------------------------------------
-
-def help_text(program, constants, presets):
-    """The constants with their comments, read from this file."""
-    preset = f'[--preset={"|".join(presets)}] ' if len(presets) > 1 else ''
-    lines = [f'usage: python {program} {preset}[--name=value ...]\n']
-    for line in inspect.getsource(constants).splitlines():
-        if m := re.match(r'    (\w+): \w+ = .*?(?:  +# (.*))?$', line):
-            lines.append(f'  --{m[1]:<20} {m[2]}\n{"":25}default {getattr(constants(), m[1])}')
-        elif m := re.match(r'    # (.*)', line):
-            lines.append(f'\n{m[1]}:')
-    return '\n'.join(lines)
-
-
-def parse_value(name, text, default):
-    """The text of an override -> a value of the default's type. Raises Refused."""
-    def one(part, kind):
-        try:
-            value = {'true': True, 'false': False}[part.lower()] if kind is bool else kind(part)
-        except (ValueError, KeyError):
-            raise Refused(f'--{name}={text}: expected {"True or False" if kind is bool else kind.__name__}')
-        low = 1 if name in ('batch_size', 'n_val', 'eval_batch', 'd_state') else 0
-        if kind in (int, float) and not low <= value < (2 ** 63 if kind is int else math.inf):
-            raise Refused(f'--{name}={text}: must be at least {low} and not infinite')
-        return value
-
-    if isinstance(default, tuple):
-        value = tuple(one(part, type(default[0])) for part in text.split(','))
-    elif isinstance(default, dict):
-        kind = type(next(iter(default.values())))
-        pairs = [part.split(':') for part in text.split(',')]
-        if len(pairs) == 1 and len(pairs[0]) == 1:
-            value = dict.fromkeys(default, one(text, kind))
-        elif all(len(pair) == 2 and pair[0] in default for pair in pairs):
-            value = default | {key: one(part, kind) for key, part in pairs}
-        else:
-            raise Refused(f'--{name}={text}: give one value for all, or name:value with names out of {", ".join(default)}')
-    else:
-        value = one(text, type(default))
-    for part in value if isinstance(value, tuple) else (value,):
-        if name in CHOICES and part not in CHOICES[name]:
-            raise Refused(f'--{name}={part}: choose from {", ".join(CHOICES[name])}')
-    return value
-
-
-def parse(argv, constants=Constants, program='train.py', presets=PRESETS):
-    """Command line -> Constants: the defaults, then the preset, then the overrides. Raises Refused."""
-    c = constants()
-    overrides = {}
-    for arg in argv:
-        if arg in ('-h', '--help'):
-            print(help_text(program, constants, presets))
-            sys.exit(0)
-        if not (m := re.fullmatch(r'--(\w+)=(.+)', arg)):
-            raise Refused(f'{arg}: overrides are written --name=value, see --help')
-        if m[1] != 'preset' and not hasattr(c, m[1]):
-            raise Refused(f'--{m[1]}: no such constant, see --help')
-        overrides[m[1]] = m[2]
-    named = overrides.get('tasks') if overrides.get('tasks') in presets else 'default'
-    preset = overrides.pop('preset', named)         # a task may have a preset of its own
-    if preset not in presets:
-        raise Refused(f'--preset={preset}: choose from {", ".join(presets)}')
-    c = replace(c, **presets[preset])
-    return replace(c, **{name: parse_value(name, text, getattr(c, name)) for name, text in overrides.items()})
-
-
-# --- cells: what is run, where it is kept ----------------------------------------------------------
-
-def cells(c):
-    """The grid as a list of dicts, each all that a cell's result depends on."""
-    grid = []
-    for task, setup, size, n, arch, seed in itertools.product(c.tasks, c.setups, c.sizes, c.n_nodes, c.archs, c.seeds):
-        made = data.TASKS[task]
-        if setup not in made.setups:
-            raise Refused(f'--setups={setup}: {task} has {", ".join(made.setups)}')
-        distribution = c.distribution if c.distribution in made.distributions else made.distributions[0]
-        made.generate(1, n, setup, 0, distribution)             # an impossible n is refused before anything runs
-        grid.append(dict(task=task, arch=arch, setup=setup, size=size, n_nodes=n, seed=seed,
-                         distribution=distribution, d_state=c.d_state, frozen_embedding=c.frozen_embedding,
-                         samples=c.samples[setup], batch_size=c.batch_size[setup], lr=c.lr[arch],
-                         warmup_samples=c.warmup_samples, grad_clip=c.grad_clip, dtype=c.dtype, n_val=c.n_val))
-    return grid
-
-
-def folder(c, cell):
-    return Path(c.out) / '{task}-{arch}-{setup}-{size}-n{n_nodes}-s{seed}'.format(**cell)
-
-
-def write(path, save):
-    """Write a file so that a kill at any moment leaves the old one or the new one, whole: save(file) fills a
-    temporary file, which is flushed to the disk and renamed. Raises Refused if the disk is full."""
-    temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')      # two processes may write a config
-    try:
-        with open(temporary, 'wb') as file:
-            save(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:                          # torch.save makes an OSError a RuntimeError
-        temporary.unlink(missing_ok=True)
-        raise Refused(f'{path} cannot be written ({str(error).splitlines()[0]}): the last one stays; when there is room, '
-                      'run the same command again to continue')
-
-
-def write_json(path, value):
-    write(path, lambda file: file.write((json.dumps(value, indent=1) + '\n').encode()))
-
-
-def read_checkpoint(path, cell):
-    """The checkpoint of a cell, None if there is none yet. Raises Refused on a damaged or foreign one."""
-    if not path.exists():
-        return None
-    try:
-        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-        config = checkpoint['cell']
-    except Exception as error:          # torch.load raises all sorts on a damaged file
-        raise Refused(f'{path} cannot be read ({type(error).__name__}): delete it to start this cell anew')
-    if config != cell:
-        raise Refused(f'{path} belongs to another configuration ({difference(config, cell)}): '
-                      'choose another --out or delete it')
-    return checkpoint
-
-
-def difference(old, new):
-    return ', '.join(f'{k}={old.get(k)} there, {new.get(k)} here'
-                     for k in sorted({*old, *new}) if old.get(k) != new.get(k)) or 'not a config of ours'
-
-
-def lock(path, wait=False):
-    """Take a cell's lock: an open file, None if another process has it. The system lets go of it when the
-    process ends, however it ends. (Windows has no such locks: run one process there.)"""
-    file = open(path / 'lock', 'w')
-    if fcntl:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            file.close()
-            return None
-    return file
-
-
-def claim(path, cell):
-    """Make a cell's folder, or check that the one there has the same configuration. Raises Refused."""
-    path.mkdir(parents=True, exist_ok=True)
-    config = path / 'config.json'
-    if not config.exists():
-        write_json(config, cell)
-    try:
-        old = json.loads(config.read_text())
-    except ValueError:
-        raise Refused(f'{config} is not JSON: delete it to start this cell anew')
-    if old != cell:
-        raise Refused(f'{path} holds another configuration ({difference(old, cell)}): choose another --out')
-
-
-# --- evaluation ----------------------------------------------------------------------------------------
-
-@torch.no_grad()
-def generate(model, task, n_nodes, setup, prompts, device):
-    """Greedy generation after prompts (B, P): argmax, except the token after [ENDSEARCH], which comes
-    from the retriever. A sample ends with the token after [EOS] (direct: with the first one).
-    Returns tokens (B, up to the task's max_length), padded, queries (written, well-formed) and the
-    floats of state per sample at the end of the prompt."""
-    made, start = data.TASKS[task], prompts.shape[1]
-    longest = made.max_length(n_nodes, setup)
-    tokens = np.full((len(prompts), longest), data.PAD)
-    tokens[:, :start] = prompts
-    alive = np.ones(len(prompts), bool)
-    queries = well_formed = 0
-    retrieved = [[] for _ in prompts]                           # what the retriever has still to write
-    logits, state = model.prefill(torch.from_numpy(prompts).to(device), longest)
-    floats = state.floats()
-    for t in range(start, longest):
-        token = logits.argmax(-1).cpu().numpy()
-        if setup == 'retrieval':
-            for b in np.flatnonzero(alive & (tokens[:, t - 1] == data.END)):
-                context = tokens[b, :t]
-                retrieved[b] = list(np.atleast_1d(made.retrieve(context)))
-                queries += 1
-                well_formed += made.query_pattern(data.split_query(context, made.words)[1]) is not None
-            for b in np.flatnonzero(alive):
-                if retrieved[b]:
-                    token[b] = retrieved[b].pop(0)
-        tokens[alive, t] = token[alive]
-        if t > start:
-            alive &= tokens[:, t - 1] != data.EOS
-        if t + 1 == longest or not alive.any():
-            break
-        logits = model.step(torch.from_numpy(tokens[:, t]).to(device), state)
-    return tokens, (queries, well_formed), floats
-
-
-def evaluate(model, cell, reference, batch_size, device, progress=None):
-    """Accuracy by generation on reference samples (N, L). The answer is the token after [EOS], in the setup
-    direct the only one; a missing one is wrong. Returns a dict for the log and for result.json."""
-    start = data.TASKS[cell['task']].prompt_length(cell['n_nodes'])
-    right = exact = written = well_formed = floats = 0
-    model.eval()
-    for i in range(0, len(reference), batch_size):
-        expected = reference[i:i + batch_size]
-        tokens, queries, floats = generate(model, cell['task'], cell['n_nodes'], cell['setup'], expected[:, :start], device)
-        for row, other in zip(tokens, expected):
-            end, other_end = (np.flatnonzero(t != data.PAD)[-1] for t in (row, other))
-            right += bool(row[end] == other[other_end] and (row[end - 1] == data.EOS or cell['setup'] == 'direct'))
-            exact += np.array_equal(row[:end + 1], other[:other_end + 1])
-        written, well_formed = written + queries[0], well_formed + queries[1]
-        if progress:
-            progress.set_postfix_str(f'evaluating {i}/{len(reference)}')
-    model.train()
-    n, accuracy = len(reference), right / len(reference)
-    return dict(accuracy=accuracy, accuracy_se=math.sqrt(accuracy * (1 - accuracy) / n), exact_trace=exact / n,
-                well_formed_queries=well_formed / written if written else None, state_floats=floats)
-
-
-@torch.no_grad()
-def errors_by_kind(model, tokens, loss_mask, batch_size, device):
-    """Share of wrong tokens of each of data.KINDS on IsTree samples (N, L), every token predicted from the right ones
-    before it (teacher forcing): where a model errs, whatever it would have written after its first error."""
-    wrong = np.zeros(tokens.shape, bool)
-    for i in range(0, len(tokens), batch_size):
-        batch = torch.from_numpy(tokens[i:i + batch_size]).to(device)
-        wrong[i:i + batch_size, 1:] = (model(batch[:, :-1]).argmax(-1) != batch[:, 1:]).cpu()
-    kinds = data.token_kinds(tokens, loss_mask)
-    return {name: float(wrong[kinds == k].mean()) for k, name in enumerate(data.KINDS) if (kinds == k).any()}
-
-
-# --- training a cell ---------------------------------------------------------------------------------
+# --- training ------------------------------------------------------------------------------------------
 
 def learning_rate(cell, samples):
     """Linear warm-up, then a cosine down to 0."""
-    if samples < cell['warmup_samples']:
-        return cell['lr'] * samples / cell['warmup_samples']
-    done = (samples - cell['warmup_samples']) / max(1, cell['samples'] - cell['warmup_samples'])
+    warmup = cell['warmup'] * cell['samples']
+    if samples < warmup:
+        return cell['lr'] * samples / warmup
+    done = (samples - warmup) / max(1, cell['samples'] - warmup)
     return cell['lr'] * 0.5 * (1 + math.cos(math.pi * min(1, done)))
 
 
-def run_cell(c, cell, device):
-    """Train, evaluate and write result.json; continues from the cell's checkpoint. Raises Refused."""
-    path = folder(c, cell)
-    for left_by_a_kill in path.glob('checkpoint.pt.*.tmp'):     # (a config's may be another process's)
-        left_by_a_kill.unlink()
-    made = data.TASKS[cell['task']]
-    n, setup, batch_size = cell['n_nodes'], cell['setup'], cell['batch_size']
-    held_out, held_out_mask, _ = data.validation_set(cell['task'], cell['n_val'], n, setup, cell['distribution'])
+def solved(cell, log):
+    """Were the last two evaluations good enough to stop?"""
+    return cell['solved'] > 0 and [line['exact_trace'] >= cell['solved'] for line in log[-2:]] == [True, True]
+
+
+def train(c, cell, held_out, device, path):
+    """Train the model of a cell, from its checkpoint if there is one. held_out: see held_out_samples.
+    Returns the model, the number of samples that it was trained on, and the seconds that this took."""
+    batch_size, n = cell['batch_size'], cell['n_nodes']
     torch.manual_seed(cell['seed'])
-    model = models.make_model(cell['arch'], cell['size'], made.vocab_size(n), cell['d_state'], cell['frozen_embedding'])
-    model.to(device)
+    model = models.make_model(cell['arch'], cell['size'], data.TASKS[cell['task']].vocab_size(n),
+                              cell['d_state'], cell['frozen_embedding'], cell['layers']).to(device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=cell['lr'], fused=device.type != 'mps')
+    forward = torch.compile(model, mode='reduce-overhead') if c.compile else model
 
     step, seconds, log = 0, 0.0, []
-    if checkpoint := read_checkpoint(path / 'checkpoint.pt', cell):
-        model.load_state_dict(checkpoint['model'])
-        optimizer.load_state_dict(checkpoint['optimizer'])
+    if checkpoint := read_checkpoint(path / 'checkpoint.pt', cell, model, optimizer):
         step, seconds, log = checkpoint['step'], checkpoint['seconds'], checkpoint['log']
 
     def save():
-        checkpoint = dict(cell=cell, model=model.state_dict(), optimizer=optimizer.state_dict(),
-                          step=step, seconds=seconds, log=log)
-        write(path / 'log.jsonl', lambda file: file.write(''.join(json.dumps(line) + '\n' for line in log).encode()))
-        write(path / 'checkpoint.pt', lambda file: torch.save(checkpoint, file))
+        write_text(path / 'log.jsonl', ''.join(json.dumps(line) + '\n' for line in log))
+        write(path / 'checkpoint.pt', lambda file: torch.save(dict(
+            cell=cell, model=model.state_dict(), optimizer=optimizer.state_dict(), step=step,
+            seconds=seconds + time.monotonic() - started, log=log), file))
 
+    n, val_tokens, val_mask = held_out[-1]
     steps = -(-cell['samples'] // batch_size)
-    eval_steps = max(1, c.eval_every[setup] // batch_size)
-    batches = data.training_batches(cell['task'], batch_size, n, setup, cell['seed'], cell['distribution'], held_out, step)
+    eval_steps = max(1, steps // cell['evaluations'])
+    batches = data.Batches(cell['task'], batch_size, n, cell['setup'], cell['seed'], cell['distribution'],
+                           [tokens for _, tokens, _ in held_out])
+    loader = DataLoader(batches, batch_size=None, sampler=range(step, steps), num_workers=c.workers,
+                        pin_memory=device.type == 'cuda')
     started = saved = time.monotonic()
     with tqdm(total=steps * batch_size, initial=step * batch_size, unit='sample', unit_scale=True,
               desc=path.name, dynamic_ncols=True, leave=False, position=RANK) as progress:
-        while step < steps:
-            tokens, loss_mask = next(batches)
-            targets = torch.from_numpy(np.where(loss_mask, tokens, -100)[:, 1:]).to(device)
-            tokens = torch.from_numpy(tokens).to(device)
+        for tokens, loss_mask in loader if not solved(cell, log) else ():
+            # one step: predict every token that the model has to write from those before it
+            tokens, loss_mask = (t.to(device, non_blocking=True) for t in (tokens, loss_mask))  # (B, L) each
             for group in optimizer.param_groups:
                 group['lr'] = learning_rate(cell, (step + 1) * batch_size)
             with torch.autocast(device.type, torch.bfloat16, enabled=cell['dtype'] == 'bfloat16'):
-                logits = model(tokens[:, :-1])
+                logits = forward(tokens[:, :-1])                            # (B, L-1, vocab_size)
+            targets = tokens.masked_fill(~loss_mask, -100)[:, 1:]           # (B, L-1), -100: no target
             loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -378,124 +188,576 @@ def run_cell(c, cell, device):
             optimizer.step()
             step += 1
             progress.update(batch_size)
-            now = time.monotonic()
-            saving, evaluating = now - saved > c.checkpoint_seconds or step == steps, step % eval_steps == 0 and step < steps
-            if step % 20 == 0 or saving or evaluating:              # seldom: on a GPU, loss.item() waits for it
+
+            # now and then: look at the loss, evaluate, save
+            evaluating, last = step % eval_steps == 0, step == steps
+            saving = last or time.monotonic() - saved > c.checkpoint_seconds
+            if step % 20 == 0 or evaluating or saving:      # rarely, because loss.item() waits for the GPU
                 if not math.isfinite(loss.item()):
-                    raise Refused(f'{path.name}: the loss is {loss.item()} after {step * batch_size:,} samples, stopped: '
-                                  f'try a learning rate below {cell["lr"]} (--lr={cell["arch"]}:...)')
+                    raise UserError(f'{path.name}: the loss is {loss.item()} after {step * batch_size:,} '
+                                    f'samples, try a learning rate below {cell["lr"]}')
                 progress.set_postfix_str(f'loss {loss.item():.3f}')
-            if evaluating:
-                line = evaluate(model, cell, held_out[:200], c.eval_batch, device, progress)
-                log.append(dict(samples=step * batch_size, loss=loss.item(), seconds=seconds + now - started,
-                                accuracy=line['accuracy'], exact_trace=line['exact_trace']))
+            if evaluating and not last:
+                measured, _ = evaluate(model, cell, n, val_tokens[:200], val_mask[:200], c.eval_batch, device)
+                log.append(dict(samples=step * batch_size, loss=loss.item(),
+                                seconds=seconds + time.monotonic() - started,
+                                accuracy=measured['accuracy'], exact_trace=measured['exact_trace']))
                 tqdm.write(f'{path.name:42} {step * batch_size:>9,} samples   loss {loss.item():7.4f}   '
-                           f'accuracy {line["accuracy"]:6.1%}   exact {line["exact_trace"]:6.1%}')
-            if saving:
-                seconds, started = seconds + now - started, now
+                           'accuracy {accuracy:6.1%}   exact {exact_trace:6.1%}'.format(**log[-1]))
+            if saving or solved(cell, log):
                 save()
                 saved = time.monotonic()
-        measured = evaluate(model, cell, held_out, c.eval_batch, device, progress)
-        if cell['task'] == 'istree':
-            measured['errors'] = errors_by_kind(model, held_out, held_out_mask, c.eval_batch, device)
+            if solved(cell, log):
+                break
+    return model, step * batch_size, seconds + time.monotonic() - started
+
+
+# --- generation with the live retriever -----------------------------------------------------------------
+
+@torch.no_grad()
+def generate(model, task, n, setup, prompts, device):
+    """Greedy generation after prompts (B, P): argmax, except for the tokens after [ENDSEARCH], which come
+    from the retriever. A sample ends with the answer, the token after [EOS].
+
+    Returns tokens (B, up to the task's max_length) padded, retrieved (of the same shape, True where the
+    retriever wrote), and the numbers of queries and of well-formed queries."""
+    task, start = data.TASKS[task], prompts.shape[1]
+    longest = task.max_length(n, setup)
+    tokens = np.full((len(prompts), longest), data.PAD)
+    tokens[:, :start] = prompts
+    retrieved = np.zeros(tokens.shape, bool)
+    texts = [data.decode(prompt, task.words) for prompt in prompts]     # what the retriever searches
+    answers = [[] for _ in prompts]                                     # tokens that it has still to write
+    alive = range(len(prompts))
+    queries = well_formed = 0
+    logits, state = model.prefill(torch.from_numpy(prompts).to(device))
+    for t in range(start, longest):
+        predicted = logits.argmax(-1).tolist()
+        for b in alive:
+            token = predicted[b]
+            if setup == 'retrieval':
+                if tokens[b, t - 1] == data.END:
+                    answers[b], fine = task.retrieve(texts[b])
+                    queries, well_formed = queries + 1, well_formed + fine
+                if answers[b]:
+                    token, retrieved[b, t] = answers[b].pop(0), True
+                texts[b] += ' ' + task.words[token]
+            tokens[b, t] = token
+        alive = [b for b in alive if t == start or tokens[b, t - 1] != data.EOS]    # an answer follows [EOS]
+        if t + 1 == longest or not alive:
+            break
+        logits = model.step(torch.from_numpy(tokens[:, t]).to(device), state)
+    return tokens, retrieved, queries, well_formed
+
+
+# --- evaluation ------------------------------------------------------------------------------------------
+
+def held_out_samples(cell):
+    """The held-out samples of a cell: a list of (n, tokens (N, L), loss_mask (N, L)), one for each n that its
+    training mixes, the largest last."""
+    draw = lambda n: data.validation_set(cell['task'], cell['n_val'], cell['n_nodes'], cell['setup'],
+                                         cell['distribution'], n, cell['tuning'])
+    return [(n, *draw(n)[:2]) for n in data.TASKS[cell['task']].lengths(cell['n_nodes'])]
+
+
+@torch.no_grad()
+def evaluate(model, cell, n, reference, loss_mask, batch_size, device):
+    """Accuracy on reference samples (N, L) of size n. In the setup direct every answer is one token,
+    predicted from those before it (a primitive has several per sample). In the others the model generates,
+    with the retriever running live, and the answer is the token after [EOS]; a missing one is wrong.
+
+    Returns (a dict for the log and for result.json, the first three samples as texts)."""
+    task, setup = data.TASKS[cell['task']], cell['setup']
+    start = task.prompt_length(n)
+    right, exact, samples, queries, well_formed = [], [], [], 0, 0
+    model.eval()
+    starts = range(0, len(reference), batch_size)
+    for i in tqdm(starts, 'evaluating', leave=False, disable=len(starts) == 1):
+        expected, mask = reference[i:i + batch_size], loss_mask[i:i + batch_size]
+        if setup == 'direct':
+            guesses = model(torch.from_numpy(expected[:, :-1]).to(device)).argmax(-1).cpu().numpy()
+            written, retrieved = expected.copy(), np.zeros(expected.shape, bool)
+            written[mask] = guesses[mask[:, 1:]]
+            answered = (written == expected) & mask                 # every row has the same number of answers
+            right += list(answered.sum(1) / mask.sum(1))
+        else:
+            written, retrieved, *counts = generate(model, cell['task'], n, setup, expected[:, :start], device)
+            queries, well_formed = queries + counts[0], well_formed + counts[1]
+            for row, other in zip(written, expected):
+                end, other_end = (np.flatnonzero(t != data.PAD)[-1] for t in (row, other))
+                right.append(float(row[end] == other[other_end] and row[end - 1] == data.EOS))
+        for row, other, by_retriever in zip(written, expected, retrieved):
+            words, right_words, prompt = (data.decode(part, task.words).split(' ')
+                                          for part in (row, other, other[:start]))
+            exact.append(words == right_words)
+            if len(samples) < 3:
+                after = len(prompt)
+                samples.append(dict(prompt=' '.join(prompt), expected=' '.join(right_words[after:]),
+                                    written=' '.join(words[after:]),
+                                    retrieved=np.flatnonzero(by_retriever[start:]).tolist()))
+    model.train()
+    accuracy = float(np.mean(right))
+    return dict(accuracy=accuracy, accuracy_se=float(np.std(right)) / math.sqrt(len(right)),
+                exact_trace=float(np.mean(exact)),
+                well_formed_queries=well_formed / queries if queries else None), samples
+
+
+@torch.no_grad()
+def teacher_forced(model, tokens, loss_mask, batch_size, device):
+    """Predict each token of samples (N, L) from the right tokens before it, so that one error does not cause
+    the next. Returns wrong (N, L), True where the predicted token is not the right one, and the mean loss."""
+    wrong, losses = np.zeros(tokens.shape, bool), []
+    for i in range(0, len(tokens), batch_size):
+        batch = torch.from_numpy(tokens[i:i + batch_size]).to(device)
+        logits = model(batch[:, :-1])
+        wrong[i:i + batch_size, 1:] = (logits.argmax(-1) != batch[:, 1:]).cpu()
+        loss = F.cross_entropy(logits.float().transpose(1, 2), batch[:, 1:], reduction='none').cpu().numpy()
+        losses.append(loss[loss_mask[i:i + batch_size, 1:]])
+    return wrong, float(np.concatenate(losses).mean())
+
+
+def errors_by_kind(wrong, tokens, loss_mask):
+    """Share of wrong tokens of each of data.KINDS, on IsTree samples: where does a model go wrong?"""
+    kinds = data.token_kinds(tokens, loss_mask)
+    return {name: float(wrong[kinds == k].mean()) for k, name in enumerate(data.KINDS) if (kinds == k).any()}
+
+
+@torch.no_grad()
+def attention_to_edges(model, tokens, loss_mask, device):
+    """Where the topmost attention layer looks while it writes the chain of thought of IsTree samples (N, L).
+    Returns a dict: prompt and generated, the words of the first sample; weights, of each generated token over
+    all tokens, mean over heads; share, the mean weight on the edge of the prompt that holds the next token,
+    over all samples and next neighbours. None for a model without attention."""
+    layers = [layer for layer in model.modules() if isinstance(layer, models.Attention)]
+    if not layers:
+        return None
+    inputs = []
+    with layers[-1].register_forward_pre_hook(lambda layer, arguments: inputs.append(arguments[0])):
+        model(torch.from_numpy(tokens).to(device))
+    weights = layers[-1].weights(inputs[0]).mean(1).cpu().numpy()                       # (N, L, L)
+    next_neighbour = data.token_kinds(tokens, loss_mask) == data.KINDS.index('next neighbour')
+    shares = []
+    for row, at, seen in zip(tokens, next_neighbour, weights):
+        start = row.tolist().index(data.EOS) + 1
+        edges = {frozenset(row[i:i + 3:2].tolist()): i for i in range(1, start - 1, 3)}
+        shares += [seen[t - 1, i:i + 3].sum() for t in np.flatnonzero(at) if t > start
+                   for i in [edges[frozenset(row[t - 1:t + 1].tolist())]]]
+    words = data.decode(tokens[0]).split(' ')
+    start = words.index('[EOS]') + 1
+    return dict(prompt=words[:start], generated=words[start:], share=float(np.mean(shares)),
+                weights=weights[0, start:len(words), :len(words)].round(4).tolist())
+
+
+def run_cell(c, cell, device):
+    """Train, evaluate, write samples.json and result.json. Raises UserError."""
+    path, task, held_out = folder(c, cell), data.TASKS[cell['task']], held_out_samples(cell)
+    for left_by_a_kill in path.glob('checkpoint.pt.*.tmp'):     # (a config's may be another process's)
+        left_by_a_kill.unlink()
+    model, samples_trained, seconds = train(c, cell, held_out, device, path)
+    started, by_length = time.monotonic(), []
+    for n, tokens, loss_mask in held_out:
+        measured, samples = evaluate(model, cell, n, tokens, loss_mask, c.eval_batch, device)
+        by_length.append(dict(n=n, chance=task.chance(n), **measured))
+        if len(held_out) > 1:
+            by_length[-1]['best_guess'] = data.best_guess(cell['task'], cell['n_nodes'], n, cell['setup'])
+    wrong, loss = teacher_forced(model, tokens, loss_mask, c.eval_batch, device)
+    if cell['task'] == 'istree':
+        measured['errors'] = errors_by_kind(wrong, tokens, loss_mask)
+        looks = cell['setup'] == 'cot' and attention_to_edges(model, tokens[:200], loss_mask[:200], device)
+        if looks:
+            write_json(path / 'attention.json', looks)
+            measured['attention_on_edge'] = looks['share']
+    write_json(path / 'samples.json', samples)
     write_json(path / 'result.json', cell | measured | dict(
-        params=model.n_params(), seconds=seconds, samples_per_second=steps * batch_size / max(seconds, 1e-9),
+        by_length=by_length, chance=task.chance(cell['n_nodes']), loss=loss, samples_trained=samples_trained,
+        memory=model.memory(task.prompt_length(cell['n_nodes'])), params=model.n_params(),
+        seconds=seconds, samples_per_second=samples_trained / max(seconds, 1e-9),
         evaluation_seconds=time.monotonic() - started,
         device=torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type,
         threads=torch.get_num_threads(), torch=torch.__version__))
 
 
-# --- the table ---------------------------------------------------------------------------------------
+# --- what is printed -------------------------------------------------------------------------------------
 
 def table(results):
-    """One line per cell: what was learned, by how large a model, with how much memory."""
-    lines = [f'{"task":10} {"setup":10} {"arch":12} {"size":5} {"n":>4} {"seed":>4} {"params":>10} {"memory":>9} '
-             f'{"samples":>10} {"minutes":>8}   {"accuracy":15} {"chance":>6} {"exact trace":>11}', '']
+    """A line per cell: what was learned, by how large a model, with how much memory."""
+    width = max([len('cell'), *(len(cell_name(r)) for r in results)])
+    lines = [f'{"cell":{width}} {"params":>9} {"memory":>7} {"samples":>9} {"minutes":>7}   {"accuracy":14} '
+             f'{"chance":>6} {"exact":>6}', '']
     lines[1] = '-' * len(lines[0])
     for r in results:
-        chance = data.TASKS[r['task']].chance(r['n_nodes'])
-        lines.append(f'{r["task"]:10} {r["setup"]:10} {r["arch"]:12} {r["size"]:5} {r["n_nodes"]:>4} {r["seed"]:>4} '
-                     f'{r["params"]:>10,} {r["state_floats"]:>9,} {r["samples"]:>10,} {r["seconds"] / 60:>8.1f}   '
-                     f'{r["accuracy"]:6.1%} ± {r["accuracy_se"]:5.1%} {chance:>6.1%} {r["exact_trace"]:>12.1%}')
-    return '\n'.join(lines + ['', 'memory: floats carried from token to token at the end of the prompt. '
-                              'accuracy: of the final answer, by generation; chance: of a guess.'])
+        lines.append(f'{cell_name(r):{width}} {r["params"]:>9,} {sum(r["memory"].values()):>7,} '
+                     f'{r["samples_trained"]:>9,} {r["seconds"] / 60:>7.1f}   {r["accuracy"]:6.1%} ± '
+                     f'{r["accuracy_se"]:5.1%} {r["chance"]:>6.1%} {r["exact_trace"]:>6.1%}')
+    return '\n'.join([*lines, '', 'memory: floats carried from token to token at the end of the prompt; '
+                      'accuracy: of the answer;', 'chance: of a guess; exact: samples right in every token'])
+
+
+def show(sample, width=100, colour=False):
+    """A sample of samples.json as text: the prompt and what the model wrote. Retrieved tokens are marked *so,
+    the first wrong token >so<, with the right ones below it. Of a long trace: beginning, error and end."""
+    written, expected = sample['written'].split(), sample['expected'].split()
+    wrong = next((i for i, (a, b) in enumerate(itertools.zip_longest(written, expected)) if a != b), None)
+    words = [f'*{word}' if i in sample['retrieved'] else word for i, word in enumerate(written)]
+    if wrong is not None:
+        words[wrong:wrong + 1] = [f'>{"".join(words[wrong:wrong + 1]) or "(end)"}<']
+    rows = textwrap.wrap(' '.join(words), width - 10, break_long_words=False, break_on_hyphens=False)
+    lines = textwrap.wrap('prompt    ' + sample['prompt'], width, subsequent_indent=' ' * 10, max_lines=3,
+                          placeholder=' ...', break_on_hyphens=False)
+    for k, row in enumerate(rows):
+        column = row.find('>')
+        if column >= 0 or k < 2 or k == len(rows) - 1:
+            lines.append(f'{"" if k else "written":10}{row}')
+        elif lines[-1].strip() != '...':
+            lines.append(f'{"":10}...')
+        if column >= 0:
+            right = ' '.join(expected[wrong:])[:width - 11 - column] or '(end)'
+            lines.append(f'{"right":10}{"":{column + 1}}{right}')
+    text = '\n'.join(lines)
+    return re.sub(r'>(\S+)<', '\033[31m>\\1<\033[0m', text) if colour else text
+
+
+# --- cells: what is run and where it is kept --------------------------------------------------------------
+
+def cells(c):
+    """The grid as a list of dicts, each with all that a cell's result depends on. Refuses (ValueError,
+    UserError) what no task or model can do before anything runs."""
+    grid = []
+    for task, setup, size, n, arch, layers, d_state, seed in itertools.product(
+            c.tasks, c.setups, c.sizes, c.n_nodes, c.archs, c.layers, c.d_state, c.seeds):
+        known = data.TASKS[task]
+        if setup not in known.setups:
+            raise UserError(f'--setups={setup}: {task} has {", ".join(known.setups)}')
+        distribution = c.distribution if c.distribution in known.distributions else known.distributions[0]
+        known.generate(1, n, setup, 0, distribution)
+        with torch.device('meta'):
+            models.make_model(arch, size, known.vocab_size(n), d_state, c.frozen_embedding, layers)
+        constants = f'{setup}.{arch}'
+        grid.append(dict(
+            task=task, arch=arch, setup=setup, size=size, layers=layers, d_state=d_state, n_nodes=n,
+            seed=seed + SWEEP_SEED * c.sweep, distribution=distribution, n_val=c.n_val, tuning=c.sweep,
+            frozen_embedding=c.frozen_embedding, samples=c.samples[setup], batch_size=c.batch_size[setup],
+            lr=c.lr[constants], warmup=c.warmup[constants], grad_clip=c.grad_clip, dtype=c.dtype,
+            evaluations=c.evaluations, solved=c.solved))
+    return grid
+
+
+def cell_name(cell):
+    name = '{task}-{arch}-{setup}-{size}-d{d_state}-n{n_nodes}-s{seed}'.format(
+        **cell | dict(arch=f'{cell["arch"]}-{cell["layers"]}' if cell['layers'] else cell['arch']))
+    return name + ('-{samples}-lr{lr:g}-w{warmup:g}'.format(**cell) if cell['tuning'] else '')
+
+
+def folder(c, cell):
+    return Path(c.out) / cell_name(cell)
+
+
+def rungs(c, grid):
+    """What is to be run: lists of cells, each to be finished before the next is asked for. Without a sweep
+    this is the grid; with one, all learning rates and warm-ups with few samples, then the best with more."""
+    if not c.sweep:
+        yield grid
+        return
+    few, more = SWEEP_SHARES
+    groups = [[cell | dict(lr=lr, warmup=warmup, samples=int(cell['samples'] * few))
+               for lr in SWEEP_LR for warmup in SWEEP_WARMUP] for cell in grid]
+    yield sum(groups, [])
+    yield [tried | dict(samples=int(cell['samples'] * more)) for cell, group in zip(grid, groups)
+           for tried in best(c, group)[:SWEEP_KEEPS]]
+
+
+def best(c, group):
+    """Cells that differ in their constants, the best first: those that solved the task, by how soon, then the
+    others, by their loss on held-out samples. One without a result (the loss was not finite) comes last."""
+    def key(cell):
+        result = folder(c, cell) / 'result.json'
+        if not result.exists():
+            return 2, 0
+        result = read_json(result, RESULT)
+        stopped = result['samples_trained'] < result['samples']
+        return (0, result['samples_trained']) if stopped else (1, result['loss'])
+    return sorted(group, key=key)
+
+
+# --- files -------------------------------------------------------------------------------------------------
+
+# What a file must hold: a type, [a list of], {str: a dict of}, or a dict with these names (name?: if any).
+LOG = dict(samples=int, loss=float, seconds=float, accuracy=float, exact_trace=float)
+SAMPLE = dict(prompt=str, expected=str, written=str, retrieved=[int])
+RESULT = dict(task=str, arch=str, setup=str, size=str, layers=str, d_state=int, n_nodes=int, seed=int,
+              samples=int, samples_trained=int, lr=float, warmup=float, tuning=bool, accuracy=float,
+              accuracy_se=float, exact_trace=float, chance=float, loss=float, memory={str: float},
+              by_length=[dict(n=int, accuracy=float)], params=int, seconds=float)
+
+
+def fits(value, shape):
+    """Whether a value read from a file has a shape, as above. Numbers are finite, whole ones not negative."""
+    if shape in (int, float):
+        return type(value) in (int, shape) and (0 if shape is int else -1e15) <= value < 1e15
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(fits(v, shape[0]) for v in value)
+    if not isinstance(shape, dict):
+        return type(value) is shape
+    if not isinstance(value, dict):
+        return False
+    if str in shape:
+        return all(fits(v, shape[str]) for v in value.values())
+    return all(fits(value[name.rstrip('?')], part) if name.rstrip('?') in value else name.endswith('?')
+               for name, part in shape.items())
+
+
+def read_json(path, shape):
+    """Read a JSON file of ours, or the list of values in one of JSON lines, each of that shape. Raises
+    UserError, naming the file, if it is damaged."""
+    try:
+        text, lines = Path(path).read_text(encoding='utf-8'), Path(path).suffix == '.jsonl'
+        value = [json.loads(line) for line in text.splitlines()] if lines else json.loads(text)
+        json.dumps(value, ensure_ascii=False).encode()              # half a character could not be printed
+        if fits(value, [shape] if lines else shape):
+            return value
+        reason = 'not a file of ours, or an older one'
+    except (OSError, ValueError, RecursionError) as error:
+        reason = f'damaged, {str(error)[:60]}'
+    raise UserError(f'{path} cannot be read ({reason}): delete it to start over')
+
+
+def write(path, save):
+    """Write a file so that a kill at any moment leaves the old one or the new one, whole: save(file) fills a
+    temporary file, which is flushed to the disk and renamed. Raises UserError if the disk is full."""
+    temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')      # two processes may write a config
+    try:
+        with open(temporary, 'wb') as file:
+            save(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:            # torch.save makes an OSError a RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise UserError(f'{path} cannot be written ({str(error).splitlines()[0]}): the last one stays; '
+                        'when there is room, run the same command again to continue')
+
+
+def write_text(path, text):
+    write(path, lambda file: file.write(text.encode()))
+
+
+def write_json(path, value):
+    write_text(path, json.dumps(value, indent=1) + '\n')
+
+
+def read_checkpoint(path, cell, model, optimizer=None):
+    """Load a cell's checkpoint into its model and optimizer and return it, None if there is none yet. The
+    file is a zip archive whose checksums tell of every flipped byte. Raises UserError on a damaged one and on
+    another cell's."""
+    if not path.exists():
+        return None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():
+                raise ValueError('wrong checksum')
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+        if not fits(checkpoint, dict(cell=dict, step=int, seconds=float, log=[LOG])):
+            raise ValueError('other contents')
+        if checkpoint['cell'] == cell:
+            model.load_state_dict(checkpoint['model'])
+            if optimizer:
+                optimizer.load_state_dict(checkpoint['optimizer'])      # (which looks at no shapes)
+                for p in optimizer.param_groups[0]['params']:
+                    expected = dict(step=(), exp_avg=p.shape, exp_avg_sq=p.shape)
+                    if {name: t.shape for name, t in optimizer.state[p].items()} != expected:
+                        raise ValueError('other shapes')
+    except Exception as error:          # zipfile and torch.load raise all sorts on a damaged file
+        raise UserError(f'{path} cannot be read ({type(error).__name__}): delete it to start this cell over')
+    if checkpoint['cell'] != cell:
+        raise UserError(f'{path} belongs to another configuration ({difference(checkpoint["cell"], cell)}): '
+                        'choose another --out or delete it')
+    return checkpoint
+
+
+def difference(old, new):
+    return ', '.join(f'{k}={old.get(k)} there, {new.get(k)} here'
+                     for k in sorted({*map(str, old), *new}) if old.get(k) != new.get(k)) or 'other names'
+
+
+def claim(path, cell):
+    """Make a cell's folder, or check that the one there has the same configuration. Raises UserError."""
+    path.mkdir(parents=True, exist_ok=True)
+    config = path / 'config.json'
+    if not config.exists():
+        write_json(config, cell)
+    if (old := read_json(config, dict)) != cell:
+        raise UserError(f'{path} holds another configuration ({difference(old, cell)}): choose another --out')
+
+
+# --- the command line ------------------------------------------------------------------------------------
+
+CHOICES = dict(tasks=data.TASKS, archs=models.ARCHS, setups=data.SETUPS, sizes=models.SIZES,
+               distribution=[*data.DISTRIBUTIONS, *data.HOTPOT_DISTRIBUTIONS],
+               dtype=('float32', 'bfloat16'), device=('auto', 'cpu', 'cuda', 'mps'))
+LIMITS = dict(batch_size=(1, 65_536), eval_batch=(1, 65_536), n_val=(1, 1_000_000), d_state=(1, 1024),
+              samples=(0, 10 ** 12), evaluations=(1, 10_000), warmup=(0, 1), solved=(0, 1), show=(0, 3),
+              processes=(0, 1024), workers=(0, 1024), lr=(0, 1e38), grad_clip=(0, 1e30))
+
+
+def read_value(name, text, default):
+    """The text of an override -> a value of the default's type. Raises UserError."""
+    if isinstance(default, tuple):
+        return tuple(read_value(name, part, default[0]) for part in text.split(','))
+    if isinstance(default, dict):           # cot.mamba:0.001, or mamba:0.001 for all that it is part of
+        value, example = dict(default), next(iter(default.values()))
+        for part in text.split(','):
+            key, _, number = part.rpartition(':')
+            named = [known for known in default if not key or key == known or key in known.split('.')]
+            if not named:
+                raise UserError(f'--{name}={text}: give one value for all, or name:value with names out of '
+                                + ', '.join(default))
+            value |= dict.fromkeys(named, read_value(name, number, example))
+        return value
+    kind = type(default)
+    try:
+        value = {'true': True, 'false': False}[text.lower()] if kind is bool else kind(text)
+    except (ValueError, KeyError):
+        raise UserError(f'--{name}={text}: expected {"True or False" if kind is bool else kind.__name__}')
+    if kind in (int, float):
+        low, high = LIMITS.get(name, (0, 2 ** 31))
+        if not low <= value <= high:
+            raise UserError(f'--{name}={text}: must be from {low} to {high}')
+    elif name in CHOICES and value not in CHOICES[name]:
+        raise UserError(f'--{name}={text}: choose from {", ".join(CHOICES[name])}')
+    return value
+
+
+def parse(argv, constants=Constants, program='train.py', presets=PRESETS):
+    """Command line -> constants: the defaults, then the preset, then the overrides. --help shows the comments
+    that stand beside the constants in the source. Raises UserError."""
+    def refuse(message):
+        raise UserError(f'{message}: see --help')
+
+    defaults = constants()
+    parser = argparse.ArgumentParser(program, allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                                     usage=f'python {program} [--name=value ...]')
+    parser.error = refuse
+    group = parser
+    if len(presets) > 1:
+        parser.add_argument('--preset', choices=presets, metavar='NAME', help=f'one of {", ".join(presets)}')
+    for line in inspect.getsource(constants).splitlines():
+        if m := re.match(r'    (\w+): \w+ = .*?  +# (.*)$', line):
+            default = getattr(defaults, m[1])
+            switch = dict(nargs='?', const='True') if isinstance(default, bool) else {}
+            group.add_argument(f'--{m[1]}', metavar='VALUE', **switch,
+                               help=f'{m[2]} (default: {shown(default)})'.replace('%', '%%'))
+        elif m := re.match(r'    # (.*)', line):
+            group = parser.add_argument_group(m[1])
+    overrides = vars(parser.parse_args(argv))
+    named = overrides.get('tasks') if overrides.get('tasks') in presets else 'default'
+    preset = overrides.pop('preset', named)             # a task may have a preset of its own
+    c = replace(defaults, **presets[preset])
+    return replace(c, **{name: read_value(name, text or '', getattr(c, name))
+                         for name, text in overrides.items()})
+
+
+def shown(default):
+    """A default as it would be typed."""
+    if isinstance(default, dict):
+        return ','.join(f'{name}:{value}' for name, value in default.items())
+    return ','.join(map(str, default)) if isinstance(default, tuple) else default
+
+
+# --- running ---------------------------------------------------------------------------------------------
+
+RANK = int(os.environ.get('RANK', 0))       # of this process among those that share the grid
 
 
 def pick_device(name):
-    """The device of a name; auto: CUDA, then Apple's MPS, then CPU. Raises Refused if there is none."""
+    """The device of a name; auto: CUDA, then Apple's MPS, then CPU. Raises UserError if there is none."""
     there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     if name == 'auto':
         name = next(device for device in there if there[device])
     if not there[name]:
-        raise Refused(f'--device={name}: torch finds no such device here, leave it out to use another')
-    return torch.device(name, int(os.environ.get('LOCAL_RANK', 0)) if name == 'cuda' else None)    # torchrun: a GPU each
+        raise UserError(f'--device={name}: torch finds no such device here, leave it out to use another')
+    return torch.device(name, int(os.environ.get('LOCAL_RANK', 0)) if name == 'cuda' else None)
 
 
 def work(c, grid, device, wait):
-    """Run every cell that has no result and that no other process is at (or, with wait, is waited for).
-    Returns the cells that had to be stopped."""
+    """Run every cell that has no result and that no other process runs (with wait: wait for that process, and
+    take the cell over if it died). Returns the cells that stopped without a result."""
     stopped = []
     for cell in grid:
         path = folder(c, cell)
-        if (path / 'result.json').exists() or not (locked := lock(path, wait)):
-            continue
-        with locked:
-            if not (path / 'result.json').exists():             # (another process may just have finished it)
-                try:
+        lock = filelock.FileLock(path / 'lock')         # released when its process ends, however it ends
+        try:
+            if (path / 'result.json').exists():
+                continue
+            with lock.acquire(timeout=-1 if wait else 0):
+                if not (path / 'result.json').exists():     # (another process may just have finished it)
                     run_cell(c, cell, device)
-                except Refused as complaint:
-                    tqdm.write(f'train.py: {complaint}', file=sys.stderr)
-                    stopped.append(cell)
+        except filelock.Timeout:
+            continue
+        except UserError as complaint:
+            tqdm.write(f'train.py: {complaint}', file=sys.stderr)
+            stopped.append(cell)
     return stopped
+
+
+def end_with_parent():
+    """In a helper: its standard input is a pipe from the first process, which closes when that one ends, by
+    whatever means. (Ctrl-C reaches the first one alone: each helper is started in a session of its own.)"""
+    sys.stdin.read()
+    os._exit(1)
 
 
 def main(argv):
     c = parse(argv)
     device = pick_device(c.device)
     grid = cells(c)
-    for cell in grid:
-        claim(folder(c, cell), cell)
     cost = lambda cell: cell['samples'] * data.TASKS[cell['task']].max_length(cell['n_nodes'], cell['setup'])
-    longest_first = sorted(grid, key=cost, reverse=True)
-
-    processes = c.processes or (os.cpu_count() if device.type == 'cpu' and fcntl else 1)
-    processes = min(processes, sum(not (folder(c, cell) / 'result.json').exists() for cell in grid))
-    helpers = []
-    if processes > 1 and 'RANK' not in os.environ:              # helpers: this program again, with another rank
-        helpers = [subprocess.Popen([sys.executable, __file__, *argv, '--processes=' + str(processes)],
-                                    env=os.environ | dict(RANK=str(i))) for i in range(1, processes)]
+    left = sum(not (folder(c, cell) / 'result.json').exists() for cell in grid) if not c.sweep else 1024
+    processes = min(c.processes or (os.cpu_count() if device.type == 'cpu' else 1), left)
+    helpers, stopped = [], []
+    if 'HELPER' in os.environ:
+        threading.Thread(target=end_with_parent, daemon=True).start()
+    elif processes > 1 and 'RANK' not in os.environ:        # helpers: this program again, with another rank
+        again = [sys.executable, __file__, *argv, f'--processes={processes}']
+        for i in range(1, processes):
+            rank = os.environ | dict(RANK=str(i), HELPER='1')
+            helpers.append(subprocess.Popen(again, stdin=subprocess.PIPE, env=rank, start_new_session=True))
     if device.type == 'cpu':
         torch.set_num_threads(max(1, torch.get_num_threads() // max(1, processes)))
-    try:
-        stopped = work(c, longest_first, device, wait=False)
-        if RANK == 0:                                           # then what others are at, or died over
-            stopped += work(c, [cell for cell in longest_first if cell not in stopped], device, wait=True)
-        for helper in helpers:
-            helper.wait()
-    finally:
-        for helper in helpers:
-            helper.terminate()
-            helper.wait()
+    for rung in rungs(c, grid):
+        for cell in rung:
+            claim(folder(c, cell), cell)
+        longest_first = sorted(rung, key=cost, reverse=True)
+        stopped += work(c, longest_first, device, wait=False)
+        # then wait for cells that other processes run, and take over those whose process died
+        stopped += work(c, [cell for cell in longest_first if cell not in stopped], device, wait=True)
+    for helper in helpers:
+        helper.wait()
     if RANK == 0:
-        results = [folder(c, cell) / 'result.json' for cell in grid]
-        print('\n' + table([json.loads(result.read_text()) for result in results if result.exists()]))
+        folders = [folder(c, cell) for cell in rung]
+        results = {path: read_json(path / 'result.json', RESULT) for path in folders
+                   if (path / 'result.json').exists()}
+        print('\n' + table(results.values()))
+        for path in results if c.show else ():
+            samples = read_json(path / 'samples.json', [SAMPLE])
+            for sample in samples[:c.show]:
+                print(f'\n{path.name}\n{show(sample, colour=sys.stdout.isatty())}')
     if stopped:
-        raise Refused(f'{len(stopped)} of {len(grid)} cells stopped without a result')
+        raise UserError(f'{len(stopped)} of {len(rung)} cells stopped without a result')
 
 
 def cli(main, program, argv):
-    """Run main(argv) -> exit code; what the user can mend, or has asked for, is one line on stderr."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)      # like Ctrl-C: the last checkpoint stays
+    """Run main(argv) -> exit code; what the user can mend is one line on stderr."""
     try:
         main(argv)
-    except KeyboardInterrupt:
-        if RANK == 0:
-            print(f'{program}: interrupted, run the same command again to continue', file=sys.stderr)
-        return 130
-    except (Refused, ValueError, OSError) as error:
-        print(f'{program}: {error}', file=sys.stderr)
+        return 0
+    except (UserError, ValueError, OSError, OverflowError, MemoryError, RuntimeError) as error:
+        line = [*str(error).splitlines(), type(error).__name__][0]
+        if isinstance(error, MemoryError) or 'allocate' in line:        # torch says so in a RuntimeError
+            line = f'out of memory, try smaller batches ({line})'
+        elif isinstance(error, RuntimeError) and not isinstance(error, RecursionError):
+            raise
+        print(f'{program}: {line}', file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == '__main__':
