@@ -1202,9 +1202,8 @@ def test_parallel_pass_and_steps_equal_a_loop_in_float64(letter, by_hand):
 
 def test_delta_net_overwrites_what_it_has_stored_under_a_key():
     keys, values = torch.eye(4), torch.randn(5, 4)
-    written = keys[[0, 1, 2, 1, 1]]                                     # the second key three times
-    ones = torch.ones(1, 1, 5, 1)
-    y, S = models.delta_rule(written[None, None], written[None, None], values[None, None], ones, torch.zeros(1, 1, 4, 4))
+    q = k = keys[[0, 1, 2, 1, 1]][None, None]                           # the second key three times
+    y, S = models.delta_rule(q, k, values[None, None], torch.ones(1, 1, 5, 1), torch.zeros(1, 1, 4, 4))
     assert torch.allclose(y[0, 0], values, atol=1e-6)                   # reading right after writing
     assert torch.allclose(keys[:3] @ S[0, 0], values[[0, 4, 2]], atol=1e-6)
 
@@ -1224,8 +1223,8 @@ def test_a_seed_gives_the_weights_that_it_gave_to_the_committed_results(arch):
 
 @pytest.mark.parametrize('layers', PATTERNS)
 def test_torch_compile_gives_the_eager_logits_and_gradients(layers):
-    """Traced and differentiated as torch.compile does; what follows, C++ code, takes a minute to build. Of it, the
-    next test tries what has been in its way."""
+    """Traced and differentiated as by torch.compile, but not turned into C++, which would take a minute. The
+    next test does that to the two things that used to break it."""
     tokens, found = torch.randint(0, 30, (2, 20)), []
     for compiled in (False, True):
         model = small_model(layers)
@@ -1262,7 +1261,8 @@ def test_frozen_embedding_is_the_papers_sinusoids_and_stays_frozen():
     E, d = model.embedding.weight, 128
     for j, i in ((0, 0), (3, 0), (11, 5), (73, 63)):
         angle = j / 10000 ** (2 * i / d)
-        assert abs(E[j, 2 * i].item() - np.sin(angle)) < 1e-5 and abs(E[j, 2 * i + 1].item() - np.cos(angle)) < 1e-5
+        assert abs(E[j, 2 * i].item() - np.sin(angle)) < 1e-5
+        assert abs(E[j, 2 * i + 1].item() - np.cos(angle)) < 1e-5
     assert not E.requires_grad and model.n_params() == sum(p.numel() for p in model.parameters()) - E.numel()
 
 
@@ -1280,26 +1280,29 @@ def test_mamba_starts_with_the_time_scales_of_its_paper():
 
 
 HUB_CONFIGS = {
-    'llama': dict(vocab_size=50, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4,
-                  max_position_embeddings=128, rope_theta=5000.0, bos_token_id=0, eos_token_id=1),
-    'llama, grouped queries, tied': dict(vocab_size=50, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-                                         num_attention_heads=8, num_key_value_heads=2, tie_word_embeddings=True,
-                                         max_position_embeddings=128, bos_token_id=0, eos_token_id=1),
+    'llama': dict(vocab_size=50, hidden_size=48, intermediate_size=80, num_hidden_layers=3,
+                  num_attention_heads=4, max_position_embeddings=128, rope_theta=5000.0, bos_token_id=0,
+                  eos_token_id=1),
+    'llama, grouped queries, tied': dict(vocab_size=50, hidden_size=64, intermediate_size=96,
+                                         num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=2,
+                                         tie_word_embeddings=True, max_position_embeddings=128, bos_token_id=0,
+                                         eos_token_id=1),
     'mamba': dict(vocab_size=50, hidden_size=48, state_size=8, num_hidden_layers=3),
     'mamba, untied': dict(vocab_size=50, hidden_size=64, num_hidden_layers=2, tie_word_embeddings=False)}
 
 
 def test_what_is_not_supported_is_refused_by_name():
     llama = dict(HUB_CONFIGS['llama'], model_type='llama')
-    for change, word in (({'model_type': 'gpt2'}, 'gpt2'), ({'attention_bias': True}, 'attention_bias'),
-                         ({'rope_scaling': {'rope_type': 'yarn'}}, 'yarn'), ({'hidden_act': 'gelu'}, 'hidden_act'),
+    for change, word in [({'model_type': 'gpt2'}, 'gpt2'), ({'attention_bias': True}, 'attention_bias'),
+                         ({'rope_scaling': {'rope_type': 'yarn'}}, 'yarn'), ({'hidden_act': 'gelu'}, 'gelu'),
                          ({'num_hidden_layers': 1_000_000}, 'num_hidden_layers=1000000'),
-                         ({'hidden_size': None}, 'hidden_size=None'), ({'num_attention_heads': 7}, '7 heads')):
+                         ({'hidden_size': None}, 'size=None'), ({'num_attention_heads': 7}, '7 heads')]:
         with pytest.raises(ValueError, match=word):
             models.pretrained_config(llama | change)
-    for arguments, word in ((('lstm', 'tiny', 30), "arch 'lstm'"), (('mamba', '3M', 30), "size '3M'"),
+    for arguments, word in [(('lstm', 'tiny', 30), "arch 'lstm'"), (('mamba', '3M', 30), "size '3M'"),
                             (('mamba', 'tiny', 30, 16, True, 'MAX'), "layer 'X': choose from M, A, D, G"),
-                            (('mamba', 'tiny', 30, 65), 'd_state=65'), (('mamba', 'tiny', 30, 0), 'd_state=0')):
+                            (('mamba', 'tiny', 30, 65), 'd_state=65'),
+                            (('mamba', 'tiny', 30, 0), 'd_state=0')]:
         with pytest.raises(ValueError, match=word):
             models.make_model(*arguments)
 
@@ -1325,7 +1328,8 @@ def test_same_weights_give_the_logits_and_the_text_of_transformers(name, tmp_pat
     tokens = torch.randint(0, 50, (2, 33))
     with torch.no_grad():
         assert (ours(tokens) - theirs(tokens).logits).abs().max() < 1e-4
-        expected = theirs.generate(tokens, max_new_tokens=20, min_new_tokens=20, do_sample=False, pad_token_id=0)
+        expected = theirs.generate(tokens, max_new_tokens=20, min_new_tokens=20, do_sample=False,
+                                   pad_token_id=0)
         logits, state = ours.prefill(tokens)
         for t in range(33, 53):
             logits[:, theirs.config.eos_token_id] = -torch.inf      # min_new_tokens forbids it
@@ -1344,8 +1348,8 @@ def test_checkpoints_run_in_bfloat16_as_those_of_transformers_do(name, tmp_path)
         assert (logits - exact[:, 19:]).abs().mean() < 1.5 * (rounded - exact)[:, 19:].abs().mean()
 
 
-ABSURD = (None, True, -1, 0, 1, 3, 65, 7.5, 1e300, float('nan'), float('inf'), 10 ** 6, 10 ** 30, '64', '', 'default',
-          [], [1], {}, {'rope_type': 'yarn'}, {'rope_theta': 'x'})
+ABSURD = (None, True, -1, 0, 1, 3, 65, 7.5, 1e300, float('nan'), float('inf'), 10 ** 6, 10 ** 30, '64', '',
+          'default', [], [1], {}, {'rope_type': 'yarn'}, {'rope_theta': 'x'})
 
 
 @pytest.mark.parametrize('name', ['llama', 'mamba'])
