@@ -305,12 +305,11 @@ def delta_rule(q, k, v, beta, S, chunk=64):
 
     is a triangular system of equations for the rows of U (T, d_state); for one token, the recurrence."""
     ys = []
-    with torch.autocast(q.device.type, enabled=False):
-        for q, k, v, beta in zip(*(t.split(chunk, 2) for t in (q, k, v, beta))):
-            system = torch.eye(k.shape[2], device=k.device) + (beta * (k @ k.mT)).tril(-1)
-            U = torch.linalg.solve_triangular(system, beta * (v - k @ S), upper=False)
-            ys.append(q @ S + (q @ k.mT).tril() @ U)
-            S = S + k.mT @ U                                                # (B, heads, d_state, d_state)
+    for q, k, v, beta in zip(*(t.split(chunk, 2) for t in (q, k, v, beta))):
+        system = torch.eye(k.shape[2], device=k.device) + (beta * (k @ k.mT)).tril(-1)
+        U = torch.linalg.solve_triangular(system, beta * (v - k @ S), upper=False)
+        ys.append(q @ S + (q @ k.mT).tril() @ U)
+        S = S + k.mT @ U                                                    # (B, heads, d_state, d_state)
     return torch.cat(ys, 2), S
 
 

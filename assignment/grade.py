@@ -1,0 +1,528 @@
+"""The class assignment: hand it out, grade it.
+
+  python test_all.py handout DIR [--exercises=1,2,5] [--seed=0]             a folder for the students
+  python test_all.py grade DIR [--exercises=1,2,5] [--seed=...] [--json]    what a student handed in
+
+Handouts are made from the code: the chosen functions lose their bodies, and what else holds a solution is
+left out. Of a submission, only these functions count, and the helper functions and imports added to the same
+file. They are put into our copy of the project, in a temporary folder, without the implementations that they
+might call instead, and run there in a process of their own; what it returns is compared here. That process
+may neither write nor read elsewhere (tests.guard). This stops mistakes and ordinary cheating. Against malice,
+let the grader run in a container, as Gradescope does: there, `--json` goes to
+/autograder/results/results.json.
+"""
+import argparse
+import ast
+import contextlib
+import json
+import os
+import random
+import re
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import data
+from assignment.tests import answer, difference
+
+PROJECT = Path(__file__).parent.parent
+FILES = ('*.py', 'scan_cuda/*', 'requirements.txt', 'LICENSE', '.gitignore')
+KERNELS = ('scan_cuda/*.cpp', 'scan_cuda/*.cu', 'scan_cuda/*.h')        # the scan in other languages
+SCAN = 'scan_cuda/__init__.py'
+SECONDS = 60                        # for an exercise, and for an experiment's checkpoint
+
+
+class Exercise(NamedTuple):
+    title: str
+    points: int
+    minutes: int
+    what: str
+    targets: tuple = ()             # (file, function) to be written
+    siblings: tuple = ()            # (file, function) that does the same: may not be called
+    left_out: tuple = ()            # file, or (file, function), that holds the solution: not in the handout
+    needs: str = 'nothing'
+    command: str = ''
+
+
+EXERCISES = {
+    1: Exercise('Depth-first search', 10, 20, '''
+        Algorithm 1 of the paper: the chain of thought by which a model decides whether a graph is a tree.
+        Graphs may have 4,096 nodes, but Python allows only about 1,000 nested calls.''',
+                (('data.py', 'cot_trace'),), (), (('data.py', 'retrieval_trace'),)),
+    2: Exercise('The trace with queries', 15, 45, '''
+        Algorithm 2: the same search by a model that remembers nothing and asks for everything. Let v be the
+        node on top of the stack and prev the one before it in the tour. Write v and ask `v ~`, its parent.
+        Ask `v -` when coming from the parent (or at the start), otherwise `v - prev`: the next neighbour w.
+        If w is the parent, ask `v - parent` for the one after it. If the answer is [FAILED], no neighbour
+        is left: go back. Otherwise ask `w ~`. If that fails, w is new: record `w ~ v` and enter w. If w is
+        known, or is node 0 (visited although it has no parent), there is a cycle: stop. The header of
+        data.py draws an example.''',
+                (('data.py', 'retrieval_trace'),), needs='exercise 1, read or solved'),
+    3: Exercise("The retriever's regular expressions", 10, 40, '''
+        Three patterns are the whole retriever. `retrieve`, below them, shows how they are used: each is
+        searched for in the text before the query, the answer is the group that matched, and of several
+        matches the last one outside queries counts. A pattern for the first edge must therefore begin at
+        [BOS]. Beware of 1 inside 11.''',
+                (('data.py', 'query_pattern'),)),
+    4: Exercise('The scan as a loop', 10, 20, '''
+        The recurrence at the heart of Mamba, one token after the other.''',
+                ((SCAN, 'selective_scan_reference'),), tuple((SCAN, name) for name in (
+                    'pairwise_scan', 'selective_scan_pairwise', 'selective_scan_fallback',
+                    '_fallback_forward')),
+                KERNELS),
+    5: Exercise('The scan in pairs', 10, 40, '''
+        Two steps h -> a h + b of the recurrence are again such a step. This makes the scan parallel: about
+        2 log2(L) operations on long tensors instead of L on short ones. Do not divide: products of decays
+        underflow.''',
+                ((SCAN, 'pairwise_scan'),), ((SCAN, 'selective_scan_reference'),), KERNELS, 'exercise 4'),
+    6: Exercise("The scan's backward pass", 15, 90, '''
+        The gradients of all inputs, by hand: the gradient of the state obeys a recurrence that runs
+        backwards in time. `_fallback_forward` says what `starts` holds; `_states` computes the states of a
+        chunk from it. Autograd cannot be used.''',
+                ((SCAN, '_fallback_backward'),), (), KERNELS, 'exercises 4 and 5'),
+    7: Exercise("Attention's KV cache", 15, 45, '''
+        One forward pass for training, for reading a prompt and for a single token: stepping through a text
+        with the cache must give what one parallel pass gives. Use `rotate` for the positions, and
+        scaled_dot_product_attention of torch; mind that its is_causal does not know of a cache.''',
+                (('models.py', 'Attention.forward'), ('models.py', 'KVCache.append')), (), ('plot.py',)),
+    8: Exercise('Generation with the live retriever', 15, 45, '''
+        The model writes queries, the retriever writes the answers, and the samples of a batch end at
+        different times. `task.retrieve(text)` answers the query at the end of a text; `model.prefill` and
+        `model.step` return the logits of the next token.''',
+                (('train.py', 'generate'),), (), ('eval_hotpot.py', 'plot.py'), 'reading `data.retrieve`'),
+    9: Exercise('Experiment: how much memory does n=16 need?', 15, 60, '''
+        Train an RNN (up to four layers, none of them attention) that solves IsTree with chain of thought,
+        with at most 5,000 floats of memory. Hand in the folders of three seeds as out/9/...; each must
+        reach 75% on graphs that the grader draws. This one does not:''',
+                needs='exercises 1, 5 and 8, if they are part of the assignment',
+                command='python train.py --archs=mamba --d_state=1 --setups=cot --seeds=0,1,2'),
+    10: Exercise('Experiment: where should the attention layer stand?', 15, 60, '''
+        One Mamba layer with d_state=1 and one attention layer: which should be on top? Try both, and hand
+        in the folders of three seeds of the better one as out/10/...; each must reach 90% on graphs that
+        the grader draws. This is one of the two:''',
+                needs='exercises 1, 5, 7 and 8, if they are part of the assignment',
+                command='python train.py --archs=hybrid --layers=AM --setups=cot --seeds=0,1,2'),
+    11: Exercise('A question', 10, 30, '''
+        With chain of thought, the RNN falls behind as n grows; with a retriever, it does not, although its
+        memory is the same. Why? And why does one attention layer suffice, and why in only one of the two
+        places? Write half a page, answers.md, and support it with numbers from your experiments.''',
+                 needs='exercises 9 and 10'),
+}
+# what a checkpoint must reach, and what it may be
+EXPERIMENTS = {9: (0.75, lambda found: 'A' not in found['layers'] and found['memory'] <= 5000),
+               10: (0.90, lambda found: sorted(found['layers']) == ['A', 'M'] and found['d_state'] == 1)}
+MODEL_ANSWER = '''
+The RNN has to write its fixed number of floats before it knows what will be asked. The search asks for any
+node's next neighbour, so by the end of the prompt all edges and their order must be in there: about 70 bits
+at n=16, growing as n log n, in a form that training finds. Where the RNN errs, it errs on the next neighbour,
+not on returns to the parent, which stand a few tokens back. With a retriever it need not remember the prompt:
+which node, from where and what was answered suffice for every n. An attention layer keeps all tokens and is
+the look-up. On top, it reads what the Mamba layer has prepared, tokens mixed with their neighbours: an edge,
+three tokens, becomes one key. Below, it sees bare tokens, and "the token two places after this one" would
+take a second attention layer. Full marks: fixed against growing memory; what has to be looked up; retrieval
+makes it local; composition of edges; numbers of three seeds.'''
+README = '''# Assignment: RNNs are not Transformers (yet)
+
+{points} points, about {hours} hours. Write the functions named below anew, from their docstrings, in place of
+`raise NotImplementedError(...)`. You need neither a GPU nor a C++ compiler.
+
+    pip install -r requirements.txt
+    python train.py --setups=direct --archs=mamba --layers=GG --n_nodes=8 --samples=2000
+    pytest test_assignment.py
+    pytest test_assignment.py -k exercise_{first}_
+
+The first two commands show that everything is installed; the second takes less than a minute. The others test
+your work: all of it, or one exercise. A test that fails draws the smallest example that does. Read the header
+of `data.py` first.
+
+Hand in the whole folder. We grade these functions, and helper functions and imports that you add to the same
+files (outside of classes), on examples other than those of the tests. While an exercise is graded, other
+implementations of the same thing cannot be called, and your code can neither write files nor start programs;
+it has {seconds} seconds. All tests of an exercise count the same.
+'''
+
+
+# --- examples: what the functions are tried on ----------------------------------------------------------
+
+def graph(rng, n, cyclic=False):
+    """Edges of a tree of n nodes, or of a graph with as many edges and a cycle."""
+    ring = rng.randrange(3, n) if cyclic else 0
+    edges = [(i, (i + 1) % ring) for i in range(ring)]
+    edges += [(i, rng.randrange(i)) for i in range(max(1, ring), n - cyclic)]
+    name = rng.sample(range(n), n)
+    return rng.sample([sorted((name[u], name[v]), reverse=True) for u, v in edges], n - 1)
+
+
+def prompt_of(edges):
+    return data.sample(edges, True, 'direct')[:-1]
+
+
+def queries(rng, n):
+    """Texts that end in a query: kind of query -> examples."""
+    edges = graph(rng, n)
+    tokens = prompt_of(edges) + data.retrieval_trace(data.adjacency(edges, n))
+    texts = [data.decode(tokens[:i + 1]) for i, token in enumerate(tokens) if token == data.END]
+    start = texts[-1].rpartition(' [STARTSEARCH]')[0]
+    found = {'the parent': [text for text in texts if text.endswith('~ [ENDSEARCH]')],
+             'the first neighbour': [text for text in texts if text.endswith('- [ENDSEARCH]')],
+             'the next neighbour': [text for text in texts if re.search(r'- \d+ \[ENDSEARCH\]$', text)],
+             'queries without an answer': [f'{start} [STARTSEARCH] {query} [ENDSEARCH]' for query in (
+                 '~', '-', '3', '3 ~ 1', '3 - 1 2', '- 1', '1 3', '3 - -', '3 - [EOS]', f'{n} -', f'{n} ~')]}
+    return {kind: [dict(text=text) for text in group[:12]] for kind, group in found.items()}
+
+
+def numbers(rng, *shape, low=-1.0):
+    """Nested lists of random numbers below 1."""
+    if not shape:
+        return round(rng.uniform(low, 1), 2)
+    return [numbers(rng, *shape[1:], low=low) for _ in range(shape[0])]
+
+
+def scan(rng, batch, L, d_inner, d_state, skip=True, state=True):
+    return dict(u=numbers(rng, batch, L, d_inner), delta=numbers(rng, batch, L, d_inner, low=0.1),
+                A=numbers(rng, d_inner, d_state, low=-2), B=numbers(rng, batch, L, d_state),
+                C=numbers(rng, batch, L, d_state), D=numbers(rng, d_inner) if skip else None,
+                initial_state=numbers(rng, batch, d_inner, d_state) if state else None)
+
+
+def scan_and_gradients(rng, batch, L, d_inner, d_state):
+    of_outputs = [numbers(rng, batch, L, d_inner), numbers(rng, batch, d_inner, d_state)]
+    return scan(rng, batch, L, d_inner, d_state) | dict(gradients_of_outputs=of_outputs)
+
+
+def steps(rng, *shape):
+    return dict(a=numbers(rng, *shape, low=0.1), b=numbers(rng, *shape))
+
+
+def attention(rng, batch, tokens, n_heads, n_kv_heads, blocks):
+    d = 4 * n_heads
+    return dict(x=numbers(rng, batch, tokens, d), n_heads=n_heads, n_kv_heads=n_kv_heads, blocks=blocks,
+                weights=[numbers(rng, d + 8 * n_kv_heads, d), numbers(rng, d, d)])
+
+
+def dialogue(rng, n, samples, setup='retrieval', edit=lambda tokens: tokens):
+    """Samples for a model to read from tapes (tests.Tape), with nonsense where the retriever is to write."""
+    trace, prompts, tapes = data.cot_trace if setup == 'cot' else data.retrieval_trace, [], []
+    for i in range(samples):
+        edges = graph(rng, n, cyclic=i % 2 == 1)
+        tokens, tape, read = prompt_of(edges), [], 0
+        prompts.append(prompt_of(edges))
+        written = edit([*trace(data.adjacency(edges, n)), data.EOS, rng.choice((data.TRUE, data.FALSE))])
+        for t, token in enumerate(written, 1):
+            retrieved = setup == 'retrieval' and tokens[-1] == data.END
+            tape.append((rng.randrange(data.NODE) if retrieved else token) - read)
+            tokens.append(data.retrieve(data.decode(tokens))[0][0] if retrieved else token)
+            read += t * tokens[-1]
+        tapes.append(tape)
+    return dict(setup=setup, n=n, prompts=prompts, tapes=tapes)
+
+
+def examples(number, seed):
+    """The tests of an exercise: (name, its examples from small to large)."""
+    rng = random.Random(f'{number} {seed}')
+    if number in (1, 2):
+        graphs = lambda *sizes, cyclic=False: [dict(edges=graph(rng, n, cyclic)) for n in sizes]
+        tests = [('a tree of four or five nodes', graphs(4, 4, 5)), ('a cycle', graphs(4, 5, 6, cyclic=True)),
+                 ('larger trees', graphs(9, 16, 33)), ('larger cycles', graphs(9, 16, 33, cyclic=True))]
+        path = [dict(edges=rng.sample([(v + 1, v) for v in range(3000)], 3000))]
+        return tests + ([('a path of 3,001 nodes', path)] if number == 1 else [])
+    if number == 3:
+        small, large = queries(rng, 5), queries(rng, 24)
+        return [(kind, small[kind] + large[kind]) for kind in small]
+    if number in EXPERIMENTS:
+        setting = dict(task='istree', n=16, setup='cot', seed=rng.randrange(2**30), samples=500)
+        return [(f'seed {i}', [setting]) for i in range(3)]
+    inputs, pairs, gradients, attend, talk = (
+        partial(draw, rng) for draw in (scan, steps, scan_and_gradients, attention, dialogue))
+    underflow = pairs(1, 64, 1, 1) | dict(a=[[[[10.0**-rng.randrange(8, 30)]] for _ in range(64)]])
+    malformed = lambda tokens: [data.EDGE if a == data.START else b for a, b in zip([None, *tokens], tokens)]
+    endless = lambda tokens: [data.NODE + 1] * 500
+    return {
+        4: [('one channel, three tokens', [inputs(1, 3, 1, 1, skip=False, state=False)]),
+            ('channels and states', [inputs(2, 5, 3, 4, skip=False, state=False)]),
+            ('with D', [inputs(2, 5, 3, 4, state=False)]),
+            ('with an initial state', [inputs(1, 1, 1, 2), inputs(2, 5, 3, 4)])],
+        5: [('four tokens', [pairs(1, 4, 1, 1)]),
+            ('any number of tokens', [pairs(1, L, 1, 2) for L in (1, 2, 3, 5, 6, 7, 21)]),
+            ('decays that underflow', [underflow]), ('in parallel', [pairs(1, 1000, 1, 1)])],
+        6: [('one channel, three tokens', [gradients(1, 3, 1, 1)]),
+            ('channels and states', [gradients(2, 4, 3, 2)]),
+            ('several chunks', [gradients(1, 9, 1, 1), gradients(2, 11, 3, 2)])],
+        7: [('one parallel pass', [attend(1, 3, 1, 1, None), attend(2, 7, 2, 2, None)]),
+            ('one token at a time', [attend(1, 3, 1, 1, [1, 1, 1]), attend(2, 8, 2, 2, [5, 1, 1, 1])]),
+            ('several tokens at a time', [attend(1, 5, 1, 1, [2, 3]), attend(2, 80, 2, 2, [2, 70, 8])]),
+            ('grouped queries', [attend(1, 7, 4, 2, None), attend(2, 7, 4, 2, [3, 1, 3])])],
+        8: [('chain of thought', [talk(4, 1, 'cot'), talk(5, 3, 'cot')]),
+            ('queries', [talk(4, 1), talk(5, 1)]), ('several samples', [talk(5, 4)]),
+            ('malformed queries', [talk(4, 2, edit=malformed)]),
+            ('no end', [talk(4, 2, edit=endless), talk(4, 2, 'cot', endless)])],
+    }.get(number, [])
+
+
+# --- source code ------------------------------------------------------------------------------------------
+
+def find(tree, name):
+    """The definition of a function, or of a method (Class.method); None if there is none."""
+    for part in name.split('.'):
+        tree = next((node for node in getattr(tree, 'body', ()) if getattr(node, 'name', None) == part), None)
+    return tree
+
+
+def body(node):
+    """First and last line, counted from 1, of a function's code without its docstring."""
+    return node.body[0].end_lineno + 1 if ast.get_docstring(node) else node.body[0].lineno, node.end_lineno
+
+
+def blank(source, bodies):
+    """Source code with other bodies, {function: body}. Docstrings stay, patterns quoted there do not."""
+    lines, tree = source.split('\n'), ast.parse(source)
+    for name, code in sorted(bodies.items(), key=lambda item: -find(tree, item[0]).lineno):
+        node = find(tree, name)
+        first, last = body(node)
+        lines[first - 1:last] = [' ' * (node.col_offset + 4) + code]
+        for i in range(node.lineno - 1, first - 1):
+            lines[i] = re.sub(r'(?<=  )\S+(?: \S+)*\\\S+(?: \S+)*', '...', lines[i])
+    return '\n'.join(lines)
+
+
+def transplant(ours, theirs, names):
+    """Our source code with their versions of functions, and above these what their file imports or defines in
+    addition. Raises Failed."""
+    tree, other, lines = ast.parse(ours), ast.parse(theirs), ours.split('\n')
+    start = lambda node: min([node.lineno, *(d.lineno for d in getattr(node, 'decorator_list', ()))]) - 1
+    code = lambda node: theirs.split('\n')[start(node):node.end_lineno]
+    known = {name for node in tree.body for name in defined(node)}
+    added = [line for node in other.body if defined(node) - known for line in code(node)]
+    for name in sorted(names, key=lambda name: -find(tree, name).lineno):
+        if not isinstance(find(other, name), ast.FunctionDef):
+            raise Failed(f'the function {name} is missing')
+        lines[start(find(tree, name)):find(tree, name).end_lineno] = code(find(other, name))
+    first = min(start(find(tree, name.split('.')[0])) for name in names)
+    return '\n'.join([*lines[:first], *added, *lines[first:]])
+
+
+def defined(node):
+    """What a statement at the top of a file defines: names, or an import."""
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        return {node.name}
+    if isinstance(node, (ast.Import, ast.ImportFrom)) and getattr(node, 'module', '') != '__future__':
+        return {ast.unparse(node)}
+    targets = node.targets if isinstance(node, ast.Assign) else []
+    return {name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)}
+
+
+def rewrite(folder, bodies):
+    """In the files of a folder, give functions other bodies, {(file, function): body}."""
+    for file in {file for file, _ in bodies}:
+        source = (folder / file).read_text(encoding='utf-8')
+        source = blank(source, {name: code for (one, name), code in bodies.items() if one == file})
+        (folder / file).write_text(source, encoding='utf-8')
+
+
+def copy_project(folder, without=()):
+    """Copy our files, except those that match a pattern."""
+    left_out = {path for pattern in ('test_all.py', *without) for path in PROJECT.glob(pattern)}
+    for path in {path for pattern in FILES for path in PROJECT.glob(pattern) if path.is_file()} - left_out:
+        (folder / path.relative_to(PROJECT)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, folder / path.relative_to(PROJECT))
+    shutil.copyfile(PROJECT / 'assignment' / 'tests.py', folder / 'test_assignment.py')
+
+
+# --- the handout ------------------------------------------------------------------------------------------
+
+def length(number):
+    """About how many lines a solution takes: as many as ours without comments, rounded to fives."""
+    count = 0
+    for file, name in EXERCISES[number].targets:
+        source = (PROJECT / file).read_text(encoding='utf-8')
+        first, last = body(find(ast.parse(source), name))
+        count += sum(line.strip()[:1] not in ('', '#') for line in source.split('\n')[first - 1:last])
+    return max(5, 5 * round(count / 5))
+
+
+def handout(folder, chosen, seed):
+    """Write the students' folder. Raises ValueError if there is something in it already."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f'{folder} is not an empty folder: choose another one')
+    left_out = {what: k for k in chosen for what in EXERCISES[k].left_out}
+    copy_project(folder, [file for file in left_out if isinstance(file, str)])
+    rewrite(folder, {function: f"raise NotImplementedError('left out: it is too close to exercise {k}')"
+                     for function, k in left_out.items() if isinstance(function, tuple)}
+            | {function: f"raise NotImplementedError('exercise {k}: about {length(k)} lines')"
+               for k in chosen for function in EXERCISES[k].targets})
+    tests = [(k, name, [(example, answer(k, example)) for example in group])
+             for k in chosen if k not in EXPERIMENTS for name, group in examples(k, f'handout {seed}')]
+    (folder / 'expected.json').write_text(json.dumps(tests))
+    text, hours = '', round(sum(EXERCISES[k].minutes for k in chosen) / 60)
+    for k in chosen:
+        e = EXERCISES[k]
+        where = ', '.join([f'`{name}` in `{file}`' for file, name in e.targets])
+        where += f': about {length(k)} lines. ' if where else ''
+        text += f'\n## Exercise {k}: {e.title} ({e.points} points)\n\n{where}About {e.minutes} minutes. '
+        text += f'Prerequisites: {e.needs}.\n\n'
+        text += textwrap.fill(' '.join(e.what.split()), 110, break_on_hyphens=False) + '\n'
+        text += f'\n    {e.command}\n' if e.command else ''
+        for example, expected in next((group[:1] for number, _, group in tests if number == k), ()):
+            *drawn, _, right, _ = difference(example, dict.fromkeys(expected, []), expected).split('\n')
+            text += '\n```\n' + '\n'.join([*drawn, right]) + '\n```\n'
+    text = README.format(points=sum(EXERCISES[k].points for k in chosen), hours=hours, seconds=SECONDS,
+                         first=chosen[0]) + text
+    (folder / 'README.md').write_text(text, encoding='utf-8')
+
+
+# --- grading ----------------------------------------------------------------------------------------------
+
+class Failed(Exception):
+    """Why an exercise gets 0 points, in one line."""
+
+
+def read(folder, file):
+    """A file of a submission as source code. Raises Failed."""
+    path = folder / file
+    try:
+        if not path.is_file():
+            raise Failed(f'{file} is missing')
+        if path.resolve() != folder.resolve() / file or path.stat().st_size > 10**6:
+            raise Failed(f'{file} is a link, or larger than 1 MB')
+        source = path.read_text(encoding='utf-8')
+        ast.parse(source)
+        return source
+    except SyntaxError as error:
+        raise Failed(f'{file} is not Python: {error.msg}, line {error.lineno}')
+    except (OSError, ValueError, RecursionError, MemoryError) as error:
+        raise Failed(f'{file} cannot be read: {type(error).__name__}')
+
+
+def run(folder, number, tried):
+    """What a process in the folder answers to the examples. Raises Failed unless it answers all in time."""
+    with tempfile.TemporaryFile('w+') as questions, tempfile.TemporaryFile() as answers:
+        questions.writelines(json.dumps(example) + '\n' for example in tried)
+        questions.seek(0)
+        environment = {name: value for name, value in os.environ.items() if not name.startswith('PYTHON')}
+        environment |= dict(SCAN_CUDA_BUILD='0', OMP_NUM_THREADS='1')
+        process = subprocess.Popen(
+            [sys.executable, '-B', 'test_assignment.py', f'{number}'], cwd=folder, env=environment,
+            stdin=questions, stdout=answers, stderr=subprocess.DEVNULL, start_new_session=True)
+        try:
+            process.wait(SECONDS)
+        except subprocess.TimeoutExpired:
+            raise Failed(f'not done after {SECONDS} seconds')
+        finally:
+            process.kill()
+            process.wait()
+            with contextlib.suppress(OSError, AttributeError):  # what it has started; not on Windows
+                os.killpg(process.pid, signal.SIGKILL)
+        answers.seek(0)
+        lines = answers.read(10**8).splitlines()
+    if len(lines) != len(tried):
+        raise Failed(f'ended (code {process.returncode}) after {len(lines)} of {len(tried)} examples')
+    found = [dict(json.loads(line)) for line in lines]
+    if set(found[0]) == {'error'} and all(one == found[0] for one in found):
+        raise Failed(found[0]['error'])
+    return found
+
+
+def grade_exercise(folder, number, seed):
+    """Returns the share of the tests that pass, and what to tell the student."""
+    e, tests, passed, told, drawn = EXERCISES[number], examples(number, seed), 0, [], ''
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as copy:
+        copy_project(Path(copy), KERNELS)
+        for file in {file for file, _ in e.targets}:
+            path, names = Path(copy, file), [name for one, name in e.targets if one == file]
+            code = transplant(path.read_text(encoding='utf-8'), read(folder, file), names)
+            path.write_text(code, encoding='utf-8')
+        refuse = "raise RuntimeError('{} may not be called in exercise {}')"
+        rewrite(Path(copy), {function: refuse.format(function[1], number)
+                             for function in (*e.siblings, *e.left_out) if isinstance(function, tuple)})
+        found = iter(run(copy, number, [example for _, group in tests for example in group]))
+    for name, group in tests:
+        drawings = [difference(example, next(found), answer(number, example)) for example in group]
+        smallest = next(filter(None, drawings), '')
+        passed, drawn = passed + (not smallest), drawn or smallest
+        told.append(f'{"failed" if smallest else "passed"}  {name}')
+    return passed / len(tests), '\n'.join([*told, '', drawn]).strip()
+
+
+def grade_experiment(folder, number, seed):
+    """The same for an experiment, whose tests are the checkpoints."""
+    (accuracy, allowed), passed, told, seen = EXPERIMENTS[number], 0, [], {None}
+    paths = sorted(folder.glob(f'out/{number}/*/checkpoint.pt'))
+    if not paths:
+        raise Failed(f'out/{number}/*/checkpoint.pt is missing')
+    for path, (_, setting) in zip(paths, examples(number, seed)):
+        try:
+            with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as copy:
+                if not path.is_file() or path.stat().st_size > 10**8:
+                    raise Failed('checkpoint.pt is not a file of at most 100 MB')
+                copy_project(Path(copy))
+                shutil.copyfile(path, Path(copy, 'checkpoint.pt'))
+                found, = run(copy, number, setting)
+            good = found['accuracy'] >= accuracy and allowed(found) and found['weights'] not in seen
+            seen.add(found['weights'])
+            line = '{accuracy:.1%}, layers {layers}, {memory:,} floats of memory'.format(**found)
+        except Failed as reason:
+            good, line = False, reason
+        passed += good
+        told.append(f'{"passed" if good else "failed"}  {path.parent.name}: {line}')
+    return passed / 3, '\n'.join(told)
+
+
+def grade_question(folder, number, seed):
+    """For the one who grades it by hand."""
+    path = folder / 'answers.md'
+    text = path.read_text(encoding='utf-8', errors='replace') if path.is_file() else 'answers.md is missing'
+    return 0, f'{EXERCISES[number].points} points by hand.\n\n{text[:5000]}\n\nModel answer:{MODEL_ANSWER}'
+
+
+def grade(folder, chosen, seed):
+    """The tests of Gradescope's results.json, one per exercise. Raises nothing, whatever was handed in."""
+    results = []
+    for k in chosen:
+        automatic = k in EXPERIMENTS or EXERCISES[k].targets
+        grader = grade_experiment if k in EXPERIMENTS else grade_exercise if automatic else grade_question
+        try:
+            share, told = grader(folder, k, seed)
+        except Failed as reason:
+            share, told = 0, f'{reason}'
+        except Exception as error:      # whatever a student did, the others are still to be graded
+            share, told = 0, f'cannot be graded: {type(error).__name__}'
+        points = EXERCISES[k].points if automatic else 0
+        results.append(dict(number=f'{k}', name=f'Exercise {k}: {EXERCISES[k].title}', output=told,
+                            score=round(share * points, 2), max_score=points,
+                            visibility='visible' if automatic else 'hidden'))
+    return results
+
+
+def main(argv):
+    parser = argparse.ArgumentParser('test_all.py', description='For a class. Tests: pytest test_all.py')
+    commands = parser.add_subparsers(dest='command', required=True)
+    texts = dict(handout='make a folder for the students', grade='grade what a student handed in')
+    for name, text in texts.items():
+        command = commands.add_parser(name, help=text)
+        command.add_argument('folder', type=Path)
+        command.add_argument('--exercises', default=','.join(map(str, EXERCISES)), help='numbers: 1,2,5')
+        command.add_argument('--seed', help='of the examples (default: 0 in a handout, secret in grading)')
+    command.add_argument('--json', action='store_true', help="print Gradescope's results.json")
+    c = parser.parse_args(argv)
+    if unknown := set(c.exercises.split(',')) - {*map(str, EXERCISES)}:
+        raise ValueError(f'--exercises: {unknown.pop()!r} is none, choose from 1 to {max(EXERCISES)}')
+    chosen = sorted({*map(int, c.exercises.split(','))})
+    if c.command == 'handout':
+        handout(c.folder, chosen, c.seed or 0)
+        print(f'{c.folder} is ready for the students; it begins with README.md. To grade what they hand in:\n'
+              f'  python test_all.py grade DIR --exercises={c.exercises}')
+        return
+    results = grade(c.folder, chosen, c.seed or secrets.token_hex(8))
+    score, best = (round(sum(result[name] for result in results), 2) for name in ('score', 'max_score'))
+    if c.json:
+        return print(json.dumps(dict(score=score, tests=results), indent=1))
+    for result in results:
+        print('{name}: {score:g} of {max_score} points\n\n{output}\n'.format(**result))
+    print(f'Total: {score:g} of {best} points')

@@ -1,0 +1,263 @@
+"""The tests of the assignment. README.md says what each exercise is about.
+
+  pytest test_assignment.py                     all exercises
+  pytest test_assignment.py -k exercise_3_      one of them
+
+A failed test draws the smallest example that fails. The examples, and what is expected of them, stand in
+expected.json; your work is graded on others.
+"""
+import json
+import os
+import sys
+from itertools import zip_longest
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+
+# --- while your work is graded ----------------------------------------------------------------------------
+
+ALLOWED = ('os.listdir', 'os.scandir', 'os.walk', 'os.fwalk', 'os.putenv', 'os.unsetenv')
+HERE = Path(__file__).parent
+READABLE = tuple(os.path.realpath(path) + os.sep for path in (HERE, sys.prefix, sys.base_prefix))
+PROCESSES = ('os', 'shutil', 'subprocess', 'socket', 'ctypes', 'pty')
+
+
+def guard(event, arguments):
+    """Refuse what no exercise needs: writing, reading elsewhere, other processes, the network. Mistakes then
+    do no harm, and the solution is out of reach; but this is no sandbox."""
+    if event == 'open' and not isinstance(arguments[0], int):
+        path, mode, flags = os.path.realpath(os.fsdecode(arguments[0])), arguments[1] or '', arguments[2] or 0
+        writing = set(mode) & set('wax+') or flags & (os.O_WRONLY | os.O_RDWR)
+        refused = path != os.devnull and (writing or not path.startswith(READABLE))
+    else:
+        refused = event.split('.')[0] in PROCESSES and event not in ALLOWED
+    if refused:
+        raise PermissionError(f'{event} {arguments[:1]} is not allowed while your work is graded')
+
+
+if __name__ == '__main__':              # the grader's run, before any line of yours
+    if int(sys.argv[1]) > 3:
+        import torch.utils.data         # while it may still load libraries
+    sys.addaudithook(guard)
+
+import data
+
+# The rest is imported where it is needed: exercises 1 to 3 do without torch, which takes seconds, and a
+# mistake in one file leaves the tests of the others alone.
+
+# --- what is asked of your code: an example (JSON) -> answers by name -----------------------------------
+
+
+def search(edges):
+    return {'tour': data.cot_trace(data.adjacency(edges, len(edges) + 1))}
+
+
+def trace(edges):
+    return {'trace': data.retrieval_trace(data.adjacency(edges, len(edges) + 1))}
+
+
+def retrieve(text):
+    answer, well_formed = data.TASKS['istree'].retrieve(text)
+    return {'answer': answer, 'well-formed': well_formed}
+
+
+def scan_loop(**inputs):
+    import scan_cuda
+    y, state = scan_cuda.selective_scan_reference(**tensors(inputs))
+    return {'y': y.tolist(), 'final_state': state.tolist()}
+
+
+def scan_pairs(a, b):
+    import scan_cuda
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Counter(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.calls += 1
+            return function(*args, **kwargs or {})
+
+    with Counter() as counter:
+        h = scan_cuda.pairwise_scan(*tensors([a, b]))
+    parallel = {'fewer than 2,000 operations': counter.calls < 2000} if len(a[0]) >= 1000 else {}
+    return {'h': h.tolist(), **parallel}
+
+
+def scan_gradients(gradients_of_outputs, **inputs):
+    import scan_cuda
+    import torch
+    inputs = tensors(inputs)
+    names = ('u', 'delta', 'A', 'B', 'C', 'D', 'initial_state')
+    inputs, outputs = [inputs[name] for name in names], map(tensors, gradients_of_outputs)
+    _, _, starts = scan_cuda._fallback_forward(*inputs, 4)
+    with patch.multiple(torch.autograd, grad=no_autograd, backward=no_autograd), \
+            patch.object(torch.Tensor, 'backward', no_autograd):
+        found = scan_cuda._fallback_backward(*outputs, *inputs, starts, 4)
+    return {f'gradient of {name}': g.tolist() for name, g in zip(names, found, strict=True)}
+
+
+def no_autograd(*args, **kwargs):
+    raise RuntimeError('autograd cannot be used in this exercise')
+
+
+def attend(n_heads, n_kv_heads, weights, x, blocks):
+    import models
+    import torch
+    x, (qkv, o) = tensors(x), map(tensors, weights)
+    config = models.Config(1, 'A', x.shape[2], n_heads=n_heads, n_kv_heads=n_kv_heads)
+    attention = models.Attention(config).double()
+    attention.load_state_dict({'qkv_proj.weight': qkv, 'o_proj.weight': o})
+    with torch.no_grad():
+        if not blocks:
+            return {'y': attention(x, None).tolist()}
+        cache = models.KVCache(torch.zeros(2, len(x), n_kv_heads, 0, attention.d_head, dtype=torch.float64))
+        y = torch.cat([attention(block, cache) for block in x.split(blocks, 1)], 1)
+    return {'y': y.tolist(), 'tokens in the cache': cache.seen}
+
+
+class Tape:
+    """A model whose tokens stand on a tape, shifted by all that it has been given to read: fed a wrong token,
+    it writes nonsense from there on."""
+
+    def __init__(self, tapes):
+        self.tapes, self.vocab = tapes, data.NODE + 100
+
+    def logits(self, state):
+        import torch
+        rows = [(tape[state['t']:] or [0])[0] + read for tape, read in zip(self.tapes, state['read'])]
+        return torch.nn.functional.one_hot(torch.tensor(rows) % self.vocab, self.vocab).float()
+
+    def prefill(self, tokens):
+        state = dict(t=0, read=[0] * len(tokens))
+        return self.logits(state), state
+
+    def step(self, token, state):
+        state['t'] += 1
+        state['read'] = [read + state['t'] * t for read, t in zip(state['read'], token.tolist())]
+        return self.logits(state)
+
+
+def generate(setup, n, prompts, tapes):
+    import torch
+    import train
+    written, retrieved, queries, well_formed = train.generate(
+        Tape(tapes), 'istree', n, setup, np.array(prompts), torch.device('cpu'))
+    return {'tokens': np.asarray(written).tolist(), 'retrieved': np.asarray(retrieved).tolist(),
+            'queries': int(queries), 'well-formed queries': int(well_formed)}
+
+
+def trained(task, n, setup, seed, samples):
+    """The model in checkpoint.pt, on samples that it has not seen."""
+    import models
+    import torch
+    import train
+    cell, weights = map(torch.load('checkpoint.pt', weights_only=True).get, ('cell', 'model'))
+    if len(cell['layers']) > 4 or not 1 <= cell['d_state'] <= 64:
+        raise ValueError('more than four layers, or a d_state above 64')
+    known, device = data.TASKS[task], torch.device('cpu')
+    vocab_size = known.vocab_size(n)
+    model = models.make_model(cell['arch'], 'tiny', vocab_size, cell['d_state'], False, cell['layers'])
+    model.load_state_dict(weights)
+    tokens, loss_mask, _ = known.generate(samples, n, setup, seed)
+    measured, _ = train.evaluate(model, dict(task=task, setup=setup), n, tokens, loss_mask, 250, device)
+    return {'accuracy': measured['accuracy'], 'layers': model.config.layers, 'd_state': cell['d_state'],
+            'memory': sum(model.memory(known.prompt_length(n)).values()),
+            'weights': float(model.embedding.weight.double().sum())}
+
+
+ANSWER = {1: search, 2: trace, 3: retrieve, 4: scan_loop, 5: scan_pairs, 6: scan_gradients, 7: attend,
+          8: generate, 9: trained, 10: trained}
+
+
+def tensors(value):
+    """Nested lists of numbers -> float64 tensors."""
+    import torch
+    if isinstance(value, dict):
+        return {name: tensors(one) for name, one in value.items()}
+    return None if value is None else torch.tensor(value, dtype=torch.float64)
+
+
+def answer(number, example):
+    """What your code makes of an example, or {'error': ...}."""
+    try:
+        plain = lambda x: x.item() if isinstance(x, np.generic) else repr(x)
+        return json.loads(json.dumps(ANSWER[number](**example), default=plain))
+    except NotImplementedError:
+        return {'error': 'not written yet'}
+    except Exception as error:          # whatever it is, the other examples are still to be tried
+        return {'error': f'{type(error).__name__}: {error}'[:300]}
+
+
+# --- drawing ----------------------------------------------------------------------------------------------
+
+def same(yours, expected):
+    """Equal; floats up to rounding."""
+    if isinstance(expected, list):
+        return isinstance(yours, list) and len(yours) == len(expected) and all(map(same, yours, expected))
+    if isinstance(expected, float):
+        return isinstance(yours, (int, float)) and abs(yours - expected) <= 1e-6 + 1e-5 * abs(expected)
+    return type(yours) is type(expected) and yours == expected
+
+
+def words(name, value):
+    if isinstance(value, list):
+        return [word for one in value for word in words(name, one)]
+    if name in ('tour', 'trace', 'answer', 'tokens') and type(value) is int and 0 <= value < len(data.WORDS):
+        return [data.WORDS[value]]
+    return [f'{value:.4g}' if isinstance(value, float) else ascii(value)[:60]]
+
+
+def difference(example, yours, expected):
+    """None if the answers are the same, else a drawing of the first that differs."""
+    name = next((name for name in expected if not same(yours.get(name), expected[name])), None)
+    if name is None:
+        return None
+    lines = [f'{key:15}{given(key, value)}' for key, value in example.items()
+             if key not in ('tapes', 'weights') and value is not None]
+    if 'error' in yours:
+        return '\n'.join([*lines, f'Yours          {ascii(yours["error"])[1:-1]}'])
+    pairs = [*zip_longest(words(name, yours.get(name)), words(name, expected[name]), fillvalue='')]
+    wrong = next((i for i, (a, b) in enumerate(pairs) if a != b), 0)
+    start = wrong - 8 if wrong > 12 else 0
+    shown = pairs[start:start + 18]
+    widths = [max(map(len, pair)) for pair in shown]
+    row = lambda side: ' '.join([pair[side].ljust(width) for pair, width in zip(shown, widths)])
+    before, after = '... ' if start else '', ' ...' if start + 18 < len(pairs) else ''
+    column = sum(widths[:wrong - start]) + wrong - start + len(before)
+    return '\n'.join([*lines, f'{name}:', f'Yours          {before}{row(0)}{after}',
+                      f'Expected       {before}{row(1)}{after}', f'{"":15}{"":{column}}^'])
+
+
+def given(key, value):
+    if key == 'edges':
+        shown = [f'{u}-{v}' for u, v in value]
+    else:
+        shown = value.split() if key == 'text' else words('tokens' if key == 'prompts' else key, value)
+    return ' '.join(shown if len(shown) < 50 else [*shown[:30], '...', *shown[-12:]])
+
+
+# --- pytest -----------------------------------------------------------------------------------------------
+
+def pytest_generate_tests(metafunc):
+    tests = json.loads((HERE / 'expected.json').read_text())
+    metafunc.parametrize('number, examples', [(number, examples) for number, _, examples in tests],
+                         ids=[f'exercise_{number}_{name}' for number, name, _ in tests])
+
+
+def test(number, examples):
+    import pytest
+    for example, expected in examples:
+        if complaint := difference(example, answer(number, example), expected):
+            pytest.fail('\n' + complaint, pytrace=False)
+
+
+# --- how the grader runs your code ------------------------------------------------------------------------
+
+if __name__ == '__main__':              # examples as lines of JSON on stdin, answers on stdout
+    results = os.fdopen(os.dup(1), 'w')
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    for line in sys.stdin:
+        results.write(json.dumps(answer(int(sys.argv[1]), json.loads(line))) + '\n')
+        results.flush()
