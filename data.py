@@ -176,8 +176,8 @@ def max_length(n_nodes, setup):
 
 
 def check(task, batch_size, n_nodes, n, setup, distribution):
-    """Return batch_size, n_nodes and n, by default n_nodes, as ints. Raise ValueError, naming the argument, on
-    what a task cannot generate."""
+    """Return batch_size, n_nodes and n, by default n_nodes, as ints. Raise ValueError, naming the argument,
+    on what a task cannot generate."""
     def whole(name, value, known):
         if not isinstance(value, (int, np.integer)) or int(value) not in known:
             raise ValueError(f'{name}={value!r:.40} is impossible: give a whole number from {known[0]} to '
@@ -189,18 +189,19 @@ def check(task, batch_size, n_nodes, n, setup, distribution):
                                ('distribution', distribution, made.distributions)):
         if not isinstance(value, str) or value not in known:
             raise ValueError(f'unknown {name} {value!r:.40}: choose one of {", ".join(known)}')
-    batch_size, n_nodes = whole('batch_size', batch_size, range(1, 10**9)), whole('n_nodes', n_nodes, made.sizes)
+    batch_size = whole('batch_size', batch_size, range(1, 10**9))
+    n_nodes = whole('n_nodes', n_nodes, made.sizes)
     sizes = range(made.lengths(n_nodes)[0], n_nodes + 1, made.sizes.step)
     return batch_size, n_nodes, n_nodes if n is None else whole('n', n, sizes)
 
 
 def generator(seed):
-    """The random.Random of a seed: a whole number, a text or a tuple of those. Raises ValueError on others."""
+    """The random.Random of a seed: a whole number, a text or a tuple of those. Raises ValueError if not."""
     def plain(part):                                    # repr(np.int64(1)) is not that of 1
         if isinstance(part, tuple):
             return tuple(map(plain, part))
         if not isinstance(part, (int, str, np.integer)):
-            raise ValueError(f'seed={seed!r:.40} is impossible: give a whole number, a text or a tuple of those')
+            raise ValueError(f'seed={seed!r:.40} is impossible: give a whole number, a text or a tuple')
         return int(part) if isinstance(part, np.integer) else part
     return random.Random(repr(plain(seed)))
 

@@ -28,7 +28,7 @@ is kept in out/hotpot/*.jsonl, a line per question and condition: run the same c
 import os
 import signal
 
-if __name__ == '__main__':              # before the imports that take seconds: Ctrl-C is one line at any moment
+if __name__ == '__main__':      # before the imports that take seconds: Ctrl-C is one line at any moment
     line = b'\neval_hotpot.py: interrupted, run the same command again to continue\n'
     signal.signal(signal.SIGINT, lambda *_: (os.write(2, line), os._exit(130)))
 
