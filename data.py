@@ -203,7 +203,7 @@ def check(task, batch_size, n_nodes, n, setup, distribution):
 
 
 def generator(seed):
-    """The random.Random of a seed: a whole number, a text or a tuple of those. Raises ValueError else."""
+    """The random.Random of a seed: a whole number, a text or a tuple of those. Raises ValueError if not."""
     def plain(part):                                    # repr(np.int64(1)) is not that of 1
         if isinstance(part, tuple):
             return tuple(map(plain, part))

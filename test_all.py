@@ -18,6 +18,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -1714,23 +1715,21 @@ def test_attention_weights_are_those_that_the_layer_uses_and_the_share_is_on_the
 # --- damaged files, hostile input, interrupts --------------------------------------------------------
 
 def damaged(good, chance):
-    """The bytes of a file: cut short, with flipped bits, something else, or JSON (lines) with one thing changed."""
+    """The bytes of a file: cut short, with a flipped bit, others altogether, or JSON with one thing changed."""
     what, place = chance.randrange(5 if good[:1] in b'[{' else 3), chance.randrange(len(good))
     if what == 0:
         return good[:place]
     if what == 1:
         return good[:place] + bytes([good[place] ^ 1 << chance.randrange(8)]) + good[place + 1:]
     if what == 2:
-        return chance.choice((b'', b'\0' * 99, b'[' * 100_000, b'{"a":' * 9999, b'\xff{}', b'1', b'{}', b'[]', good * 2))
-    lines = good.splitlines() if good.count(b'\n{') else [good]
-    i = chance.randrange(len(lines))
-    lines[i] = json.dumps(mutated(json.loads(lines[i]), chance)).encode()
-    return b'\n'.join(lines)
+        return chance.choice((b'', b'\0' * 99, b'[' * 100_000, b'{"a":' * 9999, b'\xff{}', b'1', b'{}', b'[]',
+                              good * 2))
+    return json.dumps(mutated(json.loads(good), chance)).encode()
 
 
 def tried(program, *arguments, capsys):
-    """(exit code, complaint) of a program run within this process. The complaint is one line, or that of a cell and
-    the last one, `1 of 1 cells stopped`."""
+    """(exit code, complaint) of a program run within this process. The complaint is one line, or that of a cell
+    and the last one, `1 of 1 cells stopped`."""
     capsys.readouterr()
     code = train.cli(program.main, 'train.py', list(arguments))
     lines = [line.split('\r')[-1].strip() for line in capsys.readouterr().err.strip().splitlines()]
@@ -1750,7 +1749,7 @@ def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob('*') if path.is_file()}
 
 
-def test_damaged_results_are_read_or_refused_by_name_and_the_others_are_left_alone(finished, tmp_path, capsys, quick):
+def test_damaged_results_are_read_or_refused_by_name_and_left_alone(finished, tmp_path, capsys, quick):
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     good, chance, refused = contents(tmp_path), random.Random(0), 0
     files = [cell_folder(tmp_path) / f'{name}.json' for name in ('config', 'result', 'samples')]
@@ -1760,15 +1759,17 @@ def test_damaged_results_are_read_or_refused_by_name_and_the_others_are_left_alo
         before = contents(tmp_path)
         code, complaint = tried(train, *SMALL, '--show=3', f'--out={tmp_path}', capsys=capsys)
         assert code == 0 or str(file) in complaint or f'{cell_folder(tmp_path)} holds' in complaint
+        plot.load(tmp_path)
         assert contents(tmp_path) == before
         file.write_bytes(good[file])
         refused += code == 2
-    assert 100 < refused < 195                               # some damage changes a number, a blank, nothing at all
+    assert 100 < refused < 195                          # the others lack nothing, or have another number in them
 
 
 def test_a_damaged_checkpoint_is_refused_or_ends_with_the_same_weights(finished, tmp_path, capsys, quick):
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
-    path, right, chance, refused = cell_folder(tmp_path) / 'checkpoint.pt', final_weights(finished), random.Random(0), 0
+    path, right = cell_folder(tmp_path) / 'checkpoint.pt', final_weights(finished)
+    chance, refused = random.Random(0), 0
     good, checkpoint = path.read_bytes(), torch.load(path, weights_only=True)
 
     def elsewhere(value):
@@ -1798,21 +1799,74 @@ def test_a_damaged_checkpoint_is_refused_or_ends_with_the_same_weights(finished,
 def test_whatever_is_given_as_a_constant_is_run_or_refused_in_one_line(tmp_path, monkeypatch, capsys, quick):
     monkeypatch.chdir(tmp_path)
     chance, refused = random.Random(0), 0
-    values = ('', ' ', ',', 'x', '0', '-1', '1', '3', '4,4', '0.5', 'nan', 'inf', '1e300', '9' * 30, '9' * 5000, 'True',
-              'None', '[]', 'a:b', ':', 'cot:', ':1', 'cot:1,mamba:2', '../x', '\0', '\ud800', '%s', '--', '-h x', 'MAX')
+    values = ('', ' ', ',', 'x', '0', '-1', '1', '3', '4,4', '0.5', 'nan', 'inf', '1e300', '9' * 30, '9' * 5000,
+              'True', 'None', '[]', 'a:b', ':', 'cot:', ':1', 'cot:1,mamba:2', '../x', '\0', '%s', '--', '-h x', 'MAX')
     names = [field.name for field in dataclasses.fields(train.Constants)
              if field.name not in ('processes', 'sweep', 'compile', 'workers')]
-    tiny = ['--archs=mamba', '--setups=cot', '--n_nodes=4', '--samples=4', '--batch_size=4', '--n_val=2', '--device=cpu',
-            '--processes=1']
+    tiny = '--archs=mamba --setups=cot --n_nodes=4 --samples=4 --batch_size=4 --n_val=2 --device=cpu --processes=1'
     for i in range(70):
         given = [f'--{chance.choice(names)}={chance.choice(values)}' for _ in range(chance.choice((1, 1, 2)))]
-        refused += tried(train, *tiny, f'--out={i}', *given, capsys=capsys)[0]
+        refused += tried(train, *tiny.split(), f'--out={i}', *given, capsys=capsys)[0]
     for program in (eval_hotpot, plot):
         names = [field.name for field in dataclasses.fields(program.Constants)]
         for _ in range(15):
             given = f'--{chance.choice(names)}={chance.choice(values)}'
             refused += tried(program, given, capsys=capsys)[0]
     assert 100 < refused < 198                              # of 200: the exit code is 2
+
+
+def test_whatever_data_is_asked_for_comes_or_is_refused_in_one_line():
+    chance, made = random.Random(0), 0
+    numbers = (0, 1, 3, 8, 10, -1, None, True, 8.0, 'x', [], float('nan'), 10 ** 30, np.uint8(8), np.int64(10 ** 10))
+    seeds = (0, 10 ** 40, 'x', (1, (2, 'a')), np.uint8(3), (np.int64(3),), None, 1.5, [1], b'x', object())
+    for _ in range(1000):
+        task = chance.choice([*data.TASKS.values()])
+        likely = lambda good, others: good if chance.random() < 0.6 else chance.choice(others)
+        arguments = (likely(np.uint8(2), numbers), likely(np.uint8(8), numbers), likely(task.setups[-1], numbers),
+                     chance.choice(seeds), likely(task.distributions[0], numbers), likely(None, numbers))
+        try:
+            made += len(task.generate(*arguments)[0])
+        except ValueError as error:
+            assert len(str(error).splitlines()) == 1
+    assert made > 20
+    small, plain = (np.uint8(3), np.uint8(40)), (3, 40)             # 37 n - 26 tokens are more than 255
+    for one, two in zip(data.generate(*small, 'retrieval', np.int64(5)), data.generate(*plain, 'retrieval', 5)):
+        assert np.array_equal(one, two)
+
+
+needs_proc = pytest.mark.skipif(not Path('/proc/self/maps').exists(), reason='cannot look into processes here')
+
+
+def importing(process):
+    """Wait until a program has begun to import numpy."""
+    while 'numpy' not in Path(f'/proc/{process.pid}/maps').read_text() and process.poll() is None:
+        time.sleep(0.001)
+
+
+@needs_proc
+@pytest.mark.parametrize('program', ['train.py', 'eval_hotpot.py', 'plot.py'])
+def test_an_interrupt_while_modules_are_imported_is_one_line(program, tmp_path):
+    process = subprocess.Popen([sys.executable, program, f'--out={tmp_path}'], cwd=HERE, text=True,
+                               stderr=subprocess.PIPE)
+    importing(process)
+    process.send_signal(signal.SIGINT)
+    _, printed = process.communicate(timeout=60)
+    assert process.returncode == 130 and re.fullmatch(f'\n{program}: interrupted, run the same .*\n', printed)
+
+
+@needs_proc
+@pytest.mark.parametrize('number', ['SIGINT', 'SIGKILL'])
+def test_helpers_end_with_the_first_process_however_it_ends(number, tmp_path):
+    two = [*SMALL, '--samples=99999', '--archs=mamba,hybrid', '--processes=2', f'--out={tmp_path}']
+    process = subprocess.Popen([sys.executable, 'train.py', *two], cwd=HERE, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while len([*tmp_path.glob('*/checkpoint.pt')]) < (2 if number == 'SIGKILL' else 1):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(getattr(signal, number))
+    _, printed = process.communicate(timeout=100)           # returns when no process holds its pipes any more
+    assert 'Traceback' not in printed and printed.count('train.py: interrupted') == (number == 'SIGINT')
+    assert process.returncode == (130 if number == 'SIGINT' else -signal.SIGKILL)
 
 
 # --- eval_hotpot.py --------------------------------------------------------------------------------
