@@ -6,7 +6,9 @@ Order: data.py, scan_cuda/, models.py, train.py, eval_hotpot.py, plot.py.
 """
 import ast
 import collections
+import contextlib
 import copy
+import ctypes
 import dataclasses
 import functools
 import inspect
@@ -19,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,7 +29,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils import cpp_extension
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
@@ -688,10 +691,37 @@ def test_same_input_same_bits(f, device):
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize('f', [selective_scan_reference, selective_scan_fallback])
-def test_gradients_are_the_difference_quotients(f):
-    inputs = scan_inputs(1, 3, 2, 2, torch.float64) if f is selective_scan_reference else scan_inputs(1, 66, 2, 1, torch.float64)
-    assert torch.autograd.gradcheck(f, inputs)
+@pytest.mark.parametrize('f, L', [(selective_scan_reference, 3), (scan_cuda.selective_scan_pairwise, 5),
+                                  (selective_scan_fallback, 66)])
+def test_gradients_are_the_difference_quotients(f, L):
+    assert torch.autograd.gradcheck(f, scan_inputs(1, L, 2, 1, torch.float64))
+
+
+@pytest.mark.parametrize('L', [1, 2, 3, 4, 5, 8, 21, 64])
+def test_pairwise_scan_is_the_loop(L):
+    rng = np.random.default_rng(L)
+    a, b = rng.standard_normal((2, 3, L, 2))
+    h, want = np.zeros((3, 2)), []
+    for t in range(L):
+        h = a[:, t] * h + b[:, t]
+        want.append(h)
+    got = scan_cuda.pairwise_scan(torch.from_numpy(a), torch.from_numpy(b))
+    np.testing.assert_allclose(got, np.stack(want, 1), rtol=1e-10, atol=1e-12)
+
+
+def test_pairwise_scan_multiplies_about_three_times_a_token():
+    """A claim about work, not speed: every product or multiply-add it asks for, counted by element."""
+    work = 0
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            nonlocal work
+            out = op(*args, **(kwargs or {}))
+            work += out.numel() if op.overloadpacket in (torch.ops.aten.mul, torch.ops.aten.addcmul) else 0
+            return out
+    with Count():
+        scan_cuda.pairwise_scan(torch.rand(1, 1024), torch.rand(1, 1024))
+    assert work < 3 * 1024
 
 
 def test_fallback_never_holds_the_states_of_more_than_a_chunk():
@@ -712,11 +742,13 @@ def test_fallback_never_holds_the_states_of_more_than_a_chunk():
 
 @pytest.mark.parametrize('device', ['cpu', CUDA])
 def test_operators_pass_opcheck(device):
+    if not scan_cuda.build.load(device):
+        pytest.skip('no compiler')
     inputs = scan_inputs(2, 70, 5, 3, device=device)
     torch.library.opcheck(torch.ops.scan_cuda.scan_forward.default, (*inputs, scan_cuda.CHUNK))
     torch.library.opcheck(torch.ops.scan_cuda.scan_forward.default, (*inputs[:5], None, None, scan_cuda.CHUNK))
     if device == 'cpu':
-        torch.library.opcheck(torch.ops.scan_cuda.conv_forward.default, (inputs[0], *conv_inputs(2, 9, 5)[1:]))
+        torch.library.opcheck(torch.ops.scan_cuda.conv_forward.default, conv_inputs(2, 9, 5)[:3])
 
 
 @pytest.mark.parametrize('device', ['cpu', CUDA])
@@ -752,25 +784,18 @@ def conv_inputs(batch, L, d, width=4, dtype=torch.float32, seed=0):
     return [draw(*shape).to(dtype).requires_grad_() for shape, dtype in shapes]
 
 
-def torch_conv(x, weight, bias, initial_state):
-    x = torch.cat([initial_state, x], 1).transpose(1, 2)
-    return F.silu(F.conv1d(x, weight[:, None], bias, groups=x.shape[1])).transpose(1, 2)
+def shifted_sums(x, weight, bias, initial_state):
+    """The convolution as its docstring has it, with no convolution of torch's."""
+    width, L = weight.shape[1], x.shape[1]
+    x = torch.cat([initial_state, x], 1)
+    return F.silu(bias + sum(weight[:, k] * x[:, k:k + L] for k in range(width)))
 
 
-@pytest.mark.parametrize('f', [causal_conv1d, causal_conv1d_reference, lambda *a: scan_cuda._conv_forward(*a)])
+@pytest.mark.parametrize('f', [causal_conv1d, causal_conv1d_reference])
 @pytest.mark.parametrize('batch, L, d, width', [(1, 1, 1, 4), (2, 2, 5, 4), (3, 37, 33, 4), (16, 80, 200, 4), (2, 9, 3, 2)])
-def test_convolution_is_torchs(f, batch, L, d, width):
-    assert_close_to_float64(f, torch_conv, conv_inputs(batch, L, d, width), 1e-6)
-    assert_close_to_float64(f, torch_conv, conv_inputs(batch, L, d, width, torch.bfloat16), 2**-8)
-
-
-def test_convolution_without_a_compiler_has_the_same_gradients():
-    """The operator's default backward, which the CPU kernel replaces where it can be built."""
-    inputs = [t.detach().double().requires_grad_() for t in conv_inputs(2, 6, 3)]
-    dy = torch.randn(2, 6, 3, dtype=torch.float64)
-    want = torch.autograd.grad(torch_conv(*inputs), inputs, dy)
-    for got, w in zip(scan_cuda._conv_backward(dy, *inputs), want):
-        torch.testing.assert_close(got, w)
+def test_convolution_is_a_sum_of_shifted_products(f, batch, L, d, width):
+    assert_close_to_float64(f, shifted_sums, conv_inputs(batch, L, d, width), 1e-6)
+    assert_close_to_float64(f, shifted_sums, conv_inputs(batch, L, d, width, torch.bfloat16), 2**-8)
 
 
 def test_convolution_continues_from_its_last_inputs():
@@ -784,9 +809,10 @@ def test_convolution_continues_from_its_last_inputs():
     assert torch.equal(causal_conv1d(x, weight, bias), causal_conv1d(x, weight, bias, torch.zeros_like(before)))
 
 
-@pytest.mark.parametrize('change, complaint', [(dict(x=torch.zeros(5, 3)), 'x must be'), (dict(weight=torch.zeros(4, 4)), 'weight must'),
-                                               (dict(bias=torch.zeros(3, dtype=torch.float64)), 'bias must'),
-                                               (dict(initial_state=torch.zeros(2, 4, 3)), 'initial_state must')])
+@pytest.mark.parametrize('change, complaint', [
+    (dict(x=torch.zeros(5, 3)), 'x must be'), (dict(weight=torch.zeros(4, 4)), 'weight must'),
+    (dict(weight=torch.zeros(4)), 'weight'), (dict(bias=torch.zeros(3, dtype=torch.float64)), 'bias must'),
+    (dict(initial_state=torch.zeros(2, 4, 3)), 'initial_state must')])
 def test_wrong_convolution_inputs_are_one_clear_line(change, complaint):
     right = dict(zip(('x', 'weight', 'bias', 'initial_state'), conv_inputs(2, 5, 3)))
     with pytest.raises(ValueError, match=complaint):
@@ -803,34 +829,36 @@ def script(path, text):
 
 
 def broken_compiler(patch, folder):
-    patch.setenv('CXX', script(folder / 'c++', 'case "$*" in *scan_cpu.cpp*) echo "a.cpp:1:1: error: no luck"; exit 1;; esac\n'
-                                               'exec c++ "$@"'))
+    patch.setenv('CXX', script(folder / 'c++', 'case "$*" in *scan_cpu.cpp*) echo "a.cpp:1:1: error: no luck"; exit 1;; '
+                                               'esac\nexec c++ "$@"'))
 
 
-def another_cuda(patch, folder):
-    script(folder / 'bin' / 'nvcc', 'echo "Cuda compilation tools, release 11.8, V11.8.1"')
-    patch.setattr(cpp_extension, 'CUDA_HOME', str(folder))
+def newer_cuda(patch, folder):
+    script(folder / 'bin' / 'nvcc', 'echo "Cuda compilation tools, release 99.8, V99.8.1"')
+    patch.setenv('CUDA_HOME', str(folder))
 
 
-def no_ninja(patch, folder):
-    which = shutil.which
-    patch.setattr(shutil, 'which', lambda name, **kwargs: None if name == 'ninja' else which(name, **kwargs))
+def no_gpu_named(patch, folder):
+    script(folder / 'bin' / 'nvcc', 'echo "Cuda compilation tools, release 12.4, V12.4.1"')
+    patch.setenv('CUDA_HOME', str(folder))
+    patch.delenv('TORCH_CUDA_ARCH_LIST', raising=False)
 
 
-def no_cpp_extension(patch, folder):
-    patch.delattr(torch.utils, 'cpp_extension')
-    patch.setitem(sys.modules, 'torch.utils.cpp_extension', None)
+def nvcc_without_headers(patch, folder):
+    script(folder / 'bin' / 'nvcc', 'echo "release 12.4"; echo "cuda_runtime.h: No such file: fatal error"; exit 1')
+    patch.setenv('CUDA_HOME', str(folder))
 
 
 FAILURES = {
-    'no compiler': ('cpu', lambda patch, folder: patch.setenv('CXX', 'no-such-compiler'), 'no C++ compiler', 'apt install g++'),
+    'no compiler': ('cpu', lambda patch, folder: patch.setenv('CXX', 'no-such-compiler'), 'no C++ compiler',
+                    'apt install g++'),
     'a compiler that fails': ('cpu', broken_compiler, 'error: no luck', 'CXX'),
-    'no ninja': ('cpu', no_ninja, 'no ninja', 'pip install ninja'),
-    'no setuptools': ('cpu', no_cpp_extension, 'cpp_extension', 'pip install setuptools'),
-    'read-only cache': ('cpu', lambda patch, folder: patch.setenv('TORCH_EXTENSIONS_DIR', f'{__file__}/cache'),  # below a file
-                        'cannot write', 'TORCH_EXTENSIONS_DIR'),
-    'no nvcc': ('cuda', lambda patch, folder: patch.setattr(cpp_extension, 'CUDA_HOME', None), 'no nvcc', 'CUDA toolkit 12.6'),
-    'another CUDA': ('cuda', another_cuda, 'nvcc is of CUDA 11.8, torch of CUDA 12.6', 'CUDA toolkit 12.6'),
+    'read-only cache': ('cpu', lambda patch, folder: patch.setenv('TORCH_EXTENSIONS_DIR', f'{__file__}/cache'),
+                        'cannot write', 'TORCH_EXTENSIONS_DIR'),     # below a file
+    'no nvcc': ('cuda', lambda patch, folder: patch.setenv('CUDA_HOME', str(folder)), 'no nvcc', 'CUDA toolkit 12.6'),
+    'a newer CUDA': ('cuda', newer_cuda, 'nvcc is of CUDA 99.8, torch of CUDA 12.6', 'CUDA toolkit 12.6'),
+    'no architecture': ('cuda', no_gpu_named, 'no GPU to build for', 'TORCH_CUDA_ARCH_LIST'),
+    'no headers': ('cuda', nvcc_without_headers, 'cuda_runtime.h: No such file', 'CUDA_HOME'),
 }
 
 
@@ -838,13 +866,13 @@ FAILURES = {
 @pytest.mark.parametrize('what', FAILURES)
 def test_a_build_that_fails_is_one_line_with_reason_and_remedy(what, monkeypatch, tmp_path, capfd):
     device, break_it, reason, remedy = FAILURES[what]
-    monkeypatch.setattr(scan_cuda, '_loaded', {})
+    monkeypatch.setattr(scan_cuda.build, 'loaded', {})
     monkeypatch.setenv('TORCH_EXTENSIONS_DIR', str(tmp_path))
     monkeypatch.setattr(torch.version, 'cuda', '12.6')
-    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda: (8, 0))
-    monkeypatch.setenv('PATH', os.environ['PATH'])  # _build appends to it
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    monkeypatch.setenv('TORCH_CUDA_ARCH_LIST', '8.0')
     break_it(monkeypatch, tmp_path)
-    assert not scan_cuda._load(device) and not scan_cuda._load(device)
+    assert not scan_cuda.build.load(device) and not scan_cuda.build.load(device)
     out, err = capfd.readouterr()
     assert out == '' and err.count('\n') == 1
     assert reason in err and 'remedy: ' in err and remedy in err.split('remedy: ')[1]
@@ -879,48 +907,174 @@ def test_without_a_kernel_the_fallback_does_the_work(tmp_path):
 
 @pytest.mark.skipif(not shutil.which('c++'), reason='no C++ compiler')
 def test_a_built_kernel_is_cached_and_needs_no_compiler_any_more():
-    assert scan_cuda._load('cpu')
+    assert scan_cuda.build.load('cpu')
     assert run_python(TRAIN_A_STEP, CXX='no-such-compiler')[1] == ''
 
 
-def test_a_killed_build_is_not_waited_for(monkeypatch, tmp_path, capfd):
-    """torch takes a lock file that a killed build leaves behind, and then waits for it forever."""
-    locks = []
+@pytest.mark.skipif(not shutil.which('c++'), reason='no C++ compiler')
+def test_a_killed_build_leaves_nothing_behind_that_is_waited_for_or_loaded(monkeypatch, tmp_path):
+    """Killed while the compiler runs, with the lock held; the next process builds."""
+    slow = f'case "$*" in *scan_cpu.cpp*) touch {tmp_path}/begun; sleep 60;; esac; exec c++ "$@"'
+    monkeypatch.setenv('CXX', script(tmp_path / 'compiler', slow))
+    monkeypatch.setenv('TORCH_EXTENSIONS_DIR', str(tmp_path / 'cache'))
+    first = subprocess.Popen([sys.executable, '-c', 'import scan_cuda; scan_cuda.build.load("cpu")'], cwd=HERE,
+                             start_new_session=True)
+    while not (tmp_path / 'begun').exists():
+        assert first.poll() is None
+        time.sleep(0.05)
+    os.killpg(first.pid, 9)     # SIGKILL, for the compiler as well
+    first.wait()
+    script(tmp_path / 'compiler', 'exec c++ "$@"')
+    assert ctypes.CDLL(str(scan_cuda.build._build('cpu'))).scan_forward
 
-    def build(*args, build_directory, **kwargs):
-        lock = Path(build_directory, 'lock')
-        locks.append(lock.exists())
-        lock.touch()
-        raise RuntimeError('killed')
-    monkeypatch.setattr(cpp_extension, 'load', build)
-    monkeypatch.setenv('TORCH_EXTENSIONS_DIR', str(tmp_path))
-    monkeypatch.setenv('PATH', os.environ['PATH'])
-    monkeypatch.setenv('CXX', 'true')
-    for _ in range(2):
-        monkeypatch.setattr(scan_cuda, '_loaded', {})
-        assert not scan_cuda._load('cpu')
-    assert locks == [False, False]
+
+@pytest.mark.skipif(not shutil.which('c++'), reason='no C++ compiler')
+def test_builds_that_start_together_compile_once(monkeypatch, tmp_path):
+    """The lock is on a file: two threads here are as good as two processes."""
+    count = f'case "$*" in *scan_cpu.cpp*) echo >> {tmp_path}/builds;; esac; exec c++ "$@"'
+    monkeypatch.setenv('CXX', script(tmp_path / 'compiler', count))
+    monkeypatch.setenv('TORCH_EXTENSIONS_DIR', str(tmp_path / 'cache'))
+    with ThreadPoolExecutor(3) as pool:
+        libraries = set(pool.map(scan_cuda.build._build, ['cpu'] * 3))
+    assert len(libraries) == 1 and (tmp_path / 'builds').read_text() == '\n'
+
+
+# The CUDA kernels' own source on a CPU: scan_kernels.cu compiled as C++ against scan_cuda/emulate.h.
+
+@pytest.fixture(scope='module')
+def emulated(tmp_path_factory):
+    if not shutil.which('c++'):
+        pytest.skip('no C++ compiler to emulate the CUDA kernels with')
+    library = tmp_path_factory.mktemp('emulated') / 'kernels.so'
+    subprocess.run(['c++', '-x', 'c++', '-std=c++17', '-O1', '-shared', '-fPIC', '-Wno-unknown-pragmas',
+                    HERE / 'scan_cuda' / 'scan_kernels.cu', '-o', library], check=True)
+    return ctypes.CDLL(str(library))
+
+
+def scan_by(library, prefix='scan_'):
+    """selective_scan by the kernels of a library, gradients included."""
+    forward, backward = scan_cuda.build.scan_functions(library, prefix)
+
+    class Scan(torch.autograd.Function):
+        setup_context = staticmethod(scan_cuda.build.save)
+
+        @staticmethod
+        def forward(*inputs):
+            return forward(*inputs)
+
+        @staticmethod
+        def backward(ctx, *grads):
+            return scan_cuda.build.gradients(backward, ctx, *grads)
+
+    return lambda *inputs: Scan.apply(*inputs, *[None] * (7 - len(inputs)), scan_cuda.CHUNK)[:2]
+
+
+def rows_of_wider_ones(inputs):
+    """B and C, as in a model, are slices of one tensor."""
+    wide = [torch.cat([t.detach()] * 3, -1)[..., 2 * t.shape[-1]:].requires_grad_() for t in inputs[3:5]]
+    return *inputs[:3], *wide, *inputs[5:]
+
+
+@pytest.mark.parametrize('prefix', ['scan_', 'plain_'])
+@pytest.mark.parametrize('batch, L, d_inner, d_state, decay', [
+    (1, 1, 1, 1, 1.), (2, 7, 33, 2, 1.), (1, 64, 32, 16, 1.), (2, 65, 40, 5, 1.), (3, 72, 31, 3, 30.), (1, 129, 5, 64, 1e-2),
+    (1, 150, 70, 17, 1e-2)])
+def test_emulated_kernel_and_its_gradients_equal_float64(emulated, prefix, batch, L, d_inner, d_state, decay):
+    inputs = rows_of_wider_ones(scan_inputs(batch, L, d_inner, d_state, decay=decay, seed=L))
+    assert_close_to_float64(scan_by(emulated, prefix), selective_scan_reference, inputs, 2e-6)
+
+
+@pytest.mark.parametrize('prefix', ['scan_', 'plain_'])
+def test_emulated_kernel_rounds_bf16_on_the_way_in_and_out_only(emulated, prefix):
+    inputs = rows_of_wider_ones(scan_inputs(2, 70, 40, 5, torch.bfloat16))
+    assert_close_to_float64(scan_by(emulated, prefix), selective_scan_reference, inputs, 2**-8)
+    exact = selective_scan_reference(*(t.double() for t in inputs))[1]
+    torch.testing.assert_close(scan_by(emulated, prefix)(*inputs)[1].double(), exact, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('prefix', ['scan_', 'plain_'])
+def test_emulated_kernel_takes_no_skip_and_no_initial_state_for_zeros(emulated, prefix):
+    f, inputs = scan_by(emulated, prefix), scan_inputs(2, 70, 9, 4)
+    zeros = [torch.zeros_like(t) for t in inputs[5:]]
+    for got, want in zip(with_gradients(f, inputs[:5]), with_gradients(lambda *a: f(*a, *zeros), inputs[:5])):
+        assert torch.equal(got, want)
+
+
+def test_emulated_kernel_has_the_same_bits_in_any_order_of_threads(emulated):
+    seed = ctypes.c_int.in_dll(emulated, 'emulate_seed')
+    inputs = scan_inputs(2, 150, 40, 3)
+    want = with_gradients(scan_by(emulated), inputs)
+    for seed.value in (1, 2, 3):
+        assert all(map(torch.equal, with_gradients(scan_by(emulated), inputs), want))
+
+
+def test_each_barrier_of_the_kernel_is_needed_and_its_loss_noticed(emulated):
+    skip = ctypes.c_int.in_dll(emulated, 'emulate_skip')
+    source = (HERE / 'scan_cuda' / 'scan_kernels.cu').read_text().splitlines()
+    barriers = [k + 1 for k, line in enumerate(source) if line.strip().startswith('__syncthreads();')]
+    inputs = scan_inputs(1, 150, 5, 3)
+    want = with_gradients(scan_by(emulated), inputs)
+    assert len(barriers) == 6
+    for skip.value in barriers:
+        assert not all(map(torch.equal, with_gradients(scan_by(emulated), inputs), want)), f'line {skip.value}'
+    skip.value = 0
+
+
+@pytest.mark.parametrize('device, autocast', [('meta', False), ('cpu', True), ('cuda', False), ('cuda', True)])
+@pytest.mark.parametrize('arch', models.ARCHS)
+def test_a_model_keeps_to_its_device(arch, device, autocast):
+    """Training step, prefill and step on tensors without data, which refuse to meet those of another device. Fake CUDA
+    tensors need a CUDA build of torch, and their backward pass a GPU."""
+    if device == 'cuda' and not torch.version.cuda:
+        pytest.skip('fake CUDA tensors need a CUDA build of torch')
+    with FakeTensorMode() if device == 'cuda' else contextlib.nullcontext():
+        model = models.make_model(arch, 'tiny', 50).to(device)
+        tokens = torch.zeros(2, 70, dtype=torch.int64, device=device)
+        with torch.autocast('cpu' if device == 'meta' else device, torch.bfloat16, enabled=autocast):
+            loss = F.cross_entropy(model(tokens).flatten(0, 1).float(), tokens.flatten())
+            if device != 'cuda' or torch.cuda.is_available():
+                loss.backward()
+                torch.optim.Adam(p for p in model.parameters() if p.requires_grad).step()
+            with torch.no_grad():
+                _, state = model.prefill(tokens)
+                logits = model.step(tokens[:, 0], state)
+        assert logits.device.type == loss.device.type == device and logits.shape == (2, 50)
 
 
 @pytest.mark.skipif(not shutil.which('nvcc'), reason='no nvcc: the CUDA kernels are not compiled here')
-def test_cuda_kernels_compile_for_a100_and_h100_without_spills(tmp_path):
-    source = Path(scan_cuda.__file__).parent / 'scan_kernels.cu'
-    architectures = [f'-gencode=arch=compute_{a},code=sm_{a}' for a in (80, 90)]
-    run = subprocess.run(['nvcc', '-std=c++17', '-O3', *architectures, '--threads=2', '-Xptxas=-v', '-c', source,
-                          '-o', tmp_path / 'scan.o'], capture_output=True, text=True)
+def test_cuda_kernels_compile_for_turing_ampere_and_hopper_without_spills(tmp_path):
+    architectures = [f'-gencode=arch=compute_{a},code=sm_{a}' for a in (75, 80, 90)]
+    run = subprocess.run(['nvcc', '-std=c++17', '-O3', *architectures, '--threads=2', '-Xptxas=-v', '-c',
+                          HERE / 'scan_cuda' / 'scan_kernels.cu', '-o', tmp_path / 'scan.o'], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert run.stderr.count('0 bytes spill stores, 0 bytes spill loads') == 2 * 4  # forward, backward; fp32, bf16
+    assert run.stderr.count('0 bytes spill stores, 0 bytes spill loads') == 3 * 8   # 4 kernels; fp32, bf16
     assert 'warning' not in run.stderr
+
+
+@pytest.mark.skipif(not torch.version.cuda, reason='a build of torch without CUDA')
+@pytest.mark.skipif(not shutil.which('nvcc'), reason='no nvcc')
+def test_cuda_extension_builds_and_loads_without_a_gpu(tmp_path):
+    code = """if True:
+        import torch, scan_cuda
+        torch.cuda.is_available = lambda: False
+        has = lambda op: torch._C._dispatch_has_kernel_for_dispatch_key('scan_cuda::' + op, 'CUDA')
+        assert not has('scan_forward') and not has('scan_backward')
+        assert scan_cuda.build.load('cuda')
+        assert has('scan_forward') and has('scan_backward')"""
+    run_python(code, TORCH_CUDA_ARCH_LIST='8.0;9.0', TORCH_EXTENSIONS_DIR=str(tmp_path))
+    library, = tmp_path.glob('*.so')
+    assert all(f'sm_{a}'.encode() in library.read_bytes() for a in (80, 90))
 
 
 def test_benchmark_prints_a_line_for_everything_at_hand(monkeypatch, capsys):
     from scan_cuda import bench
-    for name, value in dict(D_INNER=(8,), LENGTHS=(5, 70), SECONDS=0, MIN_RUNS=1, TOKENS={'cpu': 100}).items():
+    for name, value in dict(D_INNER=(8,), LENGTHS=(5, 70), SECONDS=0, BATCH=2).items():
         monkeypatch.setattr(bench, name, value)
-    bench.main('cpu')
-    lines = capsys.readouterr().out.splitlines()
-    at_hand = 'floor', 'cpu kernel', 'fallback', 'reference'
-    assert 'GB/s' in lines[0] and all(sum(name in line for line in lines) == 2 for name in at_hand[1:])
+    bench.time_scans('cpu')
+    bench.time_models('cpu')
+    out = capsys.readouterr().out
+    assert all(out.count(name) == 2 for name in ('fallback', 'reference', *models.ARCHS))
+    assert out.count('cpu kernel') == 2 * scan_cuda.build.load('cpu')
 
 
 # --- models.py -------------------------------------------------------------------------------------
