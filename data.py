@@ -27,7 +27,7 @@ retriever, a regular expression run over the text so far, writes the token marke
   v - w      which neighbour of v comes after w?
 
 The other tasks: the four retrieval primitives (section 4), which are pure look-ups in the context, each drawn
-at its function, and two-hop questions in the manner of HotpotQA (section 6) about a small invented world.
+in its docstring, and two-hop questions in the manner of HotpotQA (section 6) about a small invented world.
 
 Try it:  python data.py          prints a sample of each task in each of its setups
 """
@@ -171,46 +171,15 @@ def retrieval_trace(neighbours):
 
 # --- samples ----------------------------------------------------------------------------------------
 
-def prompt_length(n_nodes):
+def istree_prompt_length(n_nodes):
     """Tokens of the prompt, [BOS] and [EOS] included."""
     return 3 * (n_nodes - 1) + 2
 
 
-def max_length(n_nodes, setup):
+def istree_max_length(n_nodes, setup):
     """Tokens of the longest sample, which is always a tree's (its whole search is written down)."""
     trace = {'direct': 1, 'cot': 2 * n_nodes - 1 + 2, 'retrieval': 37 * n_nodes - 26 + 2}
-    return prompt_length(n_nodes) + trace[setup]
-
-
-def check(task, batch_size, n_nodes, n, setup, distribution):
-    """Return batch_size, n_nodes and n, by default n_nodes, as ints. Raise ValueError, naming the argument,
-    on what a task cannot generate."""
-    def whole(name, value, known):
-        if not isinstance(value, (int, np.integer)) or int(value) not in known:
-            raise ValueError(f'{name}={value!r:.40} is impossible: give a whole number from {known[0]} to '
-                             f'{known[-1]}' + ', an even one' * (known.step == 2))
-        return int(value)
-
-    made = TASKS[task]
-    for name, value, known in (('setup', setup, made.setups),
-                               ('distribution', distribution, made.distributions)):
-        if not isinstance(value, str) or value not in known:
-            raise ValueError(f'unknown {name} {value!r:.40}: choose one of {", ".join(known)}')
-    batch_size = whole('batch_size', batch_size, range(1, 10**9))
-    n_nodes = whole('n_nodes', n_nodes, made.sizes)
-    sizes = range(made.lengths(n_nodes)[0], n_nodes + 1, made.sizes.step)
-    return batch_size, n_nodes, n_nodes if n is None else whole('n', n, sizes)
-
-
-def generator(seed):
-    """The random.Random of a seed: a whole number, a text or a tuple of those. Raises ValueError if not."""
-    def plain(part):                                    # repr(np.int64(1)) is not that of 1
-        if isinstance(part, tuple):
-            return tuple(map(plain, part))
-        if not isinstance(part, (int, str, np.integer)):
-            raise ValueError(f'seed={seed!r:.40} is impossible: give a whole number, a text or a tuple')
-        return int(part) if isinstance(part, np.integer) else part
-    return random.Random(repr(plain(seed)))
+    return istree_prompt_length(n_nodes) + trace[setup]
 
 
 def assemble(samples, start):
@@ -236,7 +205,7 @@ def sample(edges, is_tree, setup):
     return [*prompt, EOS, *trace(adjacency(edges, len(edges) + 1)), EOS, answer]
 
 
-def generate(batch_size, n_nodes, setup, seed, distribution='two_star', n=None):
+def generate_istree(batch_size, n_nodes, setup, seed, distribution='two_star', n=None):
     """A batch of IsTree samples, drawn as in the header of this file. Deterministic in its arguments.
 
     seed: an int, or a tuple or string. n: the size of these samples, for this task always n_nodes. Returns
@@ -250,7 +219,7 @@ def generate(batch_size, n_nodes, setup, seed, distribution='two_star', n=None):
         rng.shuffle(edges)
         samples.append(sample(edges, is_tree, setup))
         labels.append(is_tree)
-    return *assemble(samples, prompt_length(n_nodes)), np.array(labels)
+    return *assemble(samples, istree_prompt_length(n_nodes)), np.array(labels)
 
 
 KINDS = ('next neighbour', 'return to the parent', 'query', 'record', 'answer')
@@ -421,7 +390,7 @@ def look_up(task, query, answer):
 
 def generate_primitive(task, batch_size, n_nodes, setup, seed, distribution='uniform', n=None):
     """A batch of samples of a primitive with n questions, by default n_nodes, over the vocabulary of n_nodes.
-    The prompt ends with the first query. Arguments, tokens, loss_mask and errors as in generate, except that
+    The prompt ends with the first query. Arguments, tokens, loss_mask and errors as in generate_istree, but
     in the setup direct loss_mask is True on the answers only. The third result is the answers (B, asked)."""
     batch_size, n_nodes, n = check(task, batch_size, n_nodes, n, setup, distribution)
     rng, samples, answers = generator(seed), [], []
@@ -457,6 +426,54 @@ def best_guess(task, n_nodes, n, setup='direct', samples=1000):
     return float(np.mean(accuracies))
 
 
+# --- the training stream and the held-out samples ----------------------------------------------------
+
+class Batches:
+    """The training stream, for torch's DataLoader: batches[i] is batch number i, tokens (batch_size, L) and
+    loss_mask (batch_size, L), made when asked for and always the same, whichever process makes it. The n of
+    its samples is one of the task's lengths, each in turn.
+
+    held_out: a list of validation tokens (N, L). A training sample with one of their prompts is replaced by
+    another one of its batch. Raises ValueError if everything is held out."""
+
+    def __init__(self, task, batch_size, n_nodes, setup, seed, distribution=None, held_out=()):
+        self.task, self.batch_size, self.n_nodes = task, batch_size, n_nodes
+        self.setup, self.seed = setup, seed
+        self.distribution = distribution or TASKS[task].distributions[0]
+        self.lengths = TASKS[task].lengths(n_nodes)
+        self.held_out = {row[:TASKS[task].prompt_length(n)].tobytes()
+                         for tokens in held_out for row in tokens for n in self.lengths}
+
+    def __getitem__(self, i):
+        tokens, loss_mask, _ = self.samples(self.lengths[i % len(self.lengths)], (self.seed, i))
+        length = np.flatnonzero(loss_mask.any(0))[-1] + 1
+        return tokens[:, :length], loss_mask[:, :length]
+
+    def samples(self, n, seed):
+        """A batch of size n, none of it held out. Returns what generate returns."""
+        start = TASKS[self.task].prompt_length(n)
+        for attempt in range(10):
+            batch = TASKS[self.task].generate(self.batch_size, self.n_nodes, self.setup, (*seed, attempt),
+                                              self.distribution, n)
+            others = [i for i, row in enumerate(batch[0]) if row[:start].tobytes() not in self.held_out]
+            if others:
+                return tuple(part[np.resize(others, self.batch_size)] for part in batch)
+        raise ValueError(f'n={n} has so few prompts that all are in the validation set: '
+                         'take a larger n or a smaller validation set')
+
+
+def validation_set(task, size, n_nodes, setup, distribution=None, n=None, tuning=False):
+    """The held-out samples, the same for every seed and model. tuning: others, for choosing constants, none
+    of which has a prompt of the reported set of that size. distribution: by default the task's first. Returns
+    what generate returns."""
+    distribution = distribution or TASKS[task].distributions[0]
+    reported = TASKS[task].generate(size, n_nodes, setup, VALIDATION_SEED, distribution, n)
+    if not tuning:
+        return reported
+    others = Batches(task, size, n_nodes, setup, None, distribution, held_out=[reported[0]])
+    return others.samples(n or n_nodes, (TUNING_SEED,))
+
+
 # --- two-hop questions: HotpotQA's task in a small world ----------------------------------------------
 #
 #   Ada Tarn: Velm once, Orsel now.                     ten paragraphs, `title: text`, half about people
@@ -477,8 +494,8 @@ def best_guess(task, n_nodes, n, setup='direct', samples=1000):
 # retriever writes what they find (between *). One model learns all three; the first label after the question
 # is given and says which it is. For train.py, n_nodes is the number of paragraphs, the setup is always
 # `retrieval`, since the retriever runs live, and the distribution is a condition, or `mixed`: every question
-# under all three, in turn. A word is a token together with its colon; so are signs, and the end of a line
-# with the sign before it.
+# under all three, in turn. A word with its colon is one token; so is each punctuation mark, and a line
+# break with the mark before it.
 
 HOTPOT_CONDITIONS = ('gold', 'full', 'retrieval')
 HOTPOT_DISTRIBUTIONS = ('mixed', *HOTPOT_CONDITIONS)
@@ -602,7 +619,7 @@ def hotpot_prompt_length(n_paragraphs):
 def generate_hotpot(batch_size, n_paragraphs, setup, seed, distribution='mixed', n=None):
     """A batch of questions as drawn above. Returns tokens (B, L), shorter prompts padded on the left;
     loss_mask (B, L), True on what the model writes and on one [PAD] after it, so that it learns to stop;
-    answers (B,), token ids. Raises ValueError as generate does."""
+    answers (B,), token ids. Raises ValueError as generate_istree does."""
     batch_size, n_paragraphs, _ = check('hotpot', batch_size, n_paragraphs, n, setup, distribution)
     conditions = HOTPOT_CONDITIONS if distribution == 'mixed' else (distribution,)
     records = hotpot_records(-(-batch_size // len(conditions)), n_paragraphs, seed)
@@ -638,7 +655,7 @@ def search_paragraphs(text):
     return hotpot_encode(''.join(found) or 'nothing\n'), query != ''
 
 
-# --- tasks, the training stream and validation sets --------------------------------------------------
+# --- all tasks, and what their arguments may be ------------------------------------------------------
 
 class Task(NamedTuple):
     """What a task provides. n_nodes fixes the vocabulary; n, at most n_nodes, is the size of a sample. The
@@ -675,8 +692,8 @@ def primitive(task, sequence, query, trace, chance, vocabularies=1, step=1):
 
 
 TASKS = {
-    'istree': Task(generate, lambda n: NODE + n, prompt_length, max_length, lambda n: 1 / 2,
-                   range(4, MAX_NODES + 1)),
+    'istree': Task(generate_istree, lambda n: NODE + n, istree_prompt_length, istree_max_length,
+                   lambda n: 1 / 2, range(4, MAX_NODES + 1)),
     'index': primitive('index', lambda n: n, query=1, trace=5, chance=lambda n: 1 / n),
     'recall': primitive('recall', lambda n: 2 * n, query=1, trace=4, chance=lambda n: 1 / n, vocabularies=2),
     'cgram': primitive('cgram', lambda n: n + 2, query=2, trace=5, chance=lambda n: 2 / (n + 2)),
@@ -691,50 +708,35 @@ TASKS = {
 }
 
 
-class Batches:
-    """The training stream, for torch's DataLoader: batches[i] is batch number i, tokens (batch_size, L) and
-    loss_mask (batch_size, L), made when asked for and always the same, whichever process makes it. The n of
-    its samples is one of the task's lengths, each in turn.
+def check(task, batch_size, n_nodes, n, setup, distribution):
+    """Return batch_size, n_nodes and n, by default n_nodes, as ints. Raise ValueError, naming the argument,
+    on what a task cannot generate."""
+    def whole(name, value, known):
+        if not isinstance(value, (int, np.integer)) or int(value) not in known:
+            raise ValueError(f'{name}={value!r:.40} is impossible: give a whole number from {known[0]} to '
+                             f'{known[-1]}' + ', an even one' * (known.step == 2))
+        return int(value)
 
-    held_out: a list of validation tokens (N, L). A training sample with one of their prompts is replaced by
-    another one of its batch. Raises ValueError if everything is held out."""
-
-    def __init__(self, task, batch_size, n_nodes, setup, seed, distribution=None, held_out=()):
-        self.task, self.batch_size, self.n_nodes = task, batch_size, n_nodes
-        self.setup, self.seed = setup, seed
-        self.distribution = distribution or TASKS[task].distributions[0]
-        self.lengths = TASKS[task].lengths(n_nodes)
-        self.held_out = {row[:TASKS[task].prompt_length(n)].tobytes()
-                         for tokens in held_out for row in tokens for n in self.lengths}
-
-    def __getitem__(self, i):
-        tokens, loss_mask, _ = self.samples(self.lengths[i % len(self.lengths)], (self.seed, i))
-        length = np.flatnonzero(loss_mask.any(0))[-1] + 1
-        return tokens[:, :length], loss_mask[:, :length]
-
-    def samples(self, n, seed):
-        """A batch of size n, none of it held out. Returns what generate returns."""
-        start = TASKS[self.task].prompt_length(n)
-        for attempt in range(10):
-            batch = TASKS[self.task].generate(self.batch_size, self.n_nodes, self.setup, (*seed, attempt),
-                                              self.distribution, n)
-            others = [i for i, row in enumerate(batch[0]) if row[:start].tobytes() not in self.held_out]
-            if others:
-                return tuple(part[np.resize(others, self.batch_size)] for part in batch)
-        raise ValueError(f'n={n} has so few prompts that all are in the validation set: '
-                         'take a larger n or a smaller validation set')
+    made = TASKS[task]
+    for name, value, known in (('setup', setup, made.setups),
+                               ('distribution', distribution, made.distributions)):
+        if not isinstance(value, str) or value not in known:
+            raise ValueError(f'unknown {name} {value!r:.40}: choose one of {", ".join(known)}')
+    batch_size = whole('batch_size', batch_size, range(1, 10**9))
+    n_nodes = whole('n_nodes', n_nodes, made.sizes)
+    sizes = range(made.lengths(n_nodes)[0], n_nodes + 1, made.sizes.step)
+    return batch_size, n_nodes, n_nodes if n is None else whole('n', n, sizes)
 
 
-def validation_set(task, size, n_nodes, setup, distribution=None, n=None, tuning=False):
-    """The held-out samples, the same for every seed and model. tuning: others, for choosing constants, none
-    of which has a prompt of the reported set of that size. distribution: by default the task's first. Returns
-    what generate returns."""
-    distribution = distribution or TASKS[task].distributions[0]
-    reported = TASKS[task].generate(size, n_nodes, setup, VALIDATION_SEED, distribution, n)
-    if not tuning:
-        return reported
-    others = Batches(task, size, n_nodes, setup, None, distribution, held_out=[reported[0]])
-    return others.samples(n or n_nodes, (TUNING_SEED,))
+def generator(seed):
+    """The random.Random of a seed: a whole number, a text or a tuple of those. Raises ValueError if not."""
+    def plain(part):                                    # repr(np.int64(1)) is not that of 1
+        if isinstance(part, tuple):
+            return tuple(map(plain, part))
+        if not isinstance(part, (int, str, np.integer)):
+            raise ValueError(f'seed={seed!r:.40} is impossible: give a whole number, a text or a tuple')
+        return int(part) if isinstance(part, np.integer) else part
+    return random.Random(repr(plain(seed)))
 
 
 if __name__ == '__main__':

@@ -32,7 +32,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 from PIL import Image
 
 import data
-from train import SAMPLE, UserError, cli, parse, read_json
+from train import RESULT, SAMPLE, UserError, cli, parse, rank, read_json
 
 
 @dataclass
@@ -205,10 +205,8 @@ def primitives(found):
 
 
 def chosen(results):
-    """The best result of a sweep, of those with most samples: in accuracy, in exact traces, then solved
-    soonest."""
-    order = lambda r: (r['samples'], r['accuracy'], r['exact_trace'], -r.get('samples_trained', 0))
-    return max(results, key=order)
+    """The best result of a sweep, of those with most samples."""
+    return min(results, key=lambda r: (-r['samples'], rank(r)))
 
 
 def sweep(found):
@@ -370,7 +368,7 @@ def attention(found):
     """What the mechanism looks like: where the top attention layer looks, a row for each token that was
     written, a column for each of the prompt; framed is the edge that leads from this token to the next."""
     for r in [r for r in alike(found, task='istree') if r['attention']]:
-        prompt, wrote, share = [r['attention'][name] for name in ('prompt', 'generated', 'share')]
+        prompt, wrote, share = [r['attention'][name] for name in ('prompt', 'trace', 'share')]
         figure, axes = plt.subplots(figsize=(8, 8 * (len(wrote) + 6) / (len(prompt) + 6)))
         weights = np.array(r['attention']['weights'])[:, :len(prompt)]
         figure.colorbar(axes.imshow(weights, cmap='Blues', vmin=0, vmax=1), label='attention', shrink=0.6)
@@ -381,7 +379,7 @@ def attention(found):
                     axes.add_patch(frame)
         axes.set_xticks(range(len(prompt)), prompt, fontsize=6, rotation=90)
         axes.set_yticks(range(len(wrote)), wrote, fontsize=6)
-        axes.set(xlabel='the prompt', ylabel='what was written, from top to bottom')
+        axes.set(xlabel='the prompt', ylabel='the right trace, from top to bottom')
         title = f'Where the attention layer looks ({r["arch"]}); framed: the edge to the next node'
         if share is not None:
             title += f'\n(on average {share:.0%} of its attention is there if that node is a new neighbour)'
@@ -671,14 +669,10 @@ FIGURES = [idea, accuracy, sizes, primitives, sweep, learning, memory, errors, g
 # --- reading the results -----------------------------------------------------------------------------------
 
 # What a file must hold, see train.fits.
-LENGTH = {'n': int, 'accuracy': float, 'accuracy_se': float, 'best_guess': float, 'chance': float}
-RESULT = {'task': str, 'arch': str, 'setup': str, 'size': str, 'n_nodes': int, 'seed': int, 'd_state': int,
-          'distribution': str, 'samples': int, 'lr': float, 'warmup': float, 'accuracy': float,
-          'accuracy_se': float, 'exact_trace': float, 'samples_trained?': int, 'tuning?': bool,
-          'layers?': str, 'chance?': float, 'errors?': {str: float}, 'memory?': {str: float},
-          'by_length?': [LENGTH]}
+LENGTH = {'n': int, 'accuracy': float, 'accuracy_se': float, 'best_guess?': float, 'chance': float}
+CELL_RESULT = RESULT | {'distribution': str, 'errors?': {str: float}, 'by_length': [LENGTH]}
 LOG = {'samples': int, 'accuracy': float}
-ATTENTION = {'prompt': [str], 'generated': [str], 'weights': [[float]]}
+ATTENTION = {'prompt': [str], 'trace': [str], 'weights': [[float]]}
 HOTPOT = {'condition': str, 'em': float}
 GENERATION = {'arch': str, 'size': str, 'length': int, 'seconds': float, 'bytes': int}
 
@@ -704,7 +698,7 @@ def load(out):
                   for c in read(path, {name: RESULT[name] for name in CELL})]
     results, hotpot = {}, []
     for path in sorted(out.glob('**/result.json')):
-        for r in read(path, RESULT):
+        for r in read(path, CELL_RESULT):
             cell = tuple(str(r.get(name)) for name in (*CELL, *CONSTANTS, 'lr', 'tuning', 'layers'))
             if not {r['task'], r['setup']} <= {*NAMES} or r['n_nodes'] < 1:
                 print(f'{path} is left out: no task or setup of ours')
@@ -712,8 +706,8 @@ def load(out):
                 print(f'{path} is left out: {results[cell]["path"]} is of the same cell')
             else:
                 shown = [a for a in beside(path, 'attention.json', ATTENTION)
-                         if {len(a['prompt'] + a['generated'])} == {len(row) for row in a['weights']}
-                         and len(a['weights']) == len(a['generated'])]
+                         if {len(a['prompt'] + a['trace'])} == {len(row) for row in a['weights']}
+                         and len(a['weights']) == len(a['trace'])]
                 kept = [s for s in beside(path, 'samples.json', [SAMPLE]) if edges_of(s['prompt'])]
                 results[cell] = r | dict(path=path, log=beside(path, 'log.jsonl', LOG), kept=kept,
                                          attention=dict(share=None) | shown[0] if shown else None)

@@ -143,7 +143,7 @@ def recursive_retrieval_trace(edges):
 @pytest.mark.parametrize('n_nodes, distribution', GRAPHS)
 def test_labels_say_whether_the_graph_is_a_tree(n_nodes, distribution):
     networkx = pytest.importorskip('networkx')
-    tokens, _, is_tree = data.generate(300, n_nodes, 'direct', 1, distribution)
+    tokens, _, is_tree = data.generate_istree(300, n_nodes, 'direct', 1, distribution)
     for row, label in zip(tokens, is_tree):
         edges = edges_of(row)
         assert len(set(edges)) == n_nodes - 1 and all(u > v for u, v in edges)
@@ -154,13 +154,13 @@ def test_labels_say_whether_the_graph_is_a_tree(n_nodes, distribution):
 
 @pytest.mark.parametrize('distribution', data.DISTRIBUTIONS)
 def test_half_the_graphs_are_trees_and_every_cycle_is_possible(distribution):
-    _, _, is_tree = data.generate(20_000, 16, 'direct', 2, distribution)
+    _, _, is_tree = data.generate_istree(20_000, 16, 'direct', 2, distribution)
     assert abs(is_tree.mean() - 0.5) < 4 * 0.5 / 20_000 ** 0.5
 
 
 def test_two_star_has_two_centres_and_a_triangle_or_a_bridge():
     networkx = pytest.importorskip('networkx')
-    tokens, _, is_tree = data.generate(300, 12, 'direct', 3)
+    tokens, _, is_tree = data.generate_istree(300, 12, 'direct', 3)
     for row, label in zip(tokens, is_tree):
         graph = networkx.Graph(edges_of(row))
         graph.add_nodes_from(range(12))
@@ -173,30 +173,30 @@ def test_two_star_has_two_centres_and_a_triangle_or_a_bridge():
 
 @pytest.mark.parametrize('n_nodes, distribution', GRAPHS)
 def test_cot_trace_is_the_euler_tour_of_a_recursive_search(n_nodes, distribution):
-    tokens, loss_mask, _ = data.generate(200, n_nodes, 'cot', 4, distribution)
-    start = data.prompt_length(n_nodes)
+    tokens, loss_mask, _ = data.generate_istree(200, n_nodes, 'cot', 4, distribution)
+    start = data.istree_prompt_length(n_nodes)
     for row, mask in zip(tokens, loss_mask):
         trace = words_of(row)[start:]
         assert trace[:-2] == recursive_tour(edges_of(row)) and trace[-2] == '[EOS]'
         assert (np.flatnonzero(mask) == np.arange(start, start + len(trace))).all()
-    assert tokens.shape[1] <= data.max_length(n_nodes, 'cot')
+    assert tokens.shape[1] <= data.istree_max_length(n_nodes, 'cot')
 
 
 @pytest.mark.parametrize('n_nodes, distribution', [g for g in GRAPHS if g[0] < 100])
 def test_retrieval_trace_is_algorithm_2_with_a_stack(n_nodes, distribution):
-    tokens, loss_mask, _ = data.generate(100, n_nodes, 'retrieval', 5, distribution)
-    start = data.prompt_length(n_nodes)
+    tokens, loss_mask, _ = data.generate_istree(100, n_nodes, 'retrieval', 5, distribution)
+    start = data.istree_prompt_length(n_nodes)
     for row, mask in zip(tokens, loss_mask):
         words = words_of(row)
         assert words[start:-2] == recursive_retrieval_trace(edges_of(row)) and words[-2] == '[EOS]'
         predicted = [i >= start and words[i - 1] != '[ENDSEARCH]' for i in range(len(words))]
         assert (mask == predicted + [False] * (len(row) - len(words))).all()
-    assert tokens.shape[1] <= data.max_length(n_nodes, 'retrieval')
+    assert tokens.shape[1] <= data.istree_max_length(n_nodes, 'retrieval')
 
 
 @pytest.mark.parametrize('n_nodes, distribution', [g for g in GRAPHS if g[0] < 100])
 def test_replaying_a_trace_through_the_retriever_gives_every_retrieved_token(n_nodes, distribution):
-    for row in data.generate(20, n_nodes, 'retrieval', 6, distribution)[0]:
+    for row in data.generate_istree(20, n_nodes, 'retrieval', 6, distribution)[0]:
         for end in np.flatnonzero(row == data.END):
             assert data.retrieve(data.decode(row[:end + 1])) == ([row[end + 1]], True)
 
@@ -204,8 +204,8 @@ def test_replaying_a_trace_through_the_retriever_gives_every_retrieved_token(n_n
 def test_retriever_equals_brute_force_on_thousands_of_random_contexts():
     rng = np.random.default_rng(7)
     outcomes = set()
-    for row in data.generate(2_000, 7, 'retrieval', 7, 'random')[0]:
-        cut = rng.integers(data.prompt_length(7), (row != data.PAD).sum())
+    for row in data.generate_istree(2_000, 7, 'retrieval', 7, 'random')[0]:
+        cut = rng.integers(data.istree_prompt_length(7), (row != data.PAD).sum())
         query = rng.integers(data.NODE, data.NODE + 7, 2)
         query = [[query[0], data.RECORD], [query[0], data.EDGE], [query[0], data.EDGE, query[1]],
                  rng.integers(0, data.NODE + 7, rng.integers(0, 5))][rng.integers(4)]    # also malformed
@@ -244,7 +244,7 @@ def test_kinds_of_the_tokens_in_the_header_are_the_hand_written_ones():
         found = data.token_kinds(tokens, loss_mask)[0, len(prompt):-1]
         assert ''.join('nrqca'[k] if k >= 0 else '.' for k in found) == kinds       # the KINDS, record as c
     for setup in ('cot', 'retrieval'):      # every return is to a node above, every next neighbour is new
-        tokens, loss_mask, _ = data.generate(50, 14, setup, 5)
+        tokens, loss_mask, _ = data.generate_istree(50, 14, setup, 5)
         for row, kinds in zip(tokens, data.token_kinds(tokens, loss_mask)):
             tour = [(node, data.KINDS[kind]) for node, kind in zip(row.tolist(), kinds) if kind in (0, 1)]
             stack = []
@@ -277,9 +277,9 @@ def test_hand_worked_example_of_the_header():
 
 
 def test_generate_is_deterministic_and_seeds_differ():
-    one, two = (data.generate(64, 8, 'cot', (3, 1, 4)) for _ in range(2))
+    one, two = (data.generate_istree(64, 8, 'cot', (3, 1, 4)) for _ in range(2))
     assert all((a == b).all() for a, b in zip(one, two))
-    assert data.generate(64, 8, 'direct', 1)[0].tolist() != data.generate(64, 8, 'direct', 2)[0].tolist()
+    assert data.generate_istree(64, 8, 'direct', 1)[0].tolist() != data.generate_istree(64, 8, 'direct', 2)[0].tolist()
 
 
 def prompts(task, n, tokens):
@@ -290,7 +290,7 @@ def test_validation_and_tuning_prompts_never_occur_in_training():
     held_out = [data.validation_set('istree', 300, 5, 'cot', tuning=tuning)[0] for tuning in (False, True)]
     reported, tuning = (prompts('istree', 5, tokens) for tokens in held_out)
     assert not reported & tuning and len(tuning) > 200      # at n=5 chance alone would mix them
-    assert reported & prompts('istree', 5, data.generate(300, 5, 'cot', (data.TUNING_SEED, 0))[0])
+    assert reported & prompts('istree', 5, data.generate_istree(300, 5, 'cot', (data.TUNING_SEED, 0))[0])
 
     def hits(held_out):
         stream = data.Batches('istree', 64, 5, 'cot', 0, held_out=held_out)
@@ -301,7 +301,7 @@ def test_validation_and_tuning_prompts_never_occur_in_training():
 
 
 def test_a_task_of_which_everything_is_held_out_is_refused():
-    everything = [data.generate(60_000, 4, 'direct', 0)[0]]
+    everything = [data.generate_istree(60_000, 4, 'direct', 0)[0]]
     with pytest.raises(ValueError, match='larger n'):
         data.Batches('istree', 16, 4, 'direct', 1, held_out=everything)[0]
 
@@ -352,7 +352,7 @@ def test_a_random_graph_is_as_likely_as_its_definition_makes_it():
     ((8, 8.5, 'cot', 0), 'n_nodes'), ((8, 8, 'cot', 0, 'random', 6), 'n=6')])
 def test_impossible_arguments_are_named(arguments, word):
     with pytest.raises(ValueError, match=word):
-        data.generate(*arguments)
+        data.generate_istree(*arguments)
 
 
 # --- data.py: the retrieval primitives ---------------------------------------------------------------
@@ -1631,7 +1631,7 @@ def test_evaluation_gives_a_perfect_model_everything_and_a_spoiled_one_nothing(s
 
 
 def test_errors_by_kind_are_those_of_a_model_that_errs_where_we_know():
-    tokens, loss_mask, _ = data.generate(40, 9, 'retrieval', 6)
+    tokens, loss_mask, _ = data.generate_istree(40, 9, 'retrieval', 6)
     spoiled, kinds = tokens.copy(), data.token_kinds(tokens, loss_mask)
     spoiled[kinds == data.KINDS.index('record')] += 1           # every record is wrong, and every second answer
     answers = (kinds == data.KINDS.index('answer')) & (np.arange(40) % 2 == 0)[:, None]
@@ -1690,7 +1690,7 @@ def test_a_sweep_keeps_what_solved_the_task_soonest_then_the_lowest_loss(tmp_pat
 
 def test_attention_weights_are_those_that_the_layer_uses_and_the_share_is_on_the_right_edge():
     torch.manual_seed(0)
-    tokens, loss_mask, _ = data.generate(3, 8, 'cot', 5)
+    tokens, loss_mask, _ = data.generate_istree(3, 8, 'cot', 5)
     model = models.make_model('hybrid', 'tiny', data.TASKS['istree'].vocab_size(8), 1, False)
     attention, x = model.layers[-1].attention, torch.randn(2, 20, 64)
     mixed = attention.weights(x) @ attention.heads(x)[2]                    # (B, heads, L, d_head)
@@ -1708,7 +1708,7 @@ def test_attention_weights_are_those_that_the_layer_uses_and_the_share_is_on_the
 
     attention.weights = perfect
     looks = train.attention_to_edges(model, tokens, loss_mask, torch.device('cpu'))
-    assert abs(looks['share'] - 0.75) < 1e-6 and looks['prompt'] + looks['generated'] == data.decode(tokens[0]).split()
+    assert abs(looks['share'] - 0.75) < 1e-6 and looks['prompt'] + looks['trace'] == data.decode(tokens[0]).split()
     assert train.attention_to_edges(models.make_model('mamba', 'tiny', 30, 1), tokens, loss_mask, None) is None
 
 
@@ -1830,7 +1830,7 @@ def test_whatever_data_is_asked_for_comes_or_is_refused_in_one_line():
             assert len(str(error).splitlines()) == 1
     assert made > 20
     small, plain = (np.uint8(3), np.uint8(40)), (3, 40)             # 37 n - 26 tokens are more than 255
-    for one, two in zip(data.generate(*small, 'retrieval', np.int64(5)), data.generate(*plain, 'retrieval', 5)):
+    for one, two in zip(data.generate_istree(*small, 'retrieval', np.int64(5)), data.generate_istree(*plain, 'retrieval', 5)):
         assert np.array_equal(one, two)
 
 
@@ -2533,6 +2533,7 @@ def written_results(folder, samples_json=None, **constants):
     if cell['accuracy'] is not None:
         cache = 256 * 23 if cell['arch'] == 'transformer' else 0
         result = dict(accuracy_se=0.05, exact_trace=cell['accuracy'], chance=0.5, samples_trained=1000,
+                      loss=1 - cell['accuracy'], params=1, seconds=1.0, by_length=[],
                       memory=dict(window=700, state=100 * cell['d_state'], cache=cache),
                       errors=dict.fromkeys(data.KINDS, 0.1)) | cell
         (path / 'result.json').write_text(json.dumps(result))
@@ -2691,7 +2692,7 @@ def test_plot_py_draws_whatever_there_is(tmp_path):
     words = words_of(data.validation_set('istree', 1, 8, 'cot')[0][0])
     prompt, wrote = words[:23], words[23:]
     weights = [[0.1] * len(words)] * len(wrote)
-    shown = dict(prompt=prompt, generated=wrote, weights=weights, share=0.8)
+    shown = dict(prompt=prompt, trace=wrote, weights=weights, share=0.8)
     (path / 'attention.json').write_text(json.dumps(shown))
     (tmp_path / 'out' / 'hotpot').mkdir()
     (tmp_path / 'out' / 'hotpot' / 'model-0a.jsonl').write_text(''.join(

@@ -54,12 +54,14 @@ import models
 
 # Constants that depend on setup and architecture come from `python train.py --sweep`, see results/README.md.
 # Samples of `retrieval` are eight times as long, hence the smaller batches; all architectures get as many.
-SAMPLES = {'direct': 40_000, 'cot': 320_000, 'retrieval': 16_000}
+SAMPLES = {'direct': 80_000, 'cot': 320_000, 'retrieval': 16_000}
 BATCH_SIZE = {'direct': 32, 'cot': 32, 'retrieval': 8}
-LR = {'direct.transformer': 1e-3, 'direct.mamba': 4e-3, 'direct.hybrid': 4e-3,
-      'cot.transformer': 2e-3, 'cot.mamba': 4e-3, 'cot.hybrid': 4e-3,
-      'retrieval.transformer': 1e-3, 'retrieval.mamba': 4e-3, 'retrieval.hybrid': 4e-3}
-WARMUP = dict.fromkeys(LR, 0.05)
+LR = {'direct.transformer': 8e-3, 'direct.mamba': 1.6e-2, 'direct.hybrid': 1.6e-2,
+      'cot.transformer': 4e-3, 'cot.mamba': 8e-3, 'cot.hybrid': 4e-3,
+      'retrieval.transformer': 8e-3, 'retrieval.mamba': 1.6e-2, 'retrieval.hybrid': 1.6e-2}
+WARMUP = {'direct.transformer': 0.05, 'direct.mamba': 0.05, 'direct.hybrid': 0.05,
+          'cot.transformer': 0.05, 'cot.mamba': 0.05, 'cot.hybrid': 0.25,
+          'retrieval.transformer': 0.25, 'retrieval.mamba': 0.25, 'retrieval.hybrid': 0.25}
 
 
 @dataclass
@@ -105,6 +107,7 @@ PAPER = dict(sizes=('0.5M', '1M', '2M'), n_nodes=(16, 32, 64), n_val=5000, d_sta
              samples=dict.fromkeys(SAMPLES, 1_000_000), batch_size=dict.fromkeys(SAMPLES, 64),
              lr={name: 1e-3 if name.endswith('transformer') else 3e-4 for name in LR},
              warmup=dict.fromkeys(LR, 0.01), grad_clip=0.0, evaluations=10, solved=0.0)
+# (not from the sweep: set by hand)
 HOTPOT = dict(tasks=('hotpot',), setups=('retrieval',), n_nodes=(data.HOTPOT_PARAGRAPHS,), n_val=1500,
               distribution='mixed', d_state=(16,), samples=dict.fromkeys(SAMPLES, 80_000),
               batch_size=dict.fromkeys(SAMPLES, 16), warmup=dict.fromkeys(LR, 0.025), evaluations=4,
@@ -119,6 +122,12 @@ PRESETS = {'default': {}, 'paper': PAPER, 'hotpot': HOTPOT, 'primitives': PRIMIT
 SWEEP_LR = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 SWEEP_WARMUP = (0.05, 0.25)
 SWEEP_SHARES, SWEEP_KEEPS, SWEEP_SEED = (1 / 8, 1 / 2), 2, 1000
+
+
+# Below, a *cell* is one run of the grid: a dict of all the constants that its result depends on (see cells),
+# such as task, arch, setup, n_nodes, seed, samples and lr. Its folder is named after it.
+
+RANK = int(os.environ.get('RANK', 0))       # of this process among those that share the cells
 
 
 class UserError(Exception):
@@ -148,8 +157,8 @@ def train(c, cell, held_out, device, path):
     batch_size = cell['batch_size']
     torch.manual_seed(cell['seed'])
     vocab_size = data.TASKS[cell['task']].vocab_size(cell['n_nodes'])
-    model = models.make_model(cell['arch'], cell['size'], vocab_size, cell['d_state'], cell['frozen_embedding'],
-                              cell['layers']).to(device)
+    model = models.make_model(cell['arch'], cell['size'], vocab_size, cell['d_state'],
+                              cell['frozen_embedding'], cell['layers']).to(device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=cell['lr'], fused=device.type != 'mps')
     forward = torch.compile(model, mode='reduce-overhead') if c.compile else model
@@ -327,10 +336,10 @@ def errors_by_kind(wrong, tokens, loss_mask):
 
 @torch.no_grad()
 def attention_to_edges(model, tokens, loss_mask, device):
-    """Where the topmost attention layer looks while it writes the chain of thought of IsTree samples (N, L).
-    Returns a dict: prompt and generated, the words of the first sample; weights, of each generated token over
-    all tokens, mean over heads; share, the mean weight on the edge of the prompt that holds the next token,
-    over all samples and next neighbours. None for a model without attention."""
+    """Where the topmost attention layer looks while the model reads the right chains of thought of IsTree
+    samples (N, L). Returns a dict: prompt and trace, the words of the first sample; weights, of each token of
+    the trace over all tokens, mean over heads; share, the mean weight on the edge of the prompt that holds the
+    next token, over all samples and next neighbours. None for a model without attention."""
     layers = [layer for layer in model.modules() if isinstance(layer, models.Attention)]
     if not layers:
         return None
@@ -347,7 +356,7 @@ def attention_to_edges(model, tokens, loss_mask, device):
                    for i in [edges[frozenset(row[t - 1:t + 1].tolist())]]]
     words = data.decode(tokens[0]).split(' ')
     start = words.index('[EOS]') + 1
-    return dict(prompt=words[:start], generated=words[start:], share=float(np.mean(shares)),
+    return dict(prompt=words[:start], trace=words[start:], share=float(np.mean(shares)),
                 weights=weights[0, start:len(words), :len(words)].round(4).tolist())
 
 
@@ -372,7 +381,8 @@ def run_cell(c, cell, device):
             measured['attention_on_edge'] = looks['share']
     write_json(path / 'samples.json', samples)
     write_json(path / 'result.json', cell | measured | dict(
-        by_length=by_length, chance=task.chance(cell['n_nodes']), loss=loss, samples_trained=samples_trained,
+        by_length=by_length, chance=by_length[-1].get('best_guess', by_length[-1]['chance']), loss=loss,
+        samples_trained=samples_trained,
         memory=model.memory(task.prompt_length(cell['n_nodes'])), params=model.n_params(),
         seconds=seconds, samples_per_second=samples_trained / max(seconds, 1e-9),
         evaluation_seconds=time.monotonic() - started,
@@ -393,7 +403,7 @@ def table(results):
                      f'{r["samples_trained"]:>9,} {r["seconds"] / 60:>7.1f}   {r["accuracy"]:6.1%} ± '
                      f'{r["accuracy_se"]:5.1%} {r["chance"]:>6.1%} {r["exact_trace"]:>6.1%}')
     return '\n'.join([*lines, '', 'memory: floats carried from token to token at the end of the prompt; '
-                      'accuracy: of the answer;', 'chance: of a guess; exact: samples right in every token'])
+                      'accuracy: of the answer;', 'chance: of the best guess without look-up; exact: all tokens right'])
 
 
 def show(sample, width=100, colour=False):
@@ -470,16 +480,18 @@ def rungs(c, grid):
 
 
 def best(c, group):
-    """Cells that differ in their constants, the best first: those that solved the task, by how soon, then the
-    others, by their loss on held-out samples. One without a result (the loss was not finite) comes last."""
+    """Cells that differ in their constants, the best first. One without a result (its loss was not finite)
+    comes last."""
     def key(cell):
-        result = folder(c, cell) / 'result.json'
-        if not result.exists():
-            return 2, 0
-        result = read_json(result, RESULT)
-        stopped = result['samples_trained'] < result['samples']
-        return (0, result['samples_trained']) if stopped else (1, result['loss'])
+        path = folder(c, cell) / 'result.json'
+        return rank(read_json(path, RESULT)) if path.exists() else (2,)
     return sorted(group, key=key)
+
+
+def rank(result):
+    """The lower, the better: first results that solved the task, the soonest first, then by held-out loss."""
+    solved = result['samples_trained'] < result['samples']
+    return (0, result['samples_trained'], result['loss']) if solved else (1, result['loss'])
 
 
 # --- files -------------------------------------------------------------------------------------------------
@@ -550,7 +562,7 @@ def write_json(path, value):
 
 def read_checkpoint(path, cell, model, optimizer=None):
     """Load a cell's checkpoint into its model and optimizer and return it, None if there is none yet. The
-    file is a zip archive whose checksums tell of every flipped byte. Raises UserError on a damaged one and on
+    file is a zip archive whose checksums reveal any flipped byte. Raises UserError on a damaged one and on
     another cell's."""
     if not path.exists():
         return None
@@ -569,7 +581,7 @@ def read_checkpoint(path, cell, model, optimizer=None):
                     expected = dict(step=(), exp_avg=p.shape, exp_avg_sq=p.shape)
                     if {name: t.shape for name, t in optimizer.state[p].items()} != expected:
                         raise ValueError('other shapes')
-    except Exception as error:          # zipfile and torch.load raise all sorts on a damaged file
+    except Exception as error:          # zipfile and torch.load raise many kinds on a damaged file
         raise UserError(f'{path} cannot be read ({type(error).__name__}): delete it to start this cell over')
     if checkpoint['cell'] != cell:
         raise UserError(f'{path} belongs to another configuration ({difference(checkpoint["cell"], cell)}): '
@@ -652,9 +664,9 @@ def parse(argv, constants=Constants, program='train.py', presets=PRESETS):
         elif m := re.match(r'    # (.*)', line):
             group = parser.add_argument_group(m[1])
     overrides = vars(parser.parse_args(argv))
-    named = overrides.get('tasks') if overrides.get('tasks') in presets else 'default'
-    preset = overrides.pop('preset', named)             # a task may have a preset of its own
-    c = replace(defaults, **presets[preset])
+    tasks = set(overrides.get('tasks', '').split(','))
+    own = [name for name, preset in presets.items() if tasks <= set(preset.get('tasks', ()))]
+    c = replace(defaults, **presets[overrides.pop('preset', [*own, 'default'][0])])
     return replace(c, **{name: read_value(name, text or '', getattr(c, name))
                          for name, text in overrides.items()})
 
@@ -667,9 +679,6 @@ def shown(default):
 
 
 # --- running ---------------------------------------------------------------------------------------------
-
-RANK = int(os.environ.get('RANK', 0))       # of this process among those that share the grid
-
 
 def pick_device(name):
     """The device of a name; auto: CUDA, then Apple's MPS, then CPU. Raises UserError if there is none."""
@@ -716,21 +725,21 @@ def main(argv):
     cost = lambda cell: cell['samples'] * data.TASKS[cell['task']].max_length(cell['n_nodes'], cell['setup'])
     left = sum(not (folder(c, cell) / 'result.json').exists() for cell in grid) if not c.sweep else 1024
     processes = min(c.processes or (os.cpu_count() if device.type == 'cpu' else 1), left)
-    helpers, stopped = [], []
+    helpers = []
     if 'HELPER' in os.environ:
         threading.Thread(target=end_with_parent, daemon=True).start()
     elif processes > 1 and 'RANK' not in os.environ:        # helpers: this program again, with another rank
         again = [sys.executable, __file__, *argv, f'--processes={processes}']
         for i in range(1, processes):
-            rank = os.environ | dict(RANK=str(i), HELPER='1')
-            helpers.append(subprocess.Popen(again, stdin=subprocess.PIPE, env=rank, start_new_session=True))
+            helpers.append(subprocess.Popen(again, stdin=subprocess.PIPE, start_new_session=True,
+                                            env=os.environ | dict(RANK=str(i), HELPER='1')))
     if device.type == 'cpu':
         torch.set_num_threads(max(1, torch.get_num_threads() // max(1, processes)))
     for rung in rungs(c, grid):
         for cell in rung:
             claim(folder(c, cell), cell)
         longest_first = sorted(rung, key=cost, reverse=True)
-        stopped += work(c, longest_first, device, wait=False)
+        stopped = work(c, longest_first, device, wait=False)
         # then wait for cells that other processes run, and take over those whose process died
         stopped += work(c, [cell for cell in longest_first if cell not in stopped], device, wait=True)
     for helper in helpers:
@@ -740,16 +749,20 @@ def main(argv):
         results = {path: read_json(path / 'result.json', RESULT) for path in folders
                    if (path / 'result.json').exists()}
         print('\n' + table(results.values()))
+        of = lambda r: (r['task'], r['setup'], r['arch'], r['n_nodes'])
+        for _, group in itertools.groupby(results.values(), of) if c.sweep else ():
+            print('chosen for {task}: --lr={setup}.{arch}:{lr:g} --warmup={setup}.{arch}:{warmup:g}'.format(
+                **min(group, key=rank)))
         for path in results if c.show else ():
             samples = read_json(path / 'samples.json', [SAMPLE])
             for sample in samples[:c.show]:
                 print(f'\n{path.name}\n{show(sample, colour=sys.stdout.isatty())}')
-    if stopped:
+    if stopped and not c.sweep:             # in a sweep, a loss that is not finite is a result, too
         raise UserError(f'{len(stopped)} of {len(rung)} cells stopped without a result')
 
 
 def cli(main, program, argv):
-    """Run main(argv) -> exit code; what the user can mend is one line on stderr."""
+    """Run main(argv) -> exit code; what the user can fix is one line on stderr."""
     try:
         main(argv)
         return 0
