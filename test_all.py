@@ -1286,8 +1286,8 @@ HUB_CONFIGS = {
                   eos_token_id=1),
     'llama, grouped queries, tied': dict(vocab_size=50, hidden_size=64, intermediate_size=96,
                                          num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=2,
-                                         tie_word_embeddings=True, max_position_embeddings=128, bos_token_id=0,
-                                         eos_token_id=1),
+                                         tie_word_embeddings=True, max_position_embeddings=128,
+                                         bos_token_id=0, eos_token_id=1),
     'mamba': dict(vocab_size=50, hidden_size=48, state_size=8, num_hidden_layers=3),
     'mamba, untied': dict(vocab_size=50, hidden_size=64, num_hidden_layers=2, tie_word_embeddings=False)}
 
