@@ -1783,7 +1783,7 @@ def test_a_damaged_checkpoint_is_refused_or_ends_with_the_same_weights(finished,
         deeper = isinstance(value[key], torch.Tensor) or isinstance(value[key], dict) and value[key]
         return rest | {key: elsewhere(value[key]) if deeper else chance.choice(('text', None, [1], {}))}
 
-    for i in range(60):
+    for i in range(40):
         (cell_folder(tmp_path) / 'result.json').unlink(missing_ok=True)
         if i % 2:
             torch.save(elsewhere(checkpoint), path)
@@ -1793,7 +1793,7 @@ def test_a_damaged_checkpoint_is_refused_or_ends_with_the_same_weights(finished,
         refused += code == 2
         assert code == 0 or str(path) in complaint
         assert code == 2 or all(torch.equal(right[name], final_weights(tmp_path)[name]) for name in right)
-    assert refused > 45
+    assert refused > 28
 
 
 def test_whatever_is_given_as_a_constant_is_run_or_refused_in_one_line(tmp_path, monkeypatch, capsys, quick):
