@@ -10,14 +10,21 @@ writes after the prompt:
 
   cot        0 4 3 4 1 2 1 4 0 [EOS] [TRUE]                  the Euler tour of a depth-first search
 
-  retrieval  0 [STARTSEARCH] 0 ~ [ENDSEARCH] *[FAILED]       the same search; what must be looked up is
-             [STARTSEARCH] 0 - [ENDSEARCH] *4                queried, and the retriever writes the token
-             [STARTSEARCH] 4 ~ [ENDSEARCH] *[FAILED]         marked *: 0 has no parent, its first
-             4 ~ 0                                           neighbour is 4, which has no parent yet: record
-             4 [STARTSEARCH] 4 ~ [ENDSEARCH] *0              `4 ~ 0`, enter 4. Its first neighbour is
-             [STARTSEARCH] 4 - [ENDSEARCH] *0                its parent 0, so ask for the one after
-             [STARTSEARCH] 4 - 0 [ENDSEARCH] *3              edge {4,0}: 3, unvisited ...
+  retrieval  0 [STARTSEARCH] 0 ~ [ENDSEARCH] *[FAILED]       the same search: 0 has no parent,
+             [STARTSEARCH] 0 - [ENDSEARCH] *4                its first neighbour is 4,
+             [STARTSEARCH] 4 ~ [ENDSEARCH] *[FAILED]         which has no parent, so it is new:
+             4 ~ 0                                           record that its parent is 0
+             4 [STARTSEARCH] 4 ~ [ENDSEARCH] *0              enter 4: its parent is 0,
+             [STARTSEARCH] 4 - [ENDSEARCH] *0                and so is its first neighbour;
+             [STARTSEARCH] 4 - 0 [ENDSEARCH] *3              the neighbour after 0 is 3,
              [STARTSEARCH] 3 ~ [ENDSEARCH] *[FAILED] 3 ~ 4 3 ... [EOS] [TRUE]
+
+In `retrieval`, everything that must be looked up is a query between [STARTSEARCH] and [ENDSEARCH]. The
+retriever, a regular expression run over the text so far, writes the token marked * after it, or [FAILED]:
+
+  v ~        who is the parent of v? (x of the last record `v ~ x` outside queries)
+  v -        which is the first neighbour of v? (the other end of the first edge with v in the prompt)
+  v - w      which neighbour of v comes after w?
 
 The other tasks: the four retrieval primitives (section 4), which are pure look-ups in the context, each drawn
 at its function, and two-hop questions in the manner of HotpotQA (section 6) about a small invented world.
@@ -176,8 +183,8 @@ def max_length(n_nodes, setup):
 
 
 def check(task, batch_size, n_nodes, n, setup, distribution):
-    """Return batch_size, n_nodes and n, by default n_nodes, as ints. Raise ValueError, naming the argument, on
-    what a task cannot generate."""
+    """Return batch_size, n_nodes and n, by default n_nodes, as ints. Raise ValueError, naming the argument,
+    on what a task cannot generate."""
     def whole(name, value, known):
         if not isinstance(value, (int, np.integer)) or int(value) not in known:
             raise ValueError(f'{name}={value!r:.40} is impossible: give a whole number from {known[0]} to '
@@ -189,18 +196,19 @@ def check(task, batch_size, n_nodes, n, setup, distribution):
                                ('distribution', distribution, made.distributions)):
         if not isinstance(value, str) or value not in known:
             raise ValueError(f'unknown {name} {value!r:.40}: choose one of {", ".join(known)}')
-    batch_size, n_nodes = whole('batch_size', batch_size, range(1, 10**9)), whole('n_nodes', n_nodes, made.sizes)
+    batch_size = whole('batch_size', batch_size, range(1, 10**9))
+    n_nodes = whole('n_nodes', n_nodes, made.sizes)
     sizes = range(made.lengths(n_nodes)[0], n_nodes + 1, made.sizes.step)
     return batch_size, n_nodes, n_nodes if n is None else whole('n', n, sizes)
 
 
 def generator(seed):
-    """The random.Random of a seed: a whole number, a text or a tuple of those. Raises ValueError on others."""
+    """The random.Random of a seed: a whole number, a text or a tuple of those. Raises ValueError if not."""
     def plain(part):                                    # repr(np.int64(1)) is not that of 1
         if isinstance(part, tuple):
             return tuple(map(plain, part))
         if not isinstance(part, (int, str, np.integer)):
-            raise ValueError(f'seed={seed!r:.40} is impossible: give a whole number, a text or a tuple of those')
+            raise ValueError(f'seed={seed!r:.40} is impossible: give a whole number, a text or a tuple')
         return int(part) if isinstance(part, np.integer) else part
     return random.Random(repr(plain(seed)))
 
@@ -483,7 +491,8 @@ FIRST, LAST, ADJECTIVE, NOUN, TOWN = map(str.split, (
     'Anchor Bridge Compass Door Engine Forest Garden Harbour Island Jewel Lantern Tower',
     'Aldmoor Brenick Caldry Dunwell Elsto Farrowby Grimsend Hestrel Ilvane Jorvale Kelsund Lomar '
     'Mirrick Nethby Orsel Pellora Quarne Ravik Stennis Torvik Ulmere Velm Wexby Zelle'))
-# the special tokens keep their ids and are written as labels and answers
+# The same ids as SPECIALS, spelled differently: [EOS] is 'Answer:', [TRUE] 'yes', [FALSE] 'no', [STARTSEARCH]
+# 'Search:', [ENDSEARCH] 'Found:' and [FAILED] 'nothing'. So generation needs no special case.
 HOTPOT_WORDS = ('-', '~', '[PAD]', '[BOS]', 'Answer:', 'yes', 'no', 'Search:', 'Found:', 'nothing',
                 'Question:', 'Thought:', '\n', '.\n', '?\n', *'. , ^ | wrote it in once now'.split(),
                 *'Where did does the author of live Did Do and one town'.split(),

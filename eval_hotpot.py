@@ -22,13 +22,13 @@ are run by `transformers`, which is many times slower unless the package mamba-s
 
 Each question is asked under three conditions: gold (the model sees the two supporting paragraphs), full
 (all ten) and retrieval (all ten, then the model searches them). Pretrained models get four worked examples
-first. Questions that every model answers right under gold are reported apart, as in the paper. Everything
+first. Questions that every model answers right under gold are reported separately, as in the paper. All of it
 is kept in out/hotpot/*.jsonl, a line per question and condition: run the same command again to continue.
 """
 import os
 import signal
 
-if __name__ == '__main__':              # before the imports that take seconds: Ctrl-C is one line at any moment
+if __name__ == '__main__':      # before the imports that take seconds: Ctrl-C is one line at any moment
     line = b'\neval_hotpot.py: interrupted, run the same command again to continue\n'
     signal.signal(signal.SIGINT, lambda *_: (os.write(2, line), os._exit(130)))
 
@@ -71,12 +71,12 @@ class Constants:
     data: str = 'hotpot_dev_distractor_v1.json'     # file with the questions for pretrained models
     download: bool = False                  # download the official file (45 MB) to --data if it is not there
     questions: int = 500                    # number of questions, from the beginning of the file; 0: all
-    subset: int = 350                       # most questions reported apart: right under gold in every model
+    subset: int = 350                       # maximum number of questions that are right under gold for all
     trust_remote_code: bool = False         # run code that comes with a checkpoint
     # the conversation
-    rounds: int = 3                         # most queries per question
-    line_tokens: int = 64                   # most tokens of a line that the model writes
-    query_seconds: float = 1.0              # most time for a query
+    rounds: int = 3                         # maximum number of queries per question
+    line_tokens: int = 64                   # maximum number of tokens of a line that the model writes
+    query_seconds: float = 1.0              # time limit for a query
     # running
     show: int = 0                           # number of questions whose transcripts are printed
     out: str = 'out'                        # folder of train.py's results; ours go to its subfolder hotpot
@@ -460,7 +460,7 @@ def baselines(records):
 
 def evaluate(model, records, folder, shots=True, rounds=3, seconds=1.0):
     """Ask a model all questions under all conditions, except those whose results are in the folder already.
-    model: as for ask, and with a name. Returns the results, {(id, condition): dict}. Raises UserError if their
+    model: as for ask, and with a name. Returns the results, {(id, condition): dict}. Raises UserError if the
     file is damaged."""
     # a file per configuration: other questions, examples or weights never continue an old one
     of_model = [getattr(model, name, '') for name in ('version', 'line_tokens')]
@@ -692,7 +692,6 @@ def trained(out, device):
 def main(argv):
     if {'-h', '--help'} & {*argv}:
         print(__doc__)
-    argv = [f'{a}=True' if a in ('--download', '--trust_remote_code') else a for a in argv]
     c = parse(argv, Constants, 'eval_hotpot.py', {'default': {}})
     for name, (low, high) in LIMITS.items():
         if not low <= getattr(c, name) <= high:

@@ -10,12 +10,14 @@ A layer is one class: its initial weights (`init_weights`), what it carries from
 the memory that the paper is about: in a recurrent layer of a fixed size, d_inner * (d_state + 3) floats in
 Mamba, while attention adds 2 d_model floats with every token. `Model.memory` counts them.
 
-Symbols, and the letters of the Mamba paper (Gu & Dao 2023, arXiv 2312.00752) for them:
-  B        B  batch                                 d_model     width of the residual stream
-  L        L  sequence length                       d_inner  D  channels of a Mamba layer, 2 d_model
-  delta    Δ  step size                             dt_rank  R  rank of the map to delta, ceil(d_model/16)
-  Bs, Cs   B, C  and A, D: those of its equations   d_state  N  floats per channel, the size of the memory;
-                 DeltaNet: a matrix d_state x d_state per head; GRU: hidden units
+Symbols (in brackets: the letters of the Mamba paper, Gu & Dao 2023, arXiv 2312.00752):
+  B, L (B, L)                batch, sequence length
+  d_model                    width of the residual stream
+  d_inner (D)                channels of a Mamba layer, 2 d_model
+  d_state (N)                size of the memory: floats per channel in Mamba, per head a d_state x d_state
+                             matrix in DeltaNet, hidden units in a GRU
+  delta (Δ), dt_rank (R)     step size, and the rank of the map to it, ceil(d_model/16)
+  A, Bs, Cs, D (A, B, C, D)  the other parameters of the state space model
 
 `Linear` is a faster nn.Linear (end of this file). The scan comes from scan_cuda/.
 """
@@ -206,15 +208,15 @@ class Attention(nn.Module):
     def heads(self, x, seen=0):
         """Queries, keys and values of x (B, L, d_model), whose first token has position `seen`."""
         B, L, _ = x.shape
-        qkv = self.qkv_proj(x).view(B, L, -1, self.d_head)                  # (B, L, heads of all, d_head)
+        qkv = self.qkv_proj(x).view(B, L, -1, self.d_head)                  # (B, L, all heads, d_head)
         qk, v = qkv.split((self.n_heads + self.n_kv_heads, self.n_kv_heads), 2)
         qk = rotate(qk, torch.arange(seen, seen + L, device=x.device), self.rope_theta)
         q, k = qk.split((self.n_heads, self.n_kv_heads), 2)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)      # (B, heads, L, d_head)
 
     def weights(self, x):
-        """How much each token of x (B, L, d_model) attends to each other: (B, n_heads, L, L), rows add up to 1.
-        Not needed to run the model, only to look at it."""
+        """How much each token of x (B, L, d_model) attends to each: (B, n_heads, L, L), rows add up to 1. Not
+        needed to run the model, only to look at it."""
         q, k, _ = self.heads(x)
         k = k.repeat_interleave(self.n_heads // self.n_kv_heads, 1)         # (B, n_heads, L, d_head)
         scores = q @ k.mT / math.sqrt(self.d_head)                          # (B, n_heads, L, L)
@@ -438,7 +440,7 @@ def pretrained_config(hub):
     def number(name, low, high, default=None, kind=int):
         value = default if hub.get(name) is None else hub[name]
         if type(value) not in (int, kind) or not low <= value <= high:
-            raise ValueError(f'{name}={value!r:.40} in config.json: must be {kind.__name__}, {low} to {high}')
+            raise ValueError(f'config.json: {name}={value!r:.40} must be {kind.__name__}, {low} to {high}')
         return kind(value)
 
     family = hub.get('model_type') if isinstance(hub, dict) else None
@@ -452,7 +454,7 @@ def pretrained_config(hub):
         n_heads = number('num_attention_heads', 1, d_model // 2)
         n_kv_heads = number('num_key_value_heads', 1, n_heads, n_heads)
         if d_model % (2 * n_heads) or n_heads % n_kv_heads:
-            raise ValueError(f'{n_heads} heads, {n_kv_heads} of them with keys: impossible at {d_model=}')
+            raise ValueError(f'hidden_size={d_model} cannot have {n_heads} heads with {n_kv_heads} key heads')
         d_mlp = number('intermediate_size', 1, 1_000_000)
         config = Config(vocab_size, 'A' * n_layers, d_model, d_mlp, n_heads, n_kv_heads,
                         rope_theta=number('rope_theta', 1, 1e12, 10000.0, float),
@@ -534,17 +536,16 @@ def generation_cost(size='0.5M', lengths=tuple(2 ** k for k in range(6, 18)), re
         model = make_model(arch, size, 128).to(device)
         for length in lengths:
             state, seconds = model.init_state(1, length), []
+            memory = sum(t.nbytes for carried in state for t in carried.values())
             with torch.inference_mode():
                 for _ in range(repeats):
                     started = time.perf_counter()
                     model.step(token, state).argmax().item()
                     seconds.append(time.perf_counter() - started)
-            row = dict(arch=arch, size=size, length=length, seconds=statistics.median(seconds),
-                       bytes=4 * sum(model.memory(length).values()), device=device.type,
-                       threads=torch.get_num_threads())
-            print(f'{arch:12} {size}  {length:>8,} tokens of context   {1e3 * row["seconds"]:8.2f} ms a token'
-                  f'   {row["bytes"] / 1e6:10.3f} MB')
-            rows.append(row)
+            rows.append(dict(arch=arch, size=size, length=length, seconds=statistics.median(seconds),
+                             bytes=memory, device=device.type, threads=torch.get_num_threads()))
+            print(f'{arch:12} {size}  {length:>8,} tokens of context   '
+                  f'{1e3 * rows[-1]["seconds"]:8.2f} ms a token   {memory / 1e6:10.3f} MB')
     return rows
 
 
@@ -568,7 +569,7 @@ class OneDNN(torch.autograd.Function):
 
 class Linear(nn.Linear):
     """nn.Linear, computed by oneDNN when training on a CPU in fp32. torch leaves such products to MKL, which
-    on AMD processors is three times as slow (74 against 200 GFLOP/s a core). torch.compile works without."""
+    is slow on AMD processors (74 against 200 GFLOP/s a core). torch.compile gets the plain nn.Linear."""
 
     def forward(self, x):
         if (x.requires_grad and x.dtype == torch.float32 and x.device.type == 'cpu'

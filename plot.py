@@ -10,7 +10,7 @@ they belong: lines differ in width and markers in size, so that three lines at 1
 import os
 import signal
 
-if __name__ == '__main__':              # before the imports that take seconds: Ctrl-C is one line at any moment
+if __name__ == '__main__':      # before the imports that take seconds: Ctrl-C is one line at any moment
     line = b'\nplot.py: interrupted, run the same command again\n'
     signal.signal(signal.SIGINT, lambda *_: (os.write(2, line), os._exit(130)))
 
@@ -684,7 +684,7 @@ GENERATION = {'arch': str, 'size': str, 'length': int, 'seconds': float, 'bytes'
 
 
 def read(path, shape):
-    """The list of values in a JSON or JSON-lines file; of a damaged one, a line that says so and an empty list."""
+    """The list of values in a JSON or JSON-lines file; for a damaged one, [] and a line that says so."""
     try:
         value = read_json(path, shape)
         return value if isinstance(value, list) else [value]

@@ -21,7 +21,7 @@ import signal
 import sys
 
 if __name__ == '__main__':      # before the imports that take seconds: Ctrl-C is one line at any moment
-    def interrupted(*_):        # (what is on the disk is always whole, see write; helpers end by themselves)
+    def interrupted(*_):        # files are always whole, see write; helpers end by themselves
         if os.environ.get('RANK', '0') == '0':
             os.write(2, b'\ntrain.py: interrupted, run the same command again to continue\n')
         os._exit(130)
@@ -78,7 +78,7 @@ class Constants:
     n_val: int = 1000                       # held-out samples for the result
     # the model
     frozen_embedding: bool = False          # fixed sinusoids (the paper) instead of a learned embedding
-    # training; where constants have names, give one value for all or name:value,...
+    # training; several names: give one value for all, or name:value,...
     samples: dict = field(default_factory=SAMPLES.copy)         # training samples
     batch_size: dict = field(default_factory=BATCH_SIZE.copy)   # samples per step
     lr: dict = field(default_factory=LR.copy)                   # peak learning rate
@@ -86,7 +86,7 @@ class Constants:
     grad_clip: float = 1.0                  # largest norm of the gradient; 0 means no limit (the paper)
     dtype: str = 'float32'                  # float32, or bfloat16 through autocast
     evaluations: int = 8                    # evaluations during a run, each on 200 held-out samples
-    solved: float = 0.995                   # stop after two evaluations with so many exact traces; 0: never
+    solved: float = 0.995                   # stop when two evaluations reach so many exact traces; 0: never
     # choosing constants
     sweep: bool = False                     # try all learning rates and warm-ups, on other seeds and prompts
     # running
@@ -122,7 +122,7 @@ SWEEP_SHARES, SWEEP_KEEPS, SWEEP_SEED = (1 / 8, 1 / 2), 2, 1000
 
 
 class UserError(Exception):
-    """Something the user can mend: printed as one line, exit code 2."""
+    """Something the user can fix: printed as one line, exit code 2."""
 
 
 # --- training ------------------------------------------------------------------------------------------
@@ -142,12 +142,14 @@ def solved(cell, log):
 
 
 def train(c, cell, held_out, device, path):
-    """Train the model of a cell, from its checkpoint if there is one. held_out: see held_out_samples.
+    """Train the model of a cell, from its checkpoint if there is one. held_out: the samples that will be
+    reported. They are not trained on, and neither are those on which the run is watched and stopped.
     Returns the model, the number of samples that it was trained on, and the seconds that this took."""
-    batch_size, n = cell['batch_size'], cell['n_nodes']
+    batch_size = cell['batch_size']
     torch.manual_seed(cell['seed'])
-    model = models.make_model(cell['arch'], cell['size'], data.TASKS[cell['task']].vocab_size(n),
-                              cell['d_state'], cell['frozen_embedding'], cell['layers']).to(device)
+    vocab_size = data.TASKS[cell['task']].vocab_size(cell['n_nodes'])
+    model = models.make_model(cell['arch'], cell['size'], vocab_size, cell['d_state'], cell['frozen_embedding'],
+                              cell['layers']).to(device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=cell['lr'], fused=device.type != 'mps')
     forward = torch.compile(model, mode='reduce-overhead') if c.compile else model
@@ -162,11 +164,12 @@ def train(c, cell, held_out, device, path):
             cell=cell, model=model.state_dict(), optimizer=optimizer.state_dict(), step=step,
             seconds=seconds + time.monotonic() - started, log=log), file))
 
-    n, val_tokens, val_mask = held_out[-1]
+    tuning = held_out_samples(cell | dict(tuning=True))
+    n, watched, watched_mask = tuning[-1][0], tuning[-1][1][:200], tuning[-1][2][:200]
     steps = -(-cell['samples'] // batch_size)
     eval_steps = max(1, steps // cell['evaluations'])
-    batches = data.Batches(cell['task'], batch_size, n, cell['setup'], cell['seed'], cell['distribution'],
-                           [tokens for _, tokens, _ in held_out])
+    batches = data.Batches(cell['task'], batch_size, cell['n_nodes'], cell['setup'], cell['seed'],
+                           cell['distribution'], [tokens for _, tokens, _ in held_out + tuning])
     loader = DataLoader(batches, batch_size=None, sampler=range(step, steps), num_workers=c.workers,
                         pin_memory=device.type == 'cuda')
     started = saved = time.monotonic()
@@ -198,7 +201,7 @@ def train(c, cell, held_out, device, path):
                                     f'samples, try a learning rate below {cell["lr"]}')
                 progress.set_postfix_str(f'loss {loss.item():.3f}')
             if evaluating and not last:
-                measured, _ = evaluate(model, cell, n, val_tokens[:200], val_mask[:200], c.eval_batch, device)
+                measured, _ = evaluate(model, cell, n, watched, watched_mask, c.eval_batch, device)
                 log.append(dict(samples=step * batch_size, loss=loss.item(),
                                 seconds=seconds + time.monotonic() - started,
                                 accuracy=measured['accuracy'], exact_trace=measured['exact_trace']))
@@ -253,8 +256,8 @@ def generate(model, task, n, setup, prompts, device):
 # --- evaluation ------------------------------------------------------------------------------------------
 
 def held_out_samples(cell):
-    """The held-out samples of a cell: a list of (n, tokens (N, L), loss_mask (N, L)), one for each n that its
-    training mixes, the largest last."""
+    """The held-out samples of a cell, those to report or, if tuning, those to choose constants on: a list of
+    (n, tokens (N, L), loss_mask (N, L)), one for each n that its training mixes, the largest last."""
     draw = lambda n: data.validation_set(cell['task'], cell['n_val'], cell['n_nodes'], cell['setup'],
                                          cell['distribution'], n, cell['tuning'])
     return [(n, *draw(n)[:2]) for n in data.TASKS[cell['task']].lengths(cell['n_nodes'])]
@@ -283,12 +286,12 @@ def evaluate(model, cell, n, reference, loss_mask, batch_size, device):
         else:
             written, retrieved, *counts = generate(model, cell['task'], n, setup, expected[:, :start], device)
             queries, well_formed = queries + counts[0], well_formed + counts[1]
-            for row, other in zip(written, expected):
-                end, other_end = (np.flatnonzero(t != data.PAD)[-1] for t in (row, other))
-                right.append(float(row[end] == other[other_end] and row[end - 1] == data.EOS))
-        for row, other, by_retriever in zip(written, expected, retrieved):
+            for row, wanted in zip(written, expected):
+                end, wanted_end = (np.flatnonzero(t != data.PAD)[-1] for t in (row, wanted))
+                right.append(float(row[end] == wanted[wanted_end] and row[end - 1] == data.EOS))
+        for row, wanted, by_retriever in zip(written, expected, retrieved):
             words, right_words, prompt = (data.decode(part, task.words).split(' ')
-                                          for part in (row, other, other[:start]))
+                                          for part in (row, wanted, wanted[:start]))
             exact.append(words == right_words)
             if len(samples) < 3:
                 after = len(prompt)
@@ -595,7 +598,7 @@ CHOICES = dict(tasks=data.TASKS, archs=models.ARCHS, setups=data.SETUPS, sizes=m
                distribution=[*data.DISTRIBUTIONS, *data.HOTPOT_DISTRIBUTIONS],
                dtype=('float32', 'bfloat16'), device=('auto', 'cpu', 'cuda', 'mps'))
 LIMITS = dict(batch_size=(1, 65_536), eval_batch=(1, 65_536), n_val=(1, 1_000_000), d_state=(1, 1024),
-              samples=(0, 10 ** 12), evaluations=(1, 10_000), warmup=(0, 1), solved=(0, 1), show=(0, 3),
+              samples=(0, 10 ** 12), evaluations=(1, 10_000), warmup=(0, 1), solved=(0, 1), show=(0, 1000),
               processes=(0, 1024), workers=(0, 1024), lr=(0, 1e38), grad_clip=(0, 1e30))
 
 
