@@ -2784,8 +2784,7 @@ def test_the_handout_holds_no_line_of_a_solution(handed_out):
             lines = source.split('\n')[first - 1:last]
             source = source.replace('\n'.join(lines), '\n' * (len(lines) - 1))
             hidden |= {line.split('#')[0].strip() for line in lines}
-            patterns = [re.findall(r"[^'{}]*\\[^'{}]*", line) for line in lines if 're.' in line]
-            hidden |= {part for found in patterns for part in found}
+            hidden |= {line.partition(": r'")[2].partition(' #')[0].strip() for line in lines}
         elsewhere += source
     hidden = {line for line in hidden if len(line) > 24 or '\\d' in line and len(line) > 9}
     assert len(hidden) > 60 and not [line for line in hidden if line in theirs and line not in elsewhere]
@@ -2832,7 +2831,7 @@ WRONG = {
     'recursion': (1, RECURSIVE, 8, 'RecursionError'),
     'the wrong type': (2, 'return {1: {2: set()}}', 0, 'Expected'),
     'no queries': (2, 'return cot_trace(neighbours)', 0, 'Expected'),
-    'one kind of query': (3, "return re.compile(rf' {query}(?= (\\d+))') if '~' in query else None", 2.5, ''),
+    'one pattern for all queries': (3, r' V ~(?= (\d+))', 5, 'Expected'),
     'a sibling': (4, 'return selective_scan_fallback(u, delta, A, B, C, D, initial_state)', 0, 'may not be'),
     'a loop, not parallel': (5, LOOP, 7.5, 'fewer than 2,000 operations'),
     'autograd': (6, 'return torch.autograd.grad(u.sum(), u)', 0, 'autograd cannot be used'),

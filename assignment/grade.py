@@ -36,7 +36,7 @@ PROJECT = Path(__file__).parent.parent
 FILES = ('*.py', 'scan_cuda/*', 'requirements.txt', 'LICENSE', '.gitignore')
 KERNELS = ('scan_cuda/*.cpp', 'scan_cuda/*.cu', 'scan_cuda/*.h')        # the scan in other languages
 SCAN = 'scan_cuda/__init__.py'
-SECONDS = 60                        # for an exercise, and for an experiment's checkpoint
+SECONDS = 120                       # for an exercise, and for an experiment's checkpoint
 
 
 class Exercise(NamedTuple):
@@ -66,11 +66,11 @@ EXERCISES = {
         data.py draws an example.''',
                 (('data.py', 'retrieval_trace'),), needs='exercise 1, read or solved'),
     3: Exercise("The retriever's regular expressions", 10, 40, '''
-        Three patterns are the whole retriever. `retrieve`, below them, shows how they are used: each is
-        searched for in the text before the query, the answer is the group that matched, and of several
-        matches the last one outside queries counts. A pattern for the first edge must therefore begin at
-        [BOS]. Beware of 1 inside 11.''',
-                (('data.py', 'query_pattern'),)),
+        Three patterns are the whole retriever; V and W stand for the numbers of a query. Those of the
+        retrieval primitives, below them, are examples. `retrieve` uses them: the answer is the group that
+        matched in the text before the query, and of several matches the last one outside queries counts. A
+        pattern for the first edge must therefore begin at [BOS]. Beware of 1 inside 11.''',
+                (('data.py', 'QUERIES.istree'),)),
     4: Exercise('The scan as a loop', 10, 20, '''
         The recurrence at the heart of Mamba, one token after the other.''',
                 ((SCAN, 'selective_scan_reference'),), tuple((SCAN, name) for name in (
@@ -269,26 +269,37 @@ def examples(number, seed):
 # --- source code ------------------------------------------------------------------------------------------
 
 def find(tree, name):
-    """The definition of a function, or of a method (Class.method); None if there is none."""
+    """The definition of a function, of a method (Class.method) or of what a dictionary holds under a key
+    (DICTIONARY.key); None if there is none."""
     for part in name.split('.'):
-        tree = next((node for node in getattr(tree, 'body', ()) if getattr(node, 'name', None) == part), None)
+        if isinstance(tree, ast.Assign):
+            pairs = [(getattr(key, 'value', None), value) for key, value in zip(
+                getattr(tree.value, 'keys', ()), getattr(tree.value, 'values', ()))]
+        else:
+            pairs = [(name, node) for node in getattr(tree, 'body', ()) for name in defined(node)]
+        tree = dict(pairs).get(part)
     return tree
 
 
 def body(node):
-    """First and last line, counted from 1, of a function's code without its docstring."""
+    """First and last line, counted from 1, of a function's code without its docstring, or of a dictionary."""
+    if isinstance(node, ast.Dict):
+        return node.lineno, node.end_lineno
     return node.body[0].end_lineno + 1 if ast.get_docstring(node) else node.body[0].lineno, node.end_lineno
 
 
 def blank(source, bodies):
-    """Source code with other bodies, {function: body}. Docstrings stay, patterns quoted there do not."""
+    """Source code with other bodies, {function: body}, or other values in a dictionary. Docstrings stay."""
     lines, tree = source.split('\n'), ast.parse(source)
     for name, code in sorted(bodies.items(), key=lambda item: -find(tree, item[0]).lineno):
         node = find(tree, name)
         first, last = body(node)
-        lines[first - 1:last] = [' ' * (node.col_offset + 4) + code]
-        for i in range(node.lineno - 1, first - 1):
-            lines[i] = re.sub(r'(?<=  )\S+(?: \S+)*\\\S+(?: \S+)*', '...', lines[i])
+        if isinstance(node, ast.Dict):
+            for value in node.values:                   # each on its own line
+                line = lines[value.lineno - 1]
+                lines[value.lineno - 1] = line[:value.col_offset] + repr(code) + line[value.end_col_offset:]
+        else:
+            lines[first - 1:last] = [' ' * (node.col_offset + 4) + code]
     return '\n'.join(lines)
 
 
@@ -301,9 +312,15 @@ def transplant(ours, theirs, names):
     known = {name for node in tree.body for name in defined(node)}
     added = [line for node in other.body if defined(node) - known for line in code(node)]
     for name in sorted(names, key=lambda name: -find(tree, name).lineno):
-        if not isinstance(find(other, name), ast.FunctionDef):
-            raise Failed(f'the function {name} is missing')
-        lines[start(find(tree, name)):find(tree, name).end_lineno] = code(find(other, name))
+        old, new = find(tree, name), find(other, name)
+        if type(new) is not type(old):
+            raise Failed(f'{name} is missing')
+        if isinstance(old, ast.Dict):
+            before = lines[old.lineno - 1][:old.col_offset]
+            after = lines[old.end_lineno - 1][old.end_col_offset:]
+            lines[old.lineno - 1:old.end_lineno] = [f'{before}{ast.unparse(new)}{after}']
+        else:
+            lines[start(old):old.end_lineno] = code(new)
     first = min(start(find(tree, name.split('.')[0])) for name in names)
     return '\n'.join([*lines[:first], *added, *lines[first:]])
 
@@ -355,8 +372,8 @@ def handout(folder, chosen, seed):
     copy_project(folder, [file for file in left_out if isinstance(file, str)])
     rewrite(folder, {function: f"raise NotImplementedError('left out: it is too close to exercise {k}')"
                      for function, k in left_out.items() if isinstance(function, tuple)}
-            | {function: f"raise NotImplementedError('exercise {k}: about {length(k)} lines')"
-               for k in chosen for function in EXERCISES[k].targets})
+            | {function: f"raise NotImplementedError('exercise {k}: about {length(k)} lines')" if k != 3
+               else '(exercise 3' for k in chosen for function in EXERCISES[k].targets})
     tests = [(k, name, [(example, answer(k, example)) for example in group])
              for k in chosen if k not in EXPERIMENTS for name, group in examples(k, f'handout {seed}')]
     (folder / 'expected.json').write_text(json.dumps(tests))

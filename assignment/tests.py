@@ -58,6 +58,8 @@ def trace(edges):
 
 
 def retrieve(text):
+    if '(exercise 3' in data.QUERIES['istree'].values():
+        raise NotImplementedError
     answer, well_formed = data.TASKS['istree'].retrieve(text)
     return {'answer': answer, 'well-formed': well_formed}
 
