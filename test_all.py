@@ -1090,7 +1090,7 @@ def small_model(layers, d_state=16):
 
 @pytest.mark.parametrize('layers', PATTERNS)
 @pytest.mark.parametrize('prompt', [1, 2, 67])
-def test_stepping_gives_the_logits_of_the_parallel_pass(layers, prompt):
+def test_stepping_through_every_layer_gives_the_logits_of_the_parallel_pass(layers, prompt):
     model = small_model(layers)
     tokens = torch.randint(0, 30, (3, 80))
     with torch.no_grad():
@@ -1115,7 +1115,7 @@ def test_a_prompt_may_be_read_in_several_parallel_passes_and_from_a_copied_state
 
 
 @pytest.mark.parametrize('layers', PATTERNS)
-def test_no_token_sees_the_future(layers):
+def test_in_every_layer_no_token_sees_the_future(layers):
     model, tokens = small_model(layers), torch.randint(0, 30, (1, 80))
     changed = tokens.clone()
     changed[0, 60] = (changed[0, 60] + 1) % 30
@@ -1125,7 +1125,7 @@ def test_no_token_sees_the_future(layers):
 
 
 @pytest.mark.parametrize('layers', PATTERNS)
-def test_gradients_reach_every_parameter(layers):
+def test_gradients_reach_every_parameter_of_every_layer(layers):
     model, tokens = small_model(layers), torch.randint(0, 30, (2, 80))
     F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()).backward()
     for name, parameter in model.named_parameters():
