@@ -911,7 +911,8 @@ def test_cuda_kernels_compile_for_turing_ampere_and_hopper_without_spills(tmp_pa
     run = subprocess.run(['nvcc', '-std=c++17', '-O3', *architectures, '--threads=2', '-Xptxas=-v', '-c',
                           HERE / 'scan_cuda' / 'scan_kernels.cu', '-o', tmp_path / 'scan.o'], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert run.stderr.count('0 bytes spill stores, 0 bytes spill loads') == 3 * 8   # 4 kernels; fp32, bf16
+    assert run.stderr.count('0 bytes spill stores, 0 bytes spill loads') == 3 * 8    # 4 kernels; fp32, bf16
+    assert run.stderr.count(' 0 bytes stack frame') == 3 * 4                         # the parallel ones
     assert 'warning' not in run.stderr
 
 

@@ -1,16 +1,14 @@
 """How fast is the scan, and the models that use it?   python -m scan_cuda.bench [cpu|cuda]
 
-Times in fp32, with the paper's batch of 64: every implementation of the scan at hand (mamba-ssm where it is installed)
-on the shapes of the paper's grid, forward and forward + backward; then the training step and the generation step of
-each architecture of size 0.5M. Medians on a CPU. On a GPU the calls of a measurement are queued and timed by CUDA
-events, so the time to launch them does not count unless the GPU waits for it, as it would in training.
+Times in fp32, with the paper's batch of 64: every implementation of the scan at hand (mamba-ssm if it is installed)
+on the shapes of the paper's grid, forward and forward + backward; then the training step and the generation step
+of each architecture of size 0.5M. Medians on a CPU. On a GPU the calls of a measurement are queued and timed by
+CUDA events: launching them counts only where the GPU waits for it, as it would in training.
 """
-import os
 import platform
 import statistics
 import sys
 import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +48,7 @@ def implementations(device):
               'reference': (as_is, scan_cuda.selective_scan_reference)}
     try:
         from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
-        turn = lambda t: t.detach().transpose(1, 2).contiguous().requires_grad_()   # its own layout, not timed
+        turn = lambda t: t.detach().transpose(1, 2).contiguous().requires_grad_()   # its layout
         found['mamba-ssm'] = (lambda u, delta, A, B, C, D: (turn(u), turn(delta), A, turn(B), turn(C), D),
                               selective_scan_fn)
     except ImportError:
@@ -95,16 +93,9 @@ def time_models(device):
             print(f'{BATCH:5} {L:5}  {arch:12} {training:13.2f} {generation:16.2f}', flush=True)
 
 
-def machine(device):
-    if device == 'cuda':
-        return torch.cuda.get_device_name(0)
-    cpuinfo = Path('/proc/cpuinfo').read_text() if Path('/proc/cpuinfo').exists() else ''
-    names = [line.split(':')[1].strip() for line in cpuinfo.splitlines() if line.startswith('model name')]
-    return f'{(names or [platform.machine()])[0]}, {torch.get_num_threads()} of {os.cpu_count()} threads'
-
-
 if __name__ == '__main__':
     device = sys.argv[1] if len(sys.argv) > 1 else 'cuda' if torch.cuda.is_available() else 'cpu'
-    print(f'{machine(device)}; torch {torch.__version__}')
+    name = torch.cuda.get_device_name() if device == 'cuda' else f'{platform.machine()} CPU'
+    print(f'{name}; torch {torch.__version__}, {torch.get_num_threads()} threads')
     time_scans(device)
     time_models(device)
