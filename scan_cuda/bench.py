@@ -1,9 +1,9 @@
 """How fast is the scan, and the models that use it?   python -m scan_cuda.bench [cpu|cuda]
 
-Times in fp32, with the paper's batch of 64: every implementation of the scan at hand (mamba-ssm if it is installed)
-on the shapes of the paper's grid, forward and forward + backward; then the training step and the generation step
-of each architecture of size 0.5M. Medians on a CPU. On a GPU the calls of a measurement are queued and timed by
-CUDA events: launching them counts only where the GPU waits for it, as it would in training.
+Times in fp32, with the paper's batch of 64: every implementation of the scan at hand (mamba-ssm if installed)
+on the shapes of the paper's grid, forward and forward + backward; then the training step and the generation
+step of each architecture of size 0.5M. Medians on a CPU. On a GPU, CUDA events time calls that are queued:
+launching them counts only where the GPU waits for it, as in training.
 """
 import platform
 import statistics
@@ -21,11 +21,12 @@ SECONDS, MAX_CALLS = 0.6, 50        # of one measurement, after a call to warm u
 
 def milliseconds(call, device):
     """The time of one call."""
+    wait = torch.cuda.synchronize if device == 'cuda' else lambda: None
+
     def seconds():
         start = time.perf_counter()
         call()
-        if device == 'cuda':
-            torch.cuda.synchronize()
+        wait()
         return time.perf_counter() - start
     seconds()
     calls = max(1, min(MAX_CALLS, int(SECONDS / seconds())))
@@ -36,21 +37,21 @@ def milliseconds(call, device):
     for _ in range(calls):
         call()
     end.record()
-    torch.cuda.synchronize()
+    wait()
     return begin.elapsed_time(end) / calls
 
 
 def implementations(device):
-    """name -> (prepare, run): run(*prepare(u, delta, A, B, C, D)) is y, or y and the state."""
-    as_is = lambda *inputs: inputs
-    found = {f'{device} kernel': (as_is, scan_cuda.selective_scan)} if scan_cuda.build.load(device) else {}
-    found |= {'fallback': (as_is, scan_cuda.selective_scan_fallback),
-              'reference': (as_is, scan_cuda.selective_scan_reference)}
+    """name -> (prepare, run): run(*prepare(u, delta, A, B, C, D)) is (y, ...)."""
+    runs = {'fallback': scan_cuda.selective_scan_fallback, 'reference': scan_cuda.selective_scan_reference}
+    if scan_cuda.build.load(device):
+        runs = {f'{device} kernel': scan_cuda.selective_scan} | runs
+    found = {name: (lambda *inputs: inputs, run) for name, run in runs.items()}
     try:
         from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
-        turn = lambda t: t.detach().transpose(1, 2).contiguous().requires_grad_()   # its layout
-        found['mamba-ssm'] = (lambda u, delta, A, B, C, D: (turn(u), turn(delta), A, turn(B), turn(C), D),
-                              selective_scan_fn)
+        turn = lambda t: t.detach().transpose(1, 2).contiguous().requires_grad_()       # its layout
+        found['mamba-ssm'] = (lambda u, delta, A, B, C, D: (*map(turn, (u, delta)), A, *map(turn, (B, C)), D),
+                              lambda *inputs: (selective_scan_fn(*inputs),))
     except ImportError:
         pass
     return found
@@ -66,10 +67,9 @@ def time_scans(device):
                       make(BATCH, L, D_STATE), make(BATCH, L, D_STATE), make(d_inner)]
             for name, (prepare, run) in implementations(device).items():
                 own = prepare(*(t.requires_grad_() for t in inputs))
-                first = lambda: (lambda out: out[0] if isinstance(out, tuple) else out)(run(*own))
                 with torch.no_grad():
-                    forward = milliseconds(first, device)
-                both = milliseconds(lambda: torch.autograd.grad(first().sum(), own), device)
+                    forward = milliseconds(lambda: run(*own), device)
+                both = milliseconds(lambda: torch.autograd.grad(run(*own)[0].sum(), own), device)
                 print(f'{BATCH:5} {L:5} {d_inner:7}  {name:12} {forward:10.2f} {both:11.2f}', flush=True)
 
 

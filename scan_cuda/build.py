@@ -1,8 +1,8 @@
 """Builds the kernels when they are first needed, calls them, and defines the operators that autograd and
 torch.compile see.
 
-A kernel is a library of plain C functions (scan.h), made by one call of c++ for the CPU or of nvcc for CUDA, without
-torch's headers and without a GPU. It is cached in TORCH_EXTENSIONS_DIR (default ~/.cache/torch_extensions).
+A kernel is a library of plain C functions (scan.h), made by one call of c++ for the CPU or of nvcc for CUDA,
+without torch's headers and without a GPU. It is cached in TORCH_EXTENSIONS_DIR (default: in ~/.cache).
 """
 import ctypes
 import hashlib
@@ -45,7 +45,7 @@ def _build(device_type):
     """The kernel's library, from the cache or freshly built. Raises RuntimeError: a reason and a remedy."""
     source = HERE / SOURCES[device_type]
     target = _processor() if device_type == 'cpu' else _architectures()
-    key = '\n'.join([*target, (HERE / 'scan.h').read_text(), source.read_text()])  # machines may share the cache
+    key = '\n'.join([*target, (HERE / 'scan.h').read_text(), source.read_text()])   # machines may share it
     cache = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
     folder = Path(os.environ.get('TORCH_EXTENSIONS_DIR') or Path(cache, 'torch_extensions'))
     library = folder / f'scan_{device_type}_{hashlib.sha256(key.encode()).hexdigest()[:12]}.so'
@@ -62,11 +62,12 @@ def _build(device_type):
                     lines = (run.stderr + run.stdout).strip().splitlines() or ['the compiler failed']
                     errors = [line.strip() for line in lines if re.search(r'\berror\b', line, re.IGNORECASE)]
                     other = 'compiler in CXX' if device_type == 'cpu' else 'toolkit in CUDA_HOME'
-                    raise RuntimeError(f'{(errors + lines)[0][:300]}; remedy: another {other}, or SCAN_CUDA_BUILD=0')
+                    raise RuntimeError(f'{(errors + lines)[0][:300]}; remedy: another {other}, or '
+                                       'SCAN_CUDA_BUILD=0')
                 half.replace(library)
     except OSError as error:
-        raise RuntimeError(f'cannot write to {folder} ({error.strerror}); remedy: set TORCH_EXTENSIONS_DIR to '
-                           'a folder you may write to')
+        raise RuntimeError(f'cannot write to {folder} ({error.strerror}); remedy: set TORCH_EXTENSIONS_DIR '
+                           'to a folder you may write to')
     return library
 
 
@@ -92,8 +93,8 @@ def _architectures():
 def _cpu_compiler():
     cxx = (os.environ.get('CXX') or 'c++').split()
     if not shutil.which(cxx[0]):
-        raise RuntimeError(f'no C++ compiler ({cxx[0]}); remedy: install one (Debian, Ubuntu, Colab: apt install '
-                           'g++; Mac: xcode-select --install) or name it in CXX')
+        raise RuntimeError(f'no C++ compiler ({cxx[0]}); remedy: install one (Debian, Ubuntu, Colab: '
+                           'apt install g++; Mac: xcode-select --install) or name it in CXX')
     run = lambda *flags: subprocess.run([*cxx, *flags], capture_output=True, text=True)
     command = [*cxx, '-std=c++17', '-O3', '-shared', '-fPIC']
     if run('-march=native', '-x', 'c++', '-fsyntax-only', os.devnull).returncode == 0:
@@ -122,9 +123,10 @@ def _cuda_compiler(architectures):
 
 class Scan(ctypes.Structure):
     """scan.h's."""
-    _fields_ = [*((name, ctypes.c_int64) for name in 'batch L d_inner N B_stride C_stride bf16 threads'.split()),
-                *((name, ctypes.c_void_p) for name in 'u delta B C A D initial y final_state starts dy dfinal '
-                                                      'du ddelta dA dB dC dD dinitial'.split())]
+    _numbers = 'batch L d_inner N B_stride C_stride bf16 threads'.split()
+    _pointers = ('u delta B C A D initial y final_state starts dy dfinal '
+                 'du ddelta dA dB dC dD dinitial').split()
+    _fields_ = [(name, ctypes.c_int64) for name in _numbers] + [(name, ctypes.c_void_p) for name in _pointers]
 
 
 def scan_functions(library, prefix='scan_'):
@@ -169,7 +171,7 @@ def scan_functions(library, prefix='scan_'):
 
 
 def _turn(state):
-    """(batch, d_inner, d_state) as kernels have it, (batch, d_state, d_inner): no copy for one from a kernel."""
+    """(batch, d_inner, d_state) as kernels have it, (batch, d_state, d_inner); their own are not copied."""
     return None if state is None else state.transpose(1, 2).contiguous()
 
 
@@ -178,20 +180,20 @@ def _threads(work):
 
 
 def _conv_functions(library):
-    def call(function, *tensors):
-        batch, L, d = tensors[0].shape      # of y or dy
-        sizes = batch, L, d, _threads(16 * batch * L * d)
+    def call(function, y, x, weight, bias, *gradients):
+        sizes = *y.shape, _threads(16 * y.numel())
+        tensors = [t.contiguous() for t in (y, x, weight.t(), bias, *gradients)]
         function(*map(ctypes.c_int64, sizes), *(ctypes.c_void_p(t.data_ptr()) for t in tensors))
 
     def forward(x, weight, bias):
-        y = _new_convolution(x, weight, bias)
-        call(library.conv_forward, y, x, weight.t().contiguous(), bias.contiguous())
+        y = x.new_empty(len(x), x.shape[1] - 3, x.shape[2])
+        call(library.conv_forward, y, x, weight, bias)
         return y
 
     def backward(dy, x, weight, bias):
         batch, _, d = x.shape
-        dx, dweight, dbias = torch.zeros_like(x), x.new_zeros(batch, 4, d), x.new_zeros(batch, d)
-        call(library.conv_backward, dy.contiguous(), x, weight.t().contiguous(), bias.contiguous(), dx, dweight, dbias)
+        dx, dweight, dbias = x.new_zeros(x.shape), x.new_zeros(batch, 4, d), x.new_zeros(batch, d)
+        call(library.conv_backward, dy, x, weight, bias, dx, dweight, dbias)
         return dx, dweight.sum(0).t().contiguous(), dbias.sum(0)
 
     return forward, backward
@@ -223,10 +225,6 @@ def _new_state(u, A):
     return A.new_empty(u.shape[0], A.shape[1], A.shape[0]).transpose(1, 2)
 
 
-def _new_convolution(x, weight, bias):
-    return x.new_empty(x.shape[0], x.shape[1] - 3, x.shape[2])
-
-
 def save(ctx, inputs, output):
     """What the backward pass of the scan needs: the inputs, and a state per chunk."""
     ctx.save_for_backward(*inputs[:-1], output[2])
@@ -248,7 +246,8 @@ OPERATORS = {   # name -> signature, and what the results look like
     'scan_forward': (f'({_TENSORS}, int chunk) -> (Tensor, Tensor, Tensor)', _new_outputs),
     'scan_backward': (f'(Tensor dy, Tensor? dfinal, {_TENSORS}, Tensor starts, int chunk) -> '
                       f'({", ".join(["Tensor"] * 7)})', _new_gradients),
-    'conv_forward': ('(Tensor x, Tensor weight, Tensor bias) -> Tensor', _new_convolution),     # x (batch, 3 + L, d)
+    'conv_forward': ('(Tensor x, Tensor weight, Tensor bias) -> Tensor',    # x (batch, 3 + L, d)
+                     lambda x, *_: x.new_empty(x.shape[0], x.shape[1] - 3, x.shape[2])),
     'conv_backward': ('(Tensor dy, Tensor x, Tensor weight, Tensor bias) -> (Tensor, Tensor, Tensor)',
                       lambda dy, *inputs: tuple(t.new_empty(t.shape) for t in inputs)),
 }

@@ -109,7 +109,7 @@ inline bool run_block(int threads, std::mt19937& random) {
 
 }  // namespace emulation
 
-template <typename P>  // kernel<<<grid, threads>>>(p); returns 0, or 1 for a barrier that not all threads reach
+template <typename P>  // kernel<<<grid, threads>>>(p). Returns 0, or 1 for a barrier that not all reach.
 int emulate(void (*kernel)(P), const P& p, dim3 grid, int threads) {
   emulation::kernel = [=] { kernel(p); };
   emulation::fibres.resize(std::max<size_t>(emulation::fibres.size(), threads));

@@ -87,8 +87,10 @@ inline void add_sums(float* to, V* v, int N) {  // to[n] += the sum of the lanes
   for (int n = 0; n < N; n += LANES) store(to, n, load(to, n, N - n) + sums(v + n), N - n);
 }
 
-const float* B_row(const Scan& p, int64_t row) { return static_cast<const float*>(p.B) + row * p.B_stride; }
-const float* C_row(const Scan& p, int64_t row) { return static_cast<const float*>(p.C) + row * p.C_stride; }
+const float* floats(const void* from) { return static_cast<const float*>(from); }
+V state(const Scan& p, const float* from, int64_t b, int n, int64_t c0) {  // zeros if there is none
+  return from ? load(from, (b * p.N + n) * p.d_inner + c0, p.d_inner - c0) : V{};
+}
 
 int64_t start(const Scan& p, int64_t b, int64_t chunk, int n) {  // of a state in `starts`
   return ((b * ((p.L - 1) / CHUNK) + chunk - 1) * p.N + n) * p.d_inner;
@@ -99,14 +101,14 @@ void forward(const Scan& p, int64_t b, int64_t c0) {  // channels c0 .. c0 + LAN
   struct { V A, h; } s[MAX_STATE];
   for (int n = 0; n < N; ++n) {
     s[n].A = load(p.A, n * p.d_inner + c0, width) * LOG2E;
-    s[n].h = p.initial ? load(p.initial, (b * N + n) * p.d_inner + c0, width) : V{};
+    s[n].h = state(p, p.initial, b, n, c0);
   }
   const V D = p.D ? load(p.D, c0, width) : V{};
   for (int64_t t = 0; t < p.L; ++t) {
     if (t && t % CHUNK == 0)
       for (int n = 0; n < N; ++n) store(p.starts, start(p, b, t / CHUNK, n) + c0, s[n].h, width);
     const int64_t row = b * p.L + t, at = row * p.d_inner + c0;
-    const float *B = B_row(p, row), *C = C_row(p, row);
+    const float *B = floats(p.B) + row * p.B_stride, *C = floats(p.C) + row * p.C_stride;
     const V u = load(p.u, at, width), delta = load(p.delta, at, width), du = delta * u;
     V y = D * u;
     for (int n = 0; n < N; ++n) {
@@ -118,7 +120,7 @@ void forward(const Scan& p, int64_t b, int64_t c0) {  // channels c0 .. c0 + LAN
   for (int n = 0; n < N; ++n) store(p.final_state, (b * N + n) * p.d_inner + c0, s[n].h, width);
 }
 
-struct Token { V a, h; };  // a_t and h_{t-1}, of one n
+struct alignas(2 * LANES * sizeof(float)) Token { V a, h; };  // a_t and h_{t-1}, of one n
 
 void backward(const Scan& p, int64_t b, int64_t c0, Token* tape) {
   const int64_t width = p.d_inner - c0, N = p.N;
@@ -126,19 +128,18 @@ void backward(const Scan& p, int64_t b, int64_t c0, Token* tape) {
   V sum_B[MAX_STATE] = {}, sum_C[MAX_STATE] = {}, dD = {};
   for (int n = 0; n < N; ++n) {
     s[n].A = load(p.A, n * p.d_inner + c0, width) * LOG2E;
-    s[n].g = p.dfinal ? load(p.dfinal, (b * N + n) * p.d_inner + c0, width) : V{};
+    s[n].g = state(p, p.dfinal, b, n, c0);
     s[n].dA = V{};
   }
   const V D = p.D ? load(p.D, c0, width) : V{};
   for (int64_t first = (p.L - 1) / CHUNK * CHUNK; first >= 0; first -= CHUNK) {
     const int T = std::min<int64_t>(CHUNK, p.L - first);
     for (int n = 0; n < N; ++n)
-      tape[n].h = first       ? load(p.starts, start(p, b, first / CHUNK, n) + c0, width)
-                  : p.initial ? load(p.initial, (b * N + n) * p.d_inner + c0, width)
-                              : V{};
+      tape[n].h = first ? load(p.starts, start(p, b, first / CHUNK, n) + c0, width)
+                        : state(p, p.initial, b, n, c0);
     for (int t = 0; t < T; ++t) {
       const int64_t row = b * p.L + first + t, at = row * p.d_inner + c0;
-      const float* B = B_row(p, row);
+      const float* B = floats(p.B) + row * p.B_stride;
       const V delta = load(p.delta, at, width), du = delta * load(p.u, at, width);
       Token *now = tape + t * N, *next = now + N;
       for (int n = 0; n < N; ++n) {
@@ -148,7 +149,7 @@ void backward(const Scan& p, int64_t b, int64_t c0, Token* tape) {
     }
     for (int t = T - 1; t >= 0; --t) {
       const int64_t row = b * p.L + first + t, at = row * p.d_inner + c0;
-      const float *B = B_row(p, row), *C = C_row(p, row);
+      const float *B = floats(p.B) + row * p.B_stride, *C = floats(p.C) + row * p.C_stride;
       const V u = load(p.u, at, width), delta = load(p.delta, at, width), dy = load(p.dy, at, width);
       const V du = delta * u;
       V gB = {}, gA = {};  // gradients of delta u, and of delta through delta A
@@ -206,12 +207,10 @@ int scan_forward(const Scan& p, void*) {
 int scan_backward(const Scan& p, void*) {
 #pragma omp parallel num_threads(p.threads)
   {
-    std::vector<float> memory((CHUNK + 1) * p.N * 2 * LANES + LANES);
-    const int64_t to_a_cache_line = -reinterpret_cast<intptr_t>(memory.data()) / 4 & (LANES - 1);
-    Token* const tape = reinterpret_cast<Token*>(memory.data() + to_a_cache_line);
+    std::vector<Token> tape((CHUNK + 1) * p.N);
 #pragma omp for schedule(static)
     for (int64_t b = 0; b < p.batch; ++b)  // all channels of it: dB and dC are sums over them
-      for (int64_t c0 = 0; c0 < p.d_inner; c0 += LANES) backward(p, b, c0, tape);
+      for (int64_t c0 = 0; c0 < p.d_inner; c0 += LANES) backward(p, b, c0, tape.data());
   }
   return 0;
 }

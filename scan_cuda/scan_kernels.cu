@@ -1,7 +1,6 @@
 // The selective scan on the GPU, forward and backward (the formulas: __init__.py), twice: first plainly, one
 // thread walking through the sequence of one channel; then in parallel over the sequence. The second is what
-// runs; the first is there to be read, and compared with. Without a GPU, a C++ compiler takes emulate.h in
-// place of CUDA.
+// runs; the first is there to be read and compared with. Without CUDA, emulate.h takes its place.
 
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
@@ -41,7 +40,7 @@ __device__ float state_before(const Scan& p, int64_t b, int64_t chunk, int n, in
 // 1. Plain: a thread takes channel c of batch element b from the first token to the last, and back.
 
 template <typename Io>
-__global__ void forward_plainly(Scan p) {
+__global__ void plain_forward_kernel(Scan p) {
   const int64_t b = blockIdx.x, c = blockIdx.y * blockDim.x + threadIdx.x;
   if (c >= p.d_inner) return;
   float h[MAX_STATE];
@@ -64,7 +63,7 @@ __global__ void forward_plainly(Scan p) {
 // g_t = dLoss/dh_t comes from behind: g_t = C_t dy_t + a_{t+1} g_{t+1}, with a_t = exp(delta_t A). The states
 // of a chunk are computed again from the one saved before it. atomicAdd where threads share a sum.
 template <typename Io>
-__global__ void backward_plainly(Scan p) {
+__global__ void plain_backward_kernel(Scan p) {
   const int64_t b = blockIdx.x, c = blockIdx.y * blockDim.x + threadIdx.x;
   if (c >= p.d_inner) return;
   float g[MAX_STATE], h[CHUNK + 1][MAX_STATE];
@@ -161,7 +160,7 @@ __device__ void read_column(float (&to)[TOKENS], const void* from, int64_t strid
 }
 
 template <typename Io>
-__global__ void __launch_bounds__(THREADS) forward_kernel(Scan p) {
+__global__ void __launch_bounds__(THREADS) forward(Scan p) {
   Shared& shared = *reinterpret_cast<Shared*>(shared_memory);
   Place at(p);
   const float D = p.D ? p.D[at.c] : 0.f;
@@ -227,7 +226,7 @@ __device__ float sums(float (&v)[2 * TOKENS], int lane) {
 }
 
 template <typename Io>
-__global__ void __launch_bounds__(THREADS, 2) backward_kernel(Scan p) {
+__global__ void __launch_bounds__(THREADS, 2) backward(Scan p) {
   Shared& shared = *reinterpret_cast<Shared*>(shared_memory);
   Place at(p);
   const float D = p.D ? p.D[at.c] : 0.f;
@@ -325,16 +324,12 @@ int launch(void (*fp32)(Scan), void (*bf16)(Scan), int threads, const Scan& p, v
 extern "C" {
 const int scan_parts = SEGMENTS, scan_channels = CHANNELS, scan_takes_bf16 = 1;
 
-int scan_forward(const Scan& p, void* stream) {
-  return launch(forward_kernel<float>, forward_kernel<Bf16>, THREADS, p, stream);
+int scan_forward(const Scan& p, void* s) { return launch(forward<float>, forward<Bf16>, THREADS, p, s); }
+int scan_backward(const Scan& p, void* s) { return launch(backward<float>, backward<Bf16>, THREADS, p, s); }
+int plain_forward(const Scan& p, void* s) {
+  return launch(plain_forward_kernel<float>, plain_forward_kernel<Bf16>, CHANNELS, p, s);
 }
-int scan_backward(const Scan& p, void* stream) {
-  return launch(backward_kernel<float>, backward_kernel<Bf16>, THREADS, p, stream);
-}
-int plain_forward(const Scan& p, void* stream) {
-  return launch(forward_plainly<float>, forward_plainly<Bf16>, CHANNELS, p, stream);
-}
-int plain_backward(const Scan& p, void* stream) {
-  return launch(backward_plainly<float>, backward_plainly<Bf16>, CHANNELS, p, stream);
+int plain_backward(const Scan& p, void* s) {
+  return launch(plain_backward_kernel<float>, plain_backward_kernel<Bf16>, CHANNELS, p, s);
 }
 }
