@@ -9,13 +9,13 @@ exp(delta A) and takes in delta B u. It is *selective* because delta, B and C ar
     u, delta, y (batch, L, d_inner)    A (d_inner, d_state)    states h (batch, d_inner, d_state)
     B, C        (batch, L, d_state)    D (d_inner,)
 
-The same function five times, to be read in this order:
+From the plain to the fast, to be read in this order:
   1. `selective_scan_reference`: the recurrence as written above, in a loop. Everything is tested against it.
-  2. `pairwise_scan`: the recurrence in log2(L) parallel steps; `selective_scan_pairwise` uses it.
+  2. `pairwise_scan`: what is parallel about it, the recurrence in log2(L) rounds.
   3. `selective_scan_fallback`: 2. in chunks, with its own backward pass: little memory, any device.
   4. scan_cpu.cpp: the CPU kernel.       5. scan_kernels.cu: the CUDA kernels.
-`selective_scan` uses 4 or 5; the first call builds them (some seconds, then cached: build.py). If that fails, one
-line says why and what to do, and 3 is used. SCAN_CUDA_BUILD=0 in the environment asks for 3 without trying.
+`selective_scan` uses 4 or 5; the first call builds them (some seconds, then cached: build.py). If that fails,
+one line says why and what to do, and 3 is used. SCAN_CUDA_BUILD=0 in the environment asks for 3 at once.
 `python -m scan_cuda.bench` compares their speed.
 """
 import torch
@@ -23,8 +23,8 @@ import torch.nn.functional as F
 
 from scan_cuda import build
 
-# Tokens between two saved states. The backward pass recomputes the states of one chunk from the saved state before
-# it. Saved states take d_state / CHUNK times the memory of u; a longer chunk would not fit the cache. scan.h has it too.
+# Tokens between two saved states, as in scan.h. The backward pass recomputes a chunk's states from the one saved.
+# Saved states take d_state / CHUNK times the memory of u; those of a longer chunk would not fit the cache.
 CHUNK = 64
 
 
@@ -38,7 +38,7 @@ def selective_scan_reference(u, delta, A, B, C, D=None, initial_state=None):
     """
     dtype, exact = u.dtype, torch.promote_types(u.dtype, torch.float32)     # bf16 in and out, fp32 inside
     u, delta, B, C = (t.to(exact) for t in (u, delta, B, C))
-    h = u.new_zeros(len(u), *A.shape) if initial_state is None else initial_state   # (batch, d_inner, d_state)
+    h = u.new_zeros(len(u), *A.shape) if initial_state is None else initial_state  # (batch, d_inner, d_state)
     ys = []
     for t in range(u.shape[1]):
         h = torch.exp(delta[:, t, :, None] * A) * h + (delta[:, t] * u[:, t])[..., None] * B[:, t, None]
@@ -51,19 +51,19 @@ def selective_scan_reference(u, delta, A, B, C, D=None, initial_state=None):
 # 2. The recurrence in parallel
 
 def pairwise_scan(a, b):
-    """All h_t = a_t h_{t-1} + b_t with h_{-1} = 0; a, b, h (batch, L, ...). A scan in the sense of Blelloch (1990).
+    """All h_t = a_t h_{t-1} + b_t with h_{-1} = 0; a, b, h (batch, L, ...). Blelloch's (1990) parallel scan.
 
-    Two steps in a row are again one such step: a2 (a1 h + b1) + b2 = (a1 a2) h + (a2 b1 + b2). So join the pairs
-    (0, 1), (2, 3), ...; scan the result, half as long: this gives h_1, h_3, ...; and take one step from each of
-    those to h_2, h_4, ... With L = 5:
+    Two steps in a row are again one such step: a2 (a1 h + b1) + b2 = (a1 a2) h + (a2 b1 + b2). So join the
+    pairs (0, 1), (2, 3), ...; scan the result, half as long: this gives h_1, h_3, ...; and take one step from
+    each of those to h_2, h_4, ... With L = 5:
 
         a, b          0     1     2     3     4
         join             01          23             (4 has no partner)
         scan             h_1         h_3
         step         h_0      h_2         h_4       h_0 = b_0
 
-    About log2(L) parallel rounds and 3 L multiplications. Only sums and products of the inputs, never a quotient:
-    decay so strong that it underflows does no harm.
+    About log2(L) parallel rounds and 3 L multiplications. Only sums and products of the inputs, never a
+    quotient: decay so strong that it underflows does no harm.
     """
     L = a.shape[1]
     if L == 1:
@@ -85,16 +85,9 @@ def _states(u, delta, A, B, h):
     return a, pairwise_scan(a, b)
 
 
-def selective_scan_pairwise(u, delta, A, B, C, D=None, initial_state=None):
-    """`selective_scan_reference` without its loop. Holds all states at once: d_state times the memory of u."""
-    h = u.new_zeros(len(u), *A.shape) if initial_state is None else initial_state
-    _, h = _states(u, delta, A, B, h)
-    return (h * C[:, :, None]).sum(-1) + (0 if D is None else D * u), h[:, -1]
-
-
 # ---------------------------------------------------------------------------------------------
-# 3. The fallback: chunk after chunk, the tokens of a chunk in parallel. (Sums and products, no einsum: autocast
-# would compute matrix products in bf16.)
+# 3. The fallback: chunk after chunk, the tokens of a chunk in parallel. (Sums and products, no einsum:
+# autocast would compute matrix products in bf16.)
 
 def _fallback_forward(u, delta, A, B, C, D, initial_state, chunk):
     """Returns (y, final_state, starts): starts (batch, chunks - 1, d_state, d_inner) holds the state before
@@ -146,7 +139,7 @@ class _Fallback(torch.autograd.Function):
 
 
 def selective_scan_fallback(u, delta, A, B, C, D=None, initial_state=None):
-    """`selective_scan` in PyTorch alone: any device, float64 too. Holds the states of one chunk, and one per chunk."""
+    """`selective_scan` in PyTorch alone: any device, float64 too. Holds one chunk's states at once."""
     _check(u, delta, A, B, C, D, initial_state)
     return _Fallback.apply(u, delta, A, B, C, D, initial_state, CHUNK)[:2]
 
@@ -155,7 +148,7 @@ def selective_scan_fallback(u, delta, A, B, C, D=None, initial_state=None):
 # The convolution before the scan
 
 def causal_conv1d_reference(x, weight, bias, initial_state=None):
-    """`causal_conv1d` by F.conv1d, one group per channel: any device (on a GPU it is cuDNN's), float64 too."""
+    """`causal_conv1d` by F.conv1d, a group per channel: any device (on a GPU it is cuDNN's), float64 too."""
     z = F.conv1d(_pad(x, weight, initial_state).transpose(1, 2), weight[:, None], bias, groups=len(weight))
     return F.silu(z).transpose(1, 2).to(x.dtype)
 
@@ -170,17 +163,17 @@ def _pad(x, weight, initial_state):
 # What the model calls
 
 def selective_scan(u, delta, A, B, C, D=None, initial_state=None):
-    """h_t = exp(delta_t A) * h_{t-1} + delta_t u_t B_t,  y_t = C_t . h_t + D u_t  (Algorithm 2 of the Mamba paper).
+    """h_t = exp(delta_t A) * h_{t-1} + delta_t u_t B_t,  y_t = C_t . h_t + D u_t  (Mamba's Algorithm 2).
 
-    u, delta (batch, L, d_inner), B, C (batch, L, d_state): fp32 or bf16, all four the same; L >= 1, d_state 1 to 64.
+    u, delta (batch, L, d_inner), B, C (batch, L, d_state): all fp32 or all bf16; L >= 1, d_state <= 64.
     A (d_inner, d_state), D (d_inner,) or None, initial_state (batch, d_inner, d_state) or None (zeros): fp32.
     float64 everywhere is for checks; the reference does it.
-    Returns y, like u, and final_state, fp32, like initial_state. Gradients for every input, through both outputs.
+    Returns y, like u, and final_state, fp32, like initial_state; gradients flow to every input through both.
 
-    Values and gradients are the reference's, up to rounding, where delta >= 0 and A <= 0, as in Mamba, and nothing
-    overflows fp32. With a negative delta or a positive A the state grows exponentially, and the same holds only as
-    long as it stays finite. NaN, infinite or overflowing values raise no error; which results and gradients then are
-    NaN or infinite differs between implementations.
+    Values and gradients are the reference's, up to rounding, where delta >= 0 and A <= 0, as in Mamba, and
+    nothing overflows fp32. With a negative delta or a positive A the state grows exponentially, and the same
+    holds only while it stays finite. NaN, infinite or overflowing values raise no error; which results and
+    gradients are then NaN or infinite differs between implementations.
     Raises ValueError, one line, for a wrong shape, dtype or device.
     """
     _check(u, delta, A, B, C, D, initial_state)
@@ -192,21 +185,18 @@ def selective_scan(u, delta, A, B, C, D=None, initial_state=None):
 
 
 def causal_conv1d(x, weight, bias, initial_state=None):
-    """y_t = silu(bias + sum over k of weight[:, k] * x_{t - width + 1 + k}): each channel by itself, never ahead.
+    """y_t = silu(bias + sum over k of weight[:, k] * x_{t - width + 1 + k}), each channel by itself.
 
-    x, y (batch, L, d): fp32 or bf16; weight (d, width), bias (d,): fp32; initial_state the width - 1 inputs before
-    the first, (batch, width - 1, d), like x or fp32, or None (zeros); float64 everywhere for checks.
-    Gradients for every input. On a CPU, width 4 (Mamba's) is one fused kernel, about ten times as fast as F.conv1d;
-    everything else is F.conv1d. Raises ValueError, one line, for a wrong shape, dtype or device.
+    x, y (batch, L, d): fp32 or bf16; weight (d, width), bias (d,): fp32; initial_state the width - 1 inputs
+    before the first, (batch, width - 1, d), like x or fp32, or None (zeros); float64 everywhere for checks.
+    Gradients for every input. On a CPU, width 4 (Mamba's) is one fused kernel, several times as fast as
+    F.conv1d; everything else is F.conv1d. Raises ValueError, one line, for a wrong shape, dtype or device.
     """
-    if x.dim() != 3 or weight.dim() != 2:
-        raise ValueError('causal_conv1d: x must be (batch, L, d) and weight must be (d, width), '
-                         f'got {tuple(x.shape)} and {tuple(weight.shape)}')
-    (batch, L, d), width = x.shape, weight.shape[1]
-    exact = torch.promote_types(x.dtype, torch.float32)
+    batch, L, d = x.shape if x.dim() == 3 else (0, 0, 0)
+    width, exact = weight.shape[-1], torch.promote_types(x.dtype, torch.float32)
     kept = exact if initial_state is not None and initial_state.dtype == exact else x.dtype
-    _compare('causal_conv1d', 'x', x, weight=(weight, (d, width), exact), bias=(bias, (d,), exact),
-             initial_state=(initial_state, (batch, width - 1, d), kept))
+    _compare('causal_conv1d', 'x', x, x=(x, (batch, L, d), x.dtype), weight=(weight, (d, width), exact),
+             bias=(bias, (d,), exact), initial_state=(initial_state, (batch, width - 1, d), kept))
     if x.device.type == 'cpu' and width == 4 and exact == torch.float32 and build.load('cpu'):
         return torch.ops.scan_cuda.conv_forward(_pad(x, weight, initial_state), weight, bias).to(x.dtype)
     return causal_conv1d_reference(x, weight, bias, initial_state)
@@ -214,19 +204,20 @@ def causal_conv1d(x, weight, bias, initial_state=None):
 
 def _check(u, delta, A, B, C, D, initial_state):
     if u.dim() != 3 or A.dim() != 2 or u.shape[1] < 1 or not 1 <= A.shape[1] <= 64:
-        raise ValueError('selective_scan: u must be (batch, L >= 1, d_inner) and A (d_inner, d_state from 1 to 64), '
+        raise ValueError('selective_scan: u must be (batch, L >= 1, d_inner), A (d_inner, d_state from 1 to 64), '
                          f'got {tuple(u.shape)} and {tuple(A.shape)}')
     if u.dtype not in (torch.float32, torch.bfloat16, torch.float64):
         raise ValueError(f'selective_scan: u must be float32 or bfloat16 (float64 for checks), got {u.dtype}')
     (batch, L, d_inner), d_state = u.shape, A.shape[1]
     exact = torch.promote_types(u.dtype, torch.float32)
-    _compare('selective_scan', 'u', u, delta=(delta, (batch, L, d_inner), u.dtype), A=(A, (d_inner, d_state), exact),
-             B=(B, (batch, L, d_state), u.dtype), C=(C, (batch, L, d_state), u.dtype), D=(D, (d_inner,), exact),
+    of_tokens, of_states = (batch, L, d_inner), (batch, L, d_state)
+    _compare('selective_scan', 'u', u, delta=(delta, of_tokens, u.dtype), A=(A, (d_inner, d_state), exact),
+             B=(B, of_states, u.dtype), C=(C, of_states, u.dtype), D=(D, (d_inner,), exact),
              initial_state=(initial_state, (batch, d_inner, d_state), exact))
 
 
 def _compare(function, name, like, **wanted):
     for other, (t, shape, dtype) in wanted.items():
         if t is not None and (t.shape != shape or t.dtype != dtype or t.device != like.device):
-            raise ValueError(f'{function}: {other} must be {dtype} of shape {tuple(shape)} on {like.device} to go with '
-                             f'{name} {tuple(like.shape)}, got {t.dtype} {tuple(t.shape)} on {t.device}')
+            raise ValueError(f'{function}: {other} must be {dtype} of shape {shape} on {like.device} to go '
+                             f'with {name} {tuple(like.shape)}, got {t.dtype} {tuple(t.shape)} on {t.device}')

@@ -1,16 +1,14 @@
 """How fast is the scan, and the models that use it?   python -m scan_cuda.bench [cpu|cuda]
 
-Times in fp32, with the paper's batch of 64: every implementation of the scan at hand (mamba-ssm where it is installed)
-on the shapes of the paper's grid, forward and forward + backward; then the training step and the generation step of
-each architecture of size 0.5M. Medians on a CPU. On a GPU the calls of a measurement are queued and timed by CUDA
-events, so the time to launch them does not count unless the GPU waits for it, as it would in training.
+Times in fp32, with the paper's batch of 64: every implementation of the scan at hand (mamba-ssm if installed)
+on the shapes of the paper's grid, forward and forward + backward; then the training step and the generation
+step of each architecture of size 0.5M. Medians on a CPU. On a GPU, CUDA events time calls that are queued:
+launching them counts only where the GPU waits for it, as in training.
 """
-import os
 import platform
 import statistics
 import sys
 import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -23,11 +21,12 @@ SECONDS, MAX_CALLS = 0.6, 50        # of one measurement, after a call to warm u
 
 def milliseconds(call, device):
     """The time of one call."""
+    wait = torch.cuda.synchronize if device == 'cuda' else lambda: None
+
     def seconds():
         start = time.perf_counter()
         call()
-        if device == 'cuda':
-            torch.cuda.synchronize()
+        wait()
         return time.perf_counter() - start
     seconds()
     calls = max(1, min(MAX_CALLS, int(SECONDS / seconds())))
@@ -38,21 +37,21 @@ def milliseconds(call, device):
     for _ in range(calls):
         call()
     end.record()
-    torch.cuda.synchronize()
+    wait()
     return begin.elapsed_time(end) / calls
 
 
 def implementations(device):
-    """name -> (prepare, run): run(*prepare(u, delta, A, B, C, D)) is y, or y and the state."""
-    as_is = lambda *inputs: inputs
-    found = {f'{device} kernel': (as_is, scan_cuda.selective_scan)} if scan_cuda.build.load(device) else {}
-    found |= {'fallback': (as_is, scan_cuda.selective_scan_fallback),
-              'reference': (as_is, scan_cuda.selective_scan_reference)}
+    """name -> (prepare, run): run(*prepare(u, delta, A, B, C, D)) is (y, ...)."""
+    runs = {'fallback': scan_cuda.selective_scan_fallback, 'reference': scan_cuda.selective_scan_reference}
+    if scan_cuda.build.load(device):
+        runs = {f'{device} kernel': scan_cuda.selective_scan} | runs
+    found = {name: (lambda *inputs: inputs, run) for name, run in runs.items()}
     try:
         from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
-        turn = lambda t: t.detach().transpose(1, 2).contiguous().requires_grad_()   # its own layout, not timed
-        found['mamba-ssm'] = (lambda u, delta, A, B, C, D: (turn(u), turn(delta), A, turn(B), turn(C), D),
-                              selective_scan_fn)
+        turn = lambda t: t.detach().transpose(1, 2).contiguous().requires_grad_()       # its layout
+        found['mamba-ssm'] = (lambda u, delta, A, B, C, D: (*map(turn, (u, delta)), A, *map(turn, (B, C)), D),
+                              lambda *inputs: (selective_scan_fn(*inputs),))
     except ImportError:
         pass
     return found
@@ -68,10 +67,9 @@ def time_scans(device):
                       make(BATCH, L, D_STATE), make(BATCH, L, D_STATE), make(d_inner)]
             for name, (prepare, run) in implementations(device).items():
                 own = prepare(*(t.requires_grad_() for t in inputs))
-                first = lambda: (lambda out: out[0] if isinstance(out, tuple) else out)(run(*own))
                 with torch.no_grad():
-                    forward = milliseconds(first, device)
-                both = milliseconds(lambda: torch.autograd.grad(first().sum(), own), device)
+                    forward = milliseconds(lambda: run(*own), device)
+                both = milliseconds(lambda: torch.autograd.grad(run(*own)[0].sum(), own), device)
                 print(f'{BATCH:5} {L:5} {d_inner:7}  {name:12} {forward:10.2f} {both:11.2f}', flush=True)
 
 
@@ -95,16 +93,9 @@ def time_models(device):
             print(f'{BATCH:5} {L:5}  {arch:12} {training:13.2f} {generation:16.2f}', flush=True)
 
 
-def machine(device):
-    if device == 'cuda':
-        return torch.cuda.get_device_name(0)
-    cpuinfo = Path('/proc/cpuinfo').read_text() if Path('/proc/cpuinfo').exists() else ''
-    names = [line.split(':')[1].strip() for line in cpuinfo.splitlines() if line.startswith('model name')]
-    return f'{(names or [platform.machine()])[0]}, {torch.get_num_threads()} of {os.cpu_count()} threads'
-
-
 if __name__ == '__main__':
     device = sys.argv[1] if len(sys.argv) > 1 else 'cuda' if torch.cuda.is_available() else 'cpu'
-    print(f'{machine(device)}; torch {torch.__version__}')
+    name = torch.cuda.get_device_name() if device == 'cuda' else f'{platform.machine()} CPU'
+    print(f'{name}; torch {torch.__version__}, {torch.get_num_threads()} threads')
     time_scans(device)
     time_models(device)

@@ -1,8 +1,8 @@
-"""Builds the kernels when they are first needed, calls them, and registers the operators that autograd and
+"""Builds the kernels when they are first needed, calls them, and defines the operators that autograd and
 torch.compile see.
 
-A kernel is a shared library of plain C functions (scan.h) made by one call of a compiler, without torch's headers: c++
-for the CPU, nvcc for CUDA, no GPU needed. It is cached in TORCH_EXTENSIONS_DIR (default ~/.cache/torch_extensions).
+A kernel is a library of plain C functions (scan.h), made by one call of c++ for the CPU or of nvcc for CUDA,
+without torch's headers and without a GPU. It is cached in TORCH_EXTENSIONS_DIR (default: in ~/.cache).
 """
 import ctypes
 import hashlib
@@ -26,8 +26,8 @@ _lock = threading.Lock()
 
 @torch.compiler.assume_constant_result     # torch.compile calls it once, and does not look inside
 def load(device_type):
-    """Build (once) and load the kernel of 'cpu' or 'cuda', and register it for that device. Returns whether there
-    is one; a failure prints one line on stderr and is not tried again."""
+    """Build (once) and load the kernel of 'cpu' or 'cuda', and register it for that device. Returns whether
+    there is one; a failure prints one line on stderr and is not tried again."""
     with _lock:
         if device_type not in loaded:
             loaded[device_type] = False
@@ -36,38 +36,38 @@ def load(device_type):
                     _register(device_type, ctypes.CDLL(str(_build(device_type))))
                     loaded[device_type] = True
                 except Exception as error:      # of any kind: a failed build must not stop the program
-                    print(f'scan_cuda: no {device_type} kernel, so the slower PyTorch fallback is used: {error}',
-                          file=sys.stderr)
+                    print(f'scan_cuda: no {device_type} kernel, so the slower PyTorch fallback is used: '
+                          f'{error}', file=sys.stderr)
         return loaded[device_type]
 
 
 def _build(device_type):
-    """The kernel's library, from the cache or freshly built. Raises RuntimeError with a reason and a remedy."""
-    # The cache may be shared between machines: a library is for one source and one processor.
+    """The kernel's library, from the cache or freshly built. Raises RuntimeError: a reason and a remedy."""
     source = HERE / SOURCES[device_type]
     target = _processor() if device_type == 'cpu' else _architectures()
-    key = hashlib.sha256('\n'.join([*target, (HERE / 'scan.h').read_text(), source.read_text()]).encode()).hexdigest()
+    key = '\n'.join([*target, (HERE / 'scan.h').read_text(), source.read_text()])   # machines may share it
     cache = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
     folder = Path(os.environ.get('TORCH_EXTENSIONS_DIR') or Path(cache, 'torch_extensions'))
-    library = folder / f'scan_{device_type}_{key[:12]}.so'
+    library = folder / f'scan_{device_type}_{hashlib.sha256(key.encode()).hexdigest()[:12]}.so'
     if library.exists():
         return library
     command = _cpu_compiler() if device_type == 'cpu' else _cuda_compiler(target)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(library.with_suffix('.lock')):   # one process builds, others wait; a killed one lets go
+        with filelock.FileLock(library.with_suffix('.lock')):   # others wait; a killed process lets go
             if not library.exists():
-                half = library.with_suffix('.half')     # renamed when it is whole: a killed build leaves no library
+                half = library.with_suffix('.half')             # renamed when it is whole
                 run = subprocess.run([*command, '-o', half, source], capture_output=True, text=True)
                 if run.returncode:
                     lines = (run.stderr + run.stdout).strip().splitlines() or ['the compiler failed']
-                    line = next((line for line in lines if re.search(r'\berror\b', line, re.IGNORECASE)), lines[0])
+                    errors = [line.strip() for line in lines if re.search(r'\berror\b', line, re.IGNORECASE)]
                     other = 'compiler in CXX' if device_type == 'cpu' else 'toolkit in CUDA_HOME'
-                    raise RuntimeError(f'{line.strip()[:300]}; remedy: another {other}, or SCAN_CUDA_BUILD=0')
+                    raise RuntimeError(f'{(errors + lines)[0][:300]}; remedy: another {other}, or '
+                                       'SCAN_CUDA_BUILD=0')
                 half.replace(library)
     except OSError as error:
-        raise RuntimeError(f'cannot write to {folder} ({error.strerror}); remedy: set TORCH_EXTENSIONS_DIR to a '
-                           'folder you may write to')
+        raise RuntimeError(f'cannot write to {folder} ({error.strerror}); remedy: set TORCH_EXTENSIONS_DIR '
+                           'to a folder you may write to')
     return library
 
 
@@ -86,21 +86,21 @@ def _architectures():
     else:
         found = re.findall(r'(\d+)\.(\d)', os.environ.get('TORCH_CUDA_ARCH_LIST', ''))
     if not found:
-        raise RuntimeError('no GPU to build for; remedy: name its architecture, as in TORCH_CUDA_ARCH_LIST=8.0')
+        raise RuntimeError('no GPU to build for; remedy: name one, as in TORCH_CUDA_ARCH_LIST=8.0')
     return sorted({f'{major}{minor}' for major, minor in found})
 
 
 def _cpu_compiler():
     cxx = (os.environ.get('CXX') or 'c++').split()
     if not shutil.which(cxx[0]):
-        raise RuntimeError(f'no C++ compiler ({cxx[0]}); remedy: install one (Debian, Ubuntu, Colab: apt install g++; '
-                           'Mac: xcode-select --install) or name it in CXX')
+        raise RuntimeError(f'no C++ compiler ({cxx[0]}); remedy: install one (Debian, Ubuntu, Colab: '
+                           'apt install g++; Mac: xcode-select --install) or name it in CXX')
     run = lambda *flags: subprocess.run([*cxx, *flags], capture_output=True, text=True)
     command = [*cxx, '-std=c++17', '-O3', '-shared', '-fPIC']
     if run('-march=native', '-x', 'c++', '-fsyntax-only', os.devnull).returncode == 0:
         command += ['-march=native']
     if sys.platform == 'linux' and 'clang' not in run('--version').stdout:
-        command += ['-fopenmp']     # gcc's runtime comes with torch; clang would need libomp: one thread there
+        command += ['-fopenmp']     # gcc's runtime comes with torch; clang's does not: one thread there
     return command
 
 
@@ -123,9 +123,10 @@ def _cuda_compiler(architectures):
 
 class Scan(ctypes.Structure):
     """scan.h's."""
-    _fields_ = ([(name, ctypes.c_int64) for name in 'batch L d_inner N B_stride C_stride bf16 threads'.split()] +
-                [(name, ctypes.c_void_p) for name in 'u delta B C A D initial y final_state starts dy dfinal du '
-                                                     'ddelta dA dB dC dD dinitial'.split()])
+    _numbers = 'batch L d_inner N B_stride C_stride bf16 threads'.split()
+    _pointers = ('u delta B C A D initial y final_state starts dy dfinal '
+                 'du ddelta dA dB dC dD dinitial').split()
+    _fields_ = [(name, ctypes.c_int64) for name in _numbers] + [(name, ctypes.c_void_p) for name in _pointers]
 
 
 def scan_functions(library, prefix='scan_'):
@@ -137,7 +138,8 @@ def scan_functions(library, prefix='scan_'):
         return [t if takes_bf16 else t.float() for t in tensors]
 
     def call(function, u, delta, A, B, C, D, initial_state, **others):
-        B, C = (t if t.stride(2) == 1 and t.stride(0) == t.shape[1] * t.stride(1) else t.contiguous() for t in (B, C))
+        in_rows = lambda t: t.stride(2) == 1 and t.stride(0) == t.shape[1] * t.stride(1)
+        B, C = (t if in_rows(t) else t.contiguous() for t in (B, C))
         tensors = dict(u=u.contiguous(), delta=delta.contiguous(), B=B, C=C, A=A.t().contiguous(),
                        D=None if D is None else D.contiguous(), initial=_turn(initial_state), **others)
         scan = Scan(*u.shape, A.shape[1], B.stride(1), C.stride(1), u.dtype == torch.bfloat16,
@@ -157,11 +159,11 @@ def scan_functions(library, prefix='scan_'):
     def backward(dy, dfinal, u, delta, A, B, C, D, initial_state, starts, chunk):
         dtype, (dy, u, delta, B, C) = u.dtype, values(dy, u, delta, B, C)
         (batch, L, d_inner), N, blocks = u.shape, A.shape[1], -(-u.shape[2] // channels)
-        du, ddelta, *_, dinitial = _new_gradients(dy, dfinal, u, delta, A, B, C, D, initial_state, starts, chunk)
+        du, ddelta, dinitial = u.new_empty(u.shape), u.new_empty(u.shape), _new_state(u, A)
         dA, dD = A.new_zeros(batch, parts, N, d_inner), A.new_zeros(batch, parts, d_inner)
         dB, dC = A.new_zeros(2, blocks, batch, L, N)
-        call('backward', u, delta, A, B, C, D, initial_state, starts=starts, dy=dy.contiguous(), dfinal=_turn(dfinal),
-             du=du, ddelta=ddelta, dA=dA, dB=dB, dC=dC, dD=dD, dinitial=dinitial)
+        call('backward', u, delta, A, B, C, D, initial_state, starts=starts, dy=dy.contiguous(),
+             dfinal=_turn(dfinal), du=du, ddelta=ddelta, dA=dA, dB=dB, dC=dC, dD=dD, dinitial=dinitial)
         return (du.to(dtype), ddelta.to(dtype), dA.sum((0, 1)).t().contiguous(), dB.sum(0).to(dtype),
                 dC.sum(0).to(dtype), dD.sum((0, 1)), dinitial)
 
@@ -169,7 +171,7 @@ def scan_functions(library, prefix='scan_'):
 
 
 def _turn(state):
-    """(batch, d_inner, d_state) as it lies in memory for a kernel: (batch, d_state, d_inner). No copy for our own."""
+    """(batch, d_inner, d_state) as kernels have it, (batch, d_state, d_inner); their own are not copied."""
     return None if state is None else state.transpose(1, 2).contiguous()
 
 
@@ -178,27 +180,28 @@ def _threads(work):
 
 
 def _conv_functions(library):
-    def call(function, *tensors):
-        batch, L, d = tensors[0].shape      # of y or dy
-        sizes = batch, L, d, _threads(16 * batch * L * d)
+    def call(function, y, x, weight, bias, *gradients):
+        sizes = *y.shape, _threads(16 * y.numel())
+        tensors = [t.contiguous() for t in (y, x, weight.t(), bias, *gradients)]
         function(*map(ctypes.c_int64, sizes), *(ctypes.c_void_p(t.data_ptr()) for t in tensors))
 
     def forward(x, weight, bias):
-        y = _new_convolution(x, weight, bias)
-        call(library.conv_forward, y, x, weight.t().contiguous(), bias.contiguous())
+        y = x.new_empty(len(x), x.shape[1] - 3, x.shape[2])
+        call(library.conv_forward, y, x, weight, bias)
         return y
 
     def backward(dy, x, weight, bias):
-        dx, dw, dbias = torch.zeros_like(x), x.new_zeros(len(x), 4, x.shape[2]), x.new_zeros(len(x), x.shape[2])
-        call(library.conv_backward, dy.contiguous(), x, weight.t().contiguous(), bias.contiguous(), dx, dw, dbias)
-        return dx, dw.sum(0).t().contiguous(), dbias.sum(0)
+        batch, _, d = x.shape
+        dx, dweight, dbias = x.new_zeros(x.shape), x.new_zeros(batch, 4, d), x.new_zeros(batch, d)
+        call(library.conv_backward, dy, x, weight, bias, dx, dweight, dbias)
+        return dx, dweight.sum(0).t().contiguous(), dbias.sum(0)
 
     return forward, backward
 
 
 def _register(device_type, library):
     functions = scan_functions(library)
-    if device_type == 'cuda' and torch.cuda.is_available():     # does it run here? (too old a driver, another card)
+    if device_type == 'cuda' and torch.cuda.is_available():     # does it run? The driver may be too old.
         ones = torch.ones(1, 1, 1, device='cuda')
         functions[0](ones, ones, ones[0], ones, ones, None, None, 64)
     functions += _conv_functions(library) if device_type == 'cpu' else ()
@@ -208,16 +211,6 @@ def _register(device_type, library):
 
 # ---------------------------------------------------------------------------------------------
 # The operators: what autograd and torch.compile see. A loaded kernel is what they do on its device.
-
-_TENSORS = 'Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? initial_state'
-OPERATORS = {
-    'scan_forward': f'({_TENSORS}, int chunk) -> (Tensor, Tensor, Tensor)',     # y, final_state, starts
-    'scan_backward': f'(Tensor dy, Tensor? dfinal, {_TENSORS}, Tensor starts, int chunk) -> '
-                     f'({", ".join(["Tensor"] * 7)})',                          # gradients of _TENSORS
-    'conv_forward': '(Tensor x, Tensor weight, Tensor bias) -> Tensor',         # x (batch, 3 + L, d), y (batch, L, d)
-    'conv_backward': '(Tensor dy, Tensor x, Tensor weight, Tensor bias) -> (Tensor, Tensor, Tensor)',
-}
-
 
 def _new_outputs(u, delta, A, B, C, D, initial_state, chunk):
     starts = A.new_empty(u.shape[0], (u.shape[1] + chunk - 1) // chunk - 1, A.shape[1], A.shape[0])
@@ -230,14 +223,6 @@ def _new_gradients(dy, dfinal, u, delta, A, B, C, D, initial_state, starts, chun
 
 def _new_state(u, A):
     return A.new_empty(u.shape[0], A.shape[1], A.shape[0]).transpose(1, 2)
-
-
-def _new_convolution(x, weight, bias):
-    return x.new_empty(x.shape[0], x.shape[1] - 3, x.shape[2])
-
-
-def _new_conv_gradients(dy, x, weight, bias):
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
 
 
 def save(ctx, inputs, output):
@@ -256,11 +241,20 @@ def gradients(backward, ctx, dy, dfinal, _):
     return *grads, None if D is None else dD, None if initial_state is None else dinitial, None
 
 
+_TENSORS = 'Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? initial_state'
+OPERATORS = {   # name -> signature, and what the results look like
+    'scan_forward': (f'({_TENSORS}, int chunk) -> (Tensor, Tensor, Tensor)', _new_outputs),
+    'scan_backward': (f'(Tensor dy, Tensor? dfinal, {_TENSORS}, Tensor starts, int chunk) -> '
+                      f'({", ".join(["Tensor"] * 7)})', _new_gradients),
+    'conv_forward': ('(Tensor x, Tensor weight, Tensor bias) -> Tensor',    # x (batch, 3 + L, d)
+                     lambda x, *_: x.new_empty(x.shape[0], x.shape[1] - 3, x.shape[2])),
+    'conv_backward': ('(Tensor dy, Tensor x, Tensor weight, Tensor bias) -> (Tensor, Tensor, Tensor)',
+                      lambda dy, *inputs: tuple(t.new_empty(t.shape) for t in inputs)),
+}
 _library = torch.library.Library('scan_cuda', 'DEF')
-for (_name, _signature), _fake in zip(OPERATORS.items(), (_new_outputs, _new_gradients, _new_convolution,
-                                                          _new_conv_gradients)):
+for _name, (_signature, _results) in OPERATORS.items():
     _library.define(_name + _signature, tags=torch.Tag.pt2_compliant_tag)
-    torch.library.register_fake(f'scan_cuda::{_name}', _fake, lib=_library)
+    torch.library.register_fake(f'scan_cuda::{_name}', _results, lib=_library)
 torch.library.register_autograd(
     'scan_cuda::scan_forward', lambda ctx, *grads: gradients(torch.ops.scan_cuda.scan_backward, ctx, *grads),
     setup_context=save, lib=_library)

@@ -1,12 +1,14 @@
-// The selective scan on the CPU, forward and backward (the formulas: __init__.py), in fp32.
+// The selective scan on the CPU, forward and backward (the formulas: __init__.py), in fp32; and the
+// convolution.
 //
-// The recurrence runs over the tokens one by one, and in vectors over the channels: one vector holds the same state
-// index n of LANES neighbouring channels. So u, delta and y are read and written as they lie in memory, B_t[n] and
-// C_t[n] are one number for all lanes, y_t = sum over n needs no sum across lanes, and all states stay in the L1 cache.
+// The recurrence runs over the tokens one by one, and in vectors over the channels: one vector holds the same
+// state index n of LANES neighbouring channels. So u, delta and y are read and written as they lie in memory,
+// B_t[n] and C_t[n] are one number for all lanes, and y_t = sum over n needs no sum across lanes.
 //
-// Backward, with g_t = dLoss/dh_t:   g_t = C_t dy_t + a_{t+1} g_{t+1}   where a_t = exp(delta_t A), from the last
-// token to the first. It needs a_t and h_t of each token. The forward pass saves h before every chunk; a chunk's a
-// and h are recomputed onto a tape that fits the L2 cache, so each exponential is computed once per pass.
+// Backward, with g_t = dLoss/dh_t:   g_t = C_t dy_t + a_{t+1} g_{t+1}   where a_t = exp(delta_t A), from the
+// last token to the first. It needs a_t and h_t of each token. The forward pass saves h before every chunk; a
+// chunk's a and h are computed again, onto a tape that fits the L2 cache, so each exponential is computed
+// once per pass.
 
 #include "scan.h"
 
@@ -17,23 +19,17 @@
 
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int LANES = 16;
-#elif defined(__AVX__)
-constexpr int LANES = 8;
-#else
-constexpr int LANES = 4;
-#endif
+constexpr int LANES = __BIGGEST_ALIGNMENT__ / 4;  // floats in a register: 16 with AVX-512, 4 without AVX
 // Vector types of gcc and clang: arithmetic works element by element. They may lie anywhere in a float array.
 typedef float V __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef int I __attribute__((vector_size(LANES * 4)));
 
 constexpr float LOG2E = 1.44269504f;  // exp(x) = 2^(x log2 e); A is multiplied by it once
 
-// 2^x to 1.7e-7 relative: 2^round(x) put together in the exponent bits, times a polynomial (minimax, p(0) = 1) for the
-// rest in [-1/2, 1/2]. Below 2^-126.5 the result is 0, above 2^127.5 infinity.
+// 2^x to 1.7e-7 relative: 2^round(x) put together in the exponent bits, times a polynomial (minimax, p(0) =
+// 1) for the rest in [-1/2, 1/2]. Below 2^-126.5 the result is 0, above 2^127.5 infinity.
 inline V exp2(V x) {
-  const V shifted = x + 12582912.f;  // 1.5 * 2^23: there the spacing of floats is 1, the last bits are round(x)
+  const V shifted = x + 12582912.f;  // 1.5 * 2^23: there floats are 1 apart, the last bits are round(x)
   const V f = x - (shifted - 12582912.f);
   I k;
   std::memcpy(&k, &shifted, sizeof k);
@@ -49,7 +45,7 @@ inline V exp2(V x) {
   return (p * f + 1.f) * scale;
 }
 
-// A vector that starts at from[at]; where only `width` < LANES elements are left, zeros follow and are not written.
+// The vector that starts at from[at]; where only `width` < LANES elements are left, zeros follow.
 inline V load(const void* from, int64_t at, int64_t width) {
   const float* x = static_cast<const float*>(from) + at;
   if (width >= LANES) return *reinterpret_cast<const V*>(x);
@@ -91,10 +87,12 @@ inline void add_sums(float* to, V* v, int N) {  // to[n] += the sum of the lanes
   for (int n = 0; n < N; n += LANES) store(to, n, load(to, n, N - n) + sums(v + n), N - n);
 }
 
-const float* B_row(const Scan& p, int64_t row) { return static_cast<const float*>(p.B) + row * p.B_stride; }
-const float* C_row(const Scan& p, int64_t row) { return static_cast<const float*>(p.C) + row * p.C_stride; }
+const float* floats(const void* from) { return static_cast<const float*>(from); }
+V state(const Scan& p, const float* from, int64_t b, int n, int64_t c0) {  // zeros if there is none
+  return from ? load(from, (b * p.N + n) * p.d_inner + c0, p.d_inner - c0) : V{};
+}
 
-int64_t start(const Scan& p, int64_t b, int64_t chunk, int64_t n) {  // where `starts` has the state before this chunk
+int64_t start(const Scan& p, int64_t b, int64_t chunk, int n) {  // of a state in `starts`
   return ((b * ((p.L - 1) / CHUNK) + chunk - 1) * p.N + n) * p.d_inner;
 }
 
@@ -103,14 +101,14 @@ void forward(const Scan& p, int64_t b, int64_t c0) {  // channels c0 .. c0 + LAN
   struct { V A, h; } s[MAX_STATE];
   for (int n = 0; n < N; ++n) {
     s[n].A = load(p.A, n * p.d_inner + c0, width) * LOG2E;
-    s[n].h = p.initial ? load(p.initial, (b * N + n) * p.d_inner + c0, width) : V{};
+    s[n].h = state(p, p.initial, b, n, c0);
   }
   const V D = p.D ? load(p.D, c0, width) : V{};
   for (int64_t t = 0; t < p.L; ++t) {
     if (t && t % CHUNK == 0)
       for (int n = 0; n < N; ++n) store(p.starts, start(p, b, t / CHUNK, n) + c0, s[n].h, width);
     const int64_t row = b * p.L + t, at = row * p.d_inner + c0;
-    const float *B = B_row(p, row), *C = C_row(p, row);
+    const float *B = floats(p.B) + row * p.B_stride, *C = floats(p.C) + row * p.C_stride;
     const V u = load(p.u, at, width), delta = load(p.delta, at, width), du = delta * u;
     V y = D * u;
     for (int n = 0; n < N; ++n) {
@@ -122,7 +120,7 @@ void forward(const Scan& p, int64_t b, int64_t c0) {  // channels c0 .. c0 + LAN
   for (int n = 0; n < N; ++n) store(p.final_state, (b * N + n) * p.d_inner + c0, s[n].h, width);
 }
 
-struct Token { V a, h; };  // a_t and h_{t-1}, of one n
+struct alignas(2 * LANES * sizeof(float)) Token { V a, h; };  // a_t and h_{t-1}, of one n
 
 void backward(const Scan& p, int64_t b, int64_t c0, Token* tape) {
   const int64_t width = p.d_inner - c0, N = p.N;
@@ -130,19 +128,18 @@ void backward(const Scan& p, int64_t b, int64_t c0, Token* tape) {
   V sum_B[MAX_STATE] = {}, sum_C[MAX_STATE] = {}, dD = {};
   for (int n = 0; n < N; ++n) {
     s[n].A = load(p.A, n * p.d_inner + c0, width) * LOG2E;
-    s[n].g = p.dfinal ? load(p.dfinal, (b * N + n) * p.d_inner + c0, width) : V{};
+    s[n].g = state(p, p.dfinal, b, n, c0);
     s[n].dA = V{};
   }
   const V D = p.D ? load(p.D, c0, width) : V{};
   for (int64_t first = (p.L - 1) / CHUNK * CHUNK; first >= 0; first -= CHUNK) {
     const int T = std::min<int64_t>(CHUNK, p.L - first);
     for (int n = 0; n < N; ++n)
-      tape[n].h = first       ? load(p.starts, start(p, b, first / CHUNK, n) + c0, width)
-                  : p.initial ? load(p.initial, (b * N + n) * p.d_inner + c0, width)
-                              : V{};
+      tape[n].h = first ? load(p.starts, start(p, b, first / CHUNK, n) + c0, width)
+                        : state(p, p.initial, b, n, c0);
     for (int t = 0; t < T; ++t) {
       const int64_t row = b * p.L + first + t, at = row * p.d_inner + c0;
-      const float* B = B_row(p, row);
+      const float* B = floats(p.B) + row * p.B_stride;
       const V delta = load(p.delta, at, width), du = delta * load(p.u, at, width);
       Token *now = tape + t * N, *next = now + N;
       for (int n = 0; n < N; ++n) {
@@ -152,8 +149,9 @@ void backward(const Scan& p, int64_t b, int64_t c0, Token* tape) {
     }
     for (int t = T - 1; t >= 0; --t) {
       const int64_t row = b * p.L + first + t, at = row * p.d_inner + c0;
-      const float *B = B_row(p, row), *C = C_row(p, row);
-      const V u = load(p.u, at, width), delta = load(p.delta, at, width), dy = load(p.dy, at, width), du = delta * u;
+      const float *B = floats(p.B) + row * p.B_stride, *C = floats(p.C) + row * p.C_stride;
+      const V u = load(p.u, at, width), delta = load(p.delta, at, width), dy = load(p.dy, at, width);
+      const V du = delta * u;
       V gB = {}, gA = {};  // gradients of delta u, and of delta through delta A
       dD += dy * u;
       const Token *now = tape + t * N, *next = now + N;
@@ -180,34 +178,8 @@ void backward(const Scan& p, int64_t b, int64_t c0, Token* tape) {
   store(p.dD, b * p.d_inner + c0, dD, width);
 }
 
-}  // namespace
-
-const int scan_parts = 1, scan_channels = INT32_MAX, scan_takes_bf16 = 0;
-
-int scan_forward(const Scan& p, void*) {
-  const int64_t blocks = (p.d_inner + LANES - 1) / LANES;
-#pragma omp parallel for num_threads(p.threads) schedule(static)
-  for (int64_t i = 0; i < p.batch * blocks; ++i) forward(p, i / blocks, i % blocks * LANES);
-  return 0;
-}
-
-int scan_backward(const Scan& p, void*) {  // a thread adds to all dB and dC of its batch elements: no parts to be summed
-#pragma omp parallel num_threads(p.threads)
-  {
-    std::vector<float> memory((CHUNK + 1) * p.N * 2 * LANES + LANES);
-    const int64_t to_a_cache_line = -reinterpret_cast<intptr_t>(memory.data()) / 4 & (LANES - 1);
-#pragma omp for schedule(static)
-    for (int64_t b = 0; b < p.batch; ++b)
-      for (int64_t c0 = 0; c0 < p.d_inner; c0 += LANES)
-        backward(p, b, c0, reinterpret_cast<Token*>(memory.data() + to_a_cache_line));
-  }
-  return 0;
-}
-
 // ---------------------------------------------------------------------------------------------
 // The convolution before the scan: y_t = silu(z_t), z_t = bias + sum over k of weight_k x_{t+k}.
-
-namespace {
 
 constexpr int WIDTH = 4;
 
@@ -221,8 +193,32 @@ void add(float* to, int64_t at, V v, int64_t width) { store(to, at, load(to, at,
 
 }  // namespace
 
-void conv_forward(int64_t batch, int64_t L, int64_t d, int64_t threads, float* y, const float* x, const float* weight,
-                  const float* bias) {
+extern "C" {
+
+const int scan_parts = 1, scan_channels = INT32_MAX, scan_takes_bf16 = 0;
+
+int scan_forward(const Scan& p, void*) {
+  const int64_t blocks = (p.d_inner + LANES - 1) / LANES;
+#pragma omp parallel for num_threads(p.threads) schedule(static)
+  for (int64_t i = 0; i < p.batch * blocks; ++i) forward(p, i / blocks, i % blocks * LANES);
+  return 0;
+}
+
+int scan_backward(const Scan& p, void*) {
+#pragma omp parallel num_threads(p.threads)
+  {
+    std::vector<Token> tape((CHUNK + 1) * p.N);
+#pragma omp for schedule(static)
+    for (int64_t b = 0; b < p.batch; ++b)  // all channels of it: dB and dC are sums over them
+      for (int64_t c0 = 0; c0 < p.d_inner; c0 += LANES) backward(p, b, c0, tape.data());
+  }
+  return 0;
+}
+
+// x (batch, L + 3, d), y and dy (batch, L, d), weight (4, d). The gradients are zeros before the call; those
+// of the weights, (batch, 4, d), and of the bias, (batch, d), are parts.
+void conv_forward(int64_t batch, int64_t L, int64_t d, int64_t threads, float* y, const float* x,
+                  const float* weight, const float* bias) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t b = 0; b < batch; ++b)
     for (int64_t t = 0; t < L; ++t)
@@ -247,4 +243,6 @@ void conv_backward(int64_t batch, int64_t L, int64_t d, int64_t threads, const f
           add(dx, row + k * d + c, dz * load(weight, k * d + c, width), width);
         }
       }
+}
+
 }
