@@ -58,7 +58,7 @@ SAMPLES = {'direct': 80_000, 'cot': 320_000, 'retrieval': 16_000}
 BATCH_SIZE = {'direct': 32, 'cot': 32, 'retrieval': 8}
 LR = {'direct.transformer': 8e-3, 'direct.mamba': 1.6e-2, 'direct.hybrid': 1.6e-2,
       'cot.transformer': 4e-3, 'cot.mamba': 8e-3, 'cot.hybrid': 4e-3,
-      'retrieval.transformer': 8e-3, 'retrieval.mamba': 1.6e-2, 'retrieval.hybrid': 1.6e-2}
+      'retrieval.transformer': 2e-3, 'retrieval.mamba': 1.6e-2, 'retrieval.hybrid': 1.6e-2}
 WARMUP = {'direct.transformer': 0.05, 'direct.mamba': 0.05, 'direct.hybrid': 0.05,
           'cot.transformer': 0.05, 'cot.mamba': 0.05, 'cot.hybrid': 0.25,
           'retrieval.transformer': 0.25, 'retrieval.mamba': 0.25, 'retrieval.hybrid': 0.25}
