@@ -120,8 +120,8 @@ def adjacency(edges, n_nodes):
 
 
 def cot_trace(neighbours):
-    """Algorithm 1: the Euler tour of a depth-first search from node 0, which stops at the first visited node
-    that is not the parent. neighbours: from adjacency. Returns a list of at most 2n-1 tokens."""
+    """Algorithm 1: the Euler tour of a depth-first search from node 0. It ends before the first node that has
+    been visited and is not the parent. neighbours: from adjacency. Returns a list of at most 2n-1 tokens."""
     tour, parent, v = [], {ROOT: None}, ROOT
     remaining = {v: iter(others) for v, others in neighbours.items()}
     while v is not None:

@@ -228,10 +228,11 @@ def train(c, cell, held_out, device, path):
 
 @torch.no_grad()
 def generate(model, task, n, setup, prompts, device):
-    """Greedy generation after prompts (B, P): argmax, except for the tokens after [ENDSEARCH], which come
-    from the retriever. A sample ends with the answer, the token after [EOS].
+    """Greedy generation after prompts (B, P): argmax, except in the setup retrieval for the tokens after
+    [ENDSEARCH], which come from the retriever. A sample ends with the answer, the token after an [EOS] that
+    the model has written (not the prompt's). task: a name in data.TASKS. prompts: a numpy array.
 
-    Returns tokens (B, up to the task's max_length) padded, retrieved (of the same shape, True where the
+    Returns arrays tokens (B, the task's max_length), padded, and retrieved (of the same shape, True where the
     retriever wrote), and the numbers of queries and of well-formed queries."""
     task, start = data.TASKS[task], prompts.shape[1]
     longest = task.max_length(n, setup)

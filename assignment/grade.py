@@ -4,12 +4,11 @@
   python test_all.py grade DIR [--exercises=1,2,5] [--seed=...] [--json]    what a student handed in
 
 Handouts are made from the code: the chosen functions lose their bodies, and what else holds a solution is
-left out. Of a submission, only these functions count, and the helper functions and imports added to the same
+left out. Of a submission, only these functions count, and helper functions and imports added to the same
 file. They are put into our copy of the project, in a temporary folder, without the implementations that they
-might call instead, and run there in a process of their own; what it returns is compared here. That process
-may neither write nor read elsewhere (tests.guard). This stops mistakes and ordinary cheating. Against malice,
-let the grader run in a container, as Gradescope does: there, `--json` goes to
-/autograder/results/results.json.
+might call instead, and run there in a process that may neither write nor read elsewhere (tests.guard); what
+they return is compared here. This stops mistakes and ordinary cheating. Against malice, let the grader run in
+a container, as Gradescope does: `--json` goes to /autograder/results/results.json.
 """
 import argparse
 import ast
@@ -30,7 +29,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import data
-from assignment.tests import answer, difference
+from assignment.tests import answer, difference, table
 
 PROJECT = Path(__file__).parent.parent
 FILES = ('*.py', 'scan_cuda/*', 'requirements.txt', 'LICENSE', '.gitignore')
@@ -42,78 +41,77 @@ SECONDS = 120                       # for an exercise, and for an experiment's c
 class Exercise(NamedTuple):
     title: str
     points: int
-    minutes: int
+    minutes: int                    # a guess; a language model took less than one for each of 1 to 8
     what: str
-    targets: tuple = ()             # (file, function) to be written
-    siblings: tuple = ()            # (file, function) that does the same: may not be called
-    left_out: tuple = ()            # file, or (file, function), that holds the solution: not in the handout
+    file: str = ''
+    targets: tuple = ()             # functions in it that are to be written
+    siblings: tuple = ()            # those that do the same: may not be called
+    left_out: tuple = ()            # functions in it, or files, that hold the solution: not in the handout
     needs: str = 'nothing'
     command: str = ''
 
 
 EXERCISES = {
     1: Exercise('Depth-first search', 10, 20, '''
-        Algorithm 1 of the paper: the chain of thought by which a model decides whether a graph is a tree.
+        Algorithm 1 of the paper: the chain of thought by which a model decides whether a graph is a tree. For
+        the edges 2-0 1-0 2-1, the tour is 0 2 1: it ends before node 0, visited and not the parent of 1.
         Graphs may have 4,096 nodes, but Python allows only about 1,000 nested calls.''',
-                (('data.py', 'cot_trace'),), (), (('data.py', 'retrieval_trace'),)),
+                'data.py', ('cot_trace',), (), ('retrieval_trace',)),
     2: Exercise('The trace with queries', 15, 45, '''
-        Algorithm 2: the same search by a model that remembers nothing and asks for everything. Let v be the
-        node on top of the stack and prev the one before it in the tour. Write v and ask `v ~`, its parent.
-        Ask `v -` when coming from the parent (or at the start), otherwise `v - prev`: the next neighbour w.
-        If w is the parent, ask `v - parent` for the one after it. If the answer is [FAILED], no neighbour
-        is left: go back. Otherwise ask `w ~`. If that fails, w is new: record `w ~ v` and enter w. If w is
-        known, or is node 0 (visited although it has no parent), there is a cycle: stop. The header of
-        data.py draws an example.''',
-                (('data.py', 'retrieval_trace'),), needs='exercise 1, read or solved'),
+        Algorithm 2 of the paper: the same search by a model that remembers nothing and asks for everything.
+        Let v be the node that has been reached and prev the one before it in the tour. Write v and ask `v ~`,
+        its parent. For the next neighbour w, ask `v -` if prev is the parent (or at the start), otherwise
+        `v - prev`. If w is the parent, ask `v - parent` for the one after it. If the answer is [FAILED], no
+        neighbour is left: return to the parent. Otherwise ask `w ~`. If w is node 0 or has a parent, there is
+        a cycle: stop. If not, w is new: write the record `w ~ v` and go to w.''',
+                'data.py', ('retrieval_trace',), needs='exercise 1, read or solved'),
     3: Exercise("The retriever's regular expressions", 10, 40, '''
-        Three patterns are the whole retriever; V and W stand for the numbers of a query. Those of the
-        retrieval primitives, below them, are examples. `retrieve` uses them: the answer is the group that
-        matched in the text before the query, and of several matches the last one outside queries counts. A
-        pattern for the first edge must therefore begin at [BOS]. Beware of 1 inside 11.''',
-                (('data.py', 'QUERIES.istree'),)),
+        Three patterns are the whole retriever; V and W stand for the numbers of a query. Those of the other
+        tasks, below them, are examples. `retrieve` uses them: the answer is the group that matched in the
+        text before the query, and of several matches the last one outside queries counts. A pattern for the
+        first edge must therefore begin at the start of the text, as the model may write another [BOS]. The
+        other end may stand left or right. Beware of 1 inside 11.''', 'data.py', ('QUERIES.istree',)),
     4: Exercise('The scan as a loop', 10, 20, '''
-        The recurrence at the heart of Mamba, one token after the other.''',
-                ((SCAN, 'selective_scan_reference'),), tuple((SCAN, name) for name in (
-                    'pairwise_scan', 'selective_scan_pairwise', 'selective_scan_fallback',
-                    '_fallback_forward')),
-                KERNELS),
+        The recurrence at the heart of Mamba, one token after the other.''', SCAN,
+                ('selective_scan_reference',), ('pairwise_scan', 'selective_scan_pairwise',
+                                                'selective_scan_fallback', '_fallback_forward'), KERNELS),
     5: Exercise('The scan in pairs', 10, 40, '''
         Two steps h -> a h + b of the recurrence are again such a step. This makes the scan parallel: about
         2 log2(L) operations on long tensors instead of L on short ones. Do not divide: products of decays
-        underflow.''',
-                ((SCAN, 'pairwise_scan'),), ((SCAN, 'selective_scan_reference'),), KERNELS, 'exercise 4'),
+        underflow.''', SCAN, ('pairwise_scan',), ('selective_scan_reference',), KERNELS, 'exercise 4'),
     6: Exercise("The scan's backward pass", 15, 90, '''
-        The gradients of all inputs, by hand: the gradient of the state obeys a recurrence that runs
-        backwards in time. `_fallback_forward` says what `starts` holds; `_states` computes the states of a
-        chunk from it. Autograd cannot be used.''',
-                ((SCAN, '_fallback_backward'),), (), KERNELS, 'exercises 4 and 5'),
+        The gradients of all inputs, by hand: the gradient of the state obeys a recurrence that runs backwards
+        in time. `_fallback_forward` says what `starts` holds; `_states`, which you may use, computes the
+        states of a chunk. In training, dfinal and initial_state are None. Autograd cannot be used.''',
+                SCAN, ('_fallback_backward',), (), KERNELS, 'exercises 4 and 5'),
     7: Exercise("Attention's KV cache", 15, 45, '''
         One forward pass for training, for reading a prompt and for a single token: stepping through a text
-        with the cache must give what one parallel pass gives. Use `rotate` for the positions, and
-        scaled_dot_product_attention of torch; mind that its is_causal does not know of a cache.''',
-                (('models.py', 'Attention.forward'), ('models.py', 'KVCache.append')), (), ('plot.py',)),
+        with the cache must give what one parallel pass gives. `heads(x, seen)` gives queries, keys and values
+        with their rotary positions. You may use scaled_dot_product_attention of torch, but its is_causal
+        aligns the mask at the top left: with a cache, the first token of x would see only the first token in
+        the cache. How the buffer of KVCache grows is up to you.''',
+                'models.py', ('Attention.forward', 'KVCache.append'), (), ('plot.py',)),
     8: Exercise('Generation with the live retriever', 15, 45, '''
         The model writes queries, the retriever writes the answers, and the samples of a batch end at
-        different times. `task.retrieve(text)` answers the query at the end of a text; `model.prefill` and
-        `model.step` return the logits of the next token.''',
-                (('train.py', 'generate'),), (), ('eval_hotpot.py', 'plot.py'), 'reading `data.retrieve`'),
+        different times. `data.TASKS[task].retrieve(text)` answers the query at the end of a text with a list
+        of tokens (one in IsTree); `model.prefill` and `model.step` return the logits of the next token. An
+        [ENDSEARCH] in the last column gets no answer. The tests' model writes nonsense once it has been fed
+        a wrong token, so look at the first difference only.''',
+                'train.py', ('generate',), (), ('eval_hotpot.py', 'plot.py'), 'reading `data.retrieve`'),
     9: Exercise('Experiment: how much memory does n=16 need?', 15, 60, '''
         Train an RNN (up to four layers, none of them attention) that solves IsTree with chain of thought,
         with at most 5,000 floats of memory. Hand in the folders of three seeds as out/9/...; each must
-        reach 75% on graphs that the grader draws. This one does not:''',
-                needs='exercises 1, 5 and 8, if they are part of the assignment',
+        reach 75% on graphs that the grader draws. This one does not:''', needs='exercises 1, 5, 6 and 8',
                 command='python train.py --archs=mamba --d_state=1 --setups=cot --seeds=0,1,2'),
     10: Exercise('Experiment: where should the attention layer stand?', 15, 60, '''
         One Mamba layer with d_state=1 and one attention layer: which should be on top? Try both, and hand
         in the folders of three seeds of the better one as out/10/...; each must reach 90% on graphs that
-        the grader draws. This is one of the two:''',
-                needs='exercises 1, 5, 7 and 8, if they are part of the assignment',
+        the grader draws. This is one of the two:''', needs='exercises 1, 5, 6, 7 and 8',
                 command='python train.py --archs=hybrid --layers=AM --setups=cot --seeds=0,1,2'),
     11: Exercise('A question', 10, 30, '''
         With chain of thought, the RNN falls behind as n grows; with a retriever, it does not, although its
         memory is the same. Why? And why does one attention layer suffice, and why in only one of the two
-        places? Write half a page, answers.md, and support it with numbers from your experiments.''',
-                 needs='exercises 9 and 10'),
+        places? Write half a page, answers.md, with numbers of your own.''', needs='exercises 9 and 10'),
 }
 # what a checkpoint must reach, and what it may be
 EXPERIMENTS = {9: (0.75, lambda found: 'A' not in found['layers'] and found['memory'] <= 5000),
@@ -130,22 +128,24 @@ take a second attention layer. Full marks: fixed against growing memory; what ha
 makes it local; composition of edges; numbers of three seeds.'''
 README = '''# Assignment: RNNs are not Transformers (yet)
 
-{points} points, about {hours} hours. Write the functions named below anew, from their docstrings, in place of
-`raise NotImplementedError(...)`. You need neither a GPU nor a C++ compiler.
+The paper: [*RNNs are not Transformers (Yet)*](https://arxiv.org/abs/2402.18510) (Wen, Dang, Lyu, ICLR 2025).
+{points} points, about {hours} hours; all times for students are estimates. Replace each
+`raise NotImplementedError(...)` with code that does what the docstring says. You need neither a GPU nor a C++
+compiler: without its kernels, `scan_cuda` prints a line and uses PyTorch. Read the header of `data.py` first.
 
     pip install -r requirements.txt
     python train.py --setups=direct --archs=mamba --layers=GG --n_nodes=8 --samples=2000
     pytest test_assignment.py
-    pytest test_assignment.py -k exercise_{first}_
+    pytest test_assignment.py -x -k exercise_{first}_
 
 The first two commands show that everything is installed; the second takes less than a minute. The others test
-your work: all of it, or one exercise. A test that fails draws the smallest example that does. Read the header
-of `data.py` first.
+your work: all of it, or one exercise up to the first failure. A failed test draws the smallest of its
+examples that fails, with a mark ^ at the first difference. `B (2, 5, 4)` means that B has this shape.
 
-Hand in the whole folder. We grade these functions, and helper functions and imports that you add to the same
-files (outside of classes), on examples other than those of the tests. While an exercise is graded, other
-implementations of the same thing cannot be called, and your code can neither write files nor start programs;
-it has {seconds} seconds. All tests of an exercise count the same.
+Hand in the whole folder. We grade these functions, with helper functions and imports that you add to the same
+files (outside of classes), on other examples; all tests of an exercise count the same. While it is graded, your
+code has {seconds} seconds, can neither write files nor start programs, and cannot call other implementations
+of the same thing. A prerequisite that is not part of the assignment is solved already.
 '''
 
 
@@ -170,9 +170,15 @@ def queries(rng, n):
     tokens = prompt_of(edges) + data.retrieval_trace(data.adjacency(edges, n))
     texts = [data.decode(tokens[:i + 1]) for i, token in enumerate(tokens) if token == data.END]
     start = texts[-1].rpartition(' [STARTSEARCH]')[0]
+    a, b = rng.sample(range(1, 10), 2)
     found = {'the parent': [text for text in texts if text.endswith('~ [ENDSEARCH]')],
              'the first neighbour': [text for text in texts if text.endswith('- [ENDSEARCH]')],
              'the next neighbour': [text for text in texts if re.search(r'- \d+ \[ENDSEARCH\]$', text)],
+             '1 inside 11': [
+                 f'[BOS] {b}{a} - {a} [EOS] {a} ~ 0 {b}{a} ~ {a} [STARTSEARCH] {a} ~ [ENDSEARCH]',
+                 f'[BOS] {b}{a} - {b} 200 - {a}{b} 300 - {a} [EOS] 0 [STARTSEARCH] {a} - [ENDSEARCH]',
+                 f'[BOS] 9{a} - {b}{a} {b}{b} - 9{a} 200 - 9{a} 99{a} - {b} 9{a} - {b} 59{a} - 0 300 - 9{a}1 '
+                 f'400 - 9{a} [EOS] 0 [STARTSEARCH] 9{a} - {b} [ENDSEARCH]'],
              'queries without an answer': [f'{start} [STARTSEARCH] {query} [ENDSEARCH]' for query in (
                  '~', '-', '3', '3 ~ 1', '3 - 1 2', '- 1', '1 3', '3 - -', '3 - [EOS]', f'{n} -', f'{n} ~')]}
     return {kind: [dict(text=text) for text in group[:12]] for kind, group in found.items()}
@@ -181,7 +187,7 @@ def queries(rng, n):
 def numbers(rng, *shape, low=-1.0):
     """Nested lists of random numbers below 1."""
     if not shape:
-        return round(rng.uniform(low, 1), 2)
+        return round(rng.uniform(low, 1), 2) + 0.0      # not -0.0
     return [numbers(rng, *shape[1:], low=low) for _ in range(shape[0])]
 
 
@@ -192,9 +198,9 @@ def scan(rng, batch, L, d_inner, d_state, skip=True, state=True):
                 initial_state=numbers(rng, batch, d_inner, d_state) if state else None)
 
 
-def scan_and_gradients(rng, batch, L, d_inner, d_state):
-    of_outputs = [numbers(rng, batch, L, d_inner), numbers(rng, batch, d_inner, d_state)]
-    return scan(rng, batch, L, d_inner, d_state) | dict(gradients_of_outputs=of_outputs)
+def scan_and_gradients(rng, batch, L, d_inner, d_state, state=True):
+    return scan(rng, batch, L, d_inner, d_state, state, state) | dict(
+        dy=numbers(rng, batch, L, d_inner), dfinal=numbers(rng, batch, d_inner, d_state) if state else None)
 
 
 def steps(rng, *shape):
@@ -229,38 +235,36 @@ def examples(number, seed):
     rng = random.Random(f'{number} {seed}')
     if number in (1, 2):
         graphs = lambda *sizes, cyclic=False: [dict(edges=graph(rng, n, cyclic)) for n in sizes]
-        tests = [('a tree of four or five nodes', graphs(4, 4, 5)), ('a cycle', graphs(4, 5, 6, cyclic=True)),
+        tests = [('a small tree', graphs(3, 4, 5)), ('a small cycle', graphs(4, 5, 6, cyclic=True)),
                  ('larger trees', graphs(9, 16, 33)), ('larger cycles', graphs(9, 16, 33, cyclic=True))]
         path = [dict(edges=rng.sample([(v + 1, v) for v in range(3000)], 3000))]
         return tests + ([('a path of 3,001 nodes', path)] if number == 1 else [])
     if number == 3:
         small, large = queries(rng, 5), queries(rng, 24)
         return [(kind, small[kind] + large[kind]) for kind in small]
-    if number in EXPERIMENTS:
-        setting = dict(task='istree', n=16, setup='cot', seed=rng.randrange(2**30), samples=500)
-        return [(f'seed {i}', [setting]) for i in range(3)]
     inputs, pairs, gradients, attend, talk = (
         partial(draw, rng) for draw in (scan, steps, scan_and_gradients, attention, dialogue))
-    underflow = pairs(1, 64, 1, 1) | dict(a=[[[[10.0**-rng.randrange(8, 30)]] for _ in range(64)]])
+    underflow = pairs(1, 4, 1, 1) | dict(a=[[[[1e-170]], [[1e-180]], [[1e-190]], [[0.5]]]])
     malformed = lambda tokens: [data.EDGE if a == data.START else b for a, b in zip([None, *tokens], tokens)]
-    endless = lambda tokens: [data.NODE + 1] * 500
+    endless = lambda tokens: [data.NODE + 1, data.END] * 250
     return {
         4: [('one channel, three tokens', [inputs(1, 3, 1, 1, skip=False, state=False)]),
             ('channels and states', [inputs(2, 5, 3, 4, skip=False, state=False)]),
-            ('with D', [inputs(2, 5, 3, 4, state=False)]),
-            ('with an initial state', [inputs(1, 1, 1, 2), inputs(2, 5, 3, 4)])],
+            ('with D', [inputs(1, 1, 1, 1, state=False), inputs(2, 5, 3, 4, state=False)]),
+            ('with an initial state', [inputs(1, 1, 1, 1, skip=False), inputs(2, 5, 3, 4)])],
         5: [('four tokens', [pairs(1, 4, 1, 1)]),
-            ('any number of tokens', [pairs(1, L, 1, 2) for L in (1, 2, 3, 5, 6, 7, 21)]),
+            ('any number of tokens', [pairs(1, L, 1, 1 + L % 2) for L in (1, 2, 3, 5, 6, 7, 21)]),
             ('decays that underflow', [underflow]), ('in parallel', [pairs(1, 1000, 1, 1)])],
         6: [('one channel, three tokens', [gradients(1, 3, 1, 1)]),
-            ('channels and states', [gradients(2, 4, 3, 2)]),
-            ('several chunks', [gradients(1, 9, 1, 1), gradients(2, 11, 3, 2)])],
-        7: [('one parallel pass', [attend(1, 3, 1, 1, None), attend(2, 7, 2, 2, None)]),
-            ('one token at a time', [attend(1, 3, 1, 1, [1, 1, 1]), attend(2, 8, 2, 2, [5, 1, 1, 1])]),
-            ('several tokens at a time', [attend(1, 5, 1, 1, [2, 3]), attend(2, 80, 2, 2, [2, 70, 8])]),
-            ('grouped queries', [attend(1, 7, 4, 2, None), attend(2, 7, 4, 2, [3, 1, 3])])],
+            ('channels and states', [gradients(1, 2, 2, 2), gradients(2, 4, 3, 2)]),
+            ('several chunks', [gradients(1, 5, 1, 1), gradients(2, 11, 3, 2)]),
+            ('None', [gradients(1, 1, 1, 1, state=False), gradients(2, 9, 3, 2, state=False)])],
+        7: [('one parallel pass', [attend(1, 2, 1, 1, None), attend(2, 7, 2, 2, None)]),
+            ('one token at a time', [attend(1, 2, 1, 1, [1, 1]), attend(2, 8, 2, 2, [5, 1, 1, 1])]),
+            ('several tokens at a time', [attend(1, 3, 1, 1, [1, 2]), attend(2, 80, 2, 2, [2, 70, 8])]),
+            ('grouped queries', [attend(1, 2, 2, 1, None), attend(2, 7, 4, 2, [3, 1, 3])])],
         8: [('chain of thought', [talk(4, 1, 'cot'), talk(5, 3, 'cot')]),
-            ('queries', [talk(4, 1), talk(5, 1)]), ('several samples', [talk(5, 4)]),
+            ('queries', [talk(4, 1), talk(5, 1)]), ('several samples', [talk(4, 2), talk(5, 4)]),
             ('malformed queries', [talk(4, 2, edit=malformed)]),
             ('no end', [talk(4, 2, edit=endless), talk(4, 2, 'cot', endless)])],
     }.get(number, [])
@@ -269,8 +273,7 @@ def examples(number, seed):
 # --- source code ------------------------------------------------------------------------------------------
 
 def find(tree, name):
-    """The definition of a function, of a method (Class.method) or of what a dictionary holds under a key
-    (DICTIONARY.key); None if there is none."""
+    """The definition of a function, of Class.method or of DICTIONARY.key; None if there is none."""
     for part in name.split('.'):
         if isinstance(tree, ast.Assign):
             pairs = [(getattr(key, 'value', None), value) for key, value in zip(
@@ -304,8 +307,7 @@ def blank(source, bodies):
 
 
 def transplant(ours, theirs, names):
-    """Our source code with their versions of functions, and above these what their file imports or defines in
-    addition. Raises Failed."""
+    """Our source code with their versions of functions, below all that their file adds. Raises Failed."""
     tree, other, lines = ast.parse(ours), ast.parse(theirs), ours.split('\n')
     start = lambda node: min([node.lineno, *(d.lineno for d in getattr(node, 'decorator_list', ()))]) - 1
     code = lambda node: theirs.split('\n')[start(node):node.end_lineno]
@@ -335,14 +337,6 @@ def defined(node):
     return {name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)}
 
 
-def rewrite(folder, bodies):
-    """In the files of a folder, give functions other bodies, {(file, function): body}."""
-    for file in {file for file, _ in bodies}:
-        source = (folder / file).read_text(encoding='utf-8')
-        source = blank(source, {name: code for (one, name), code in bodies.items() if one == file})
-        (folder / file).write_text(source, encoding='utf-8')
-
-
 def copy_project(folder, without=()):
     """Copy our files, except those that match a pattern."""
     left_out = {path for pattern in ('test_all.py', *without) for path in PROJECT.glob(pattern)}
@@ -355,42 +349,43 @@ def copy_project(folder, without=()):
 # --- the handout ------------------------------------------------------------------------------------------
 
 def length(number):
-    """About how many lines a solution takes: as many as ours without comments, rounded to fives."""
-    count = 0
-    for file, name in EXERCISES[number].targets:
-        source = (PROJECT / file).read_text(encoding='utf-8')
-        first, last = body(find(ast.parse(source), name))
-        count += sum(line.strip()[:1] not in ('', '#') for line in source.split('\n')[first - 1:last])
-    return max(5, 5 * round(count / 5))
+    """About how many lines a solution takes: some more than ours without comments, rounded to fives."""
+    source = (PROJECT / EXERCISES[number].file).read_text(encoding='utf-8')
+    bodies = [body(find(ast.parse(source), name)) for name in EXERCISES[number].targets]
+    lines = [line.strip() for first, last in bodies for line in source.split('\n')[first - 1:last]]
+    return f"about {max(5, 5 * round(sum(line[:1] not in ('', '#') for line in lines) / 4.5))} lines"
 
 
 def handout(folder, chosen, seed):
     """Write the students' folder. Raises ValueError if there is something in it already."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f'{folder} is not an empty folder: choose another one')
-    left_out = {what: k for k in chosen for what in EXERCISES[k].left_out}
-    copy_project(folder, [file for file in left_out if isinstance(file, str)])
-    rewrite(folder, {function: f"raise NotImplementedError('left out: it is too close to exercise {k}')"
-                     for function, k in left_out.items() if isinstance(function, tuple)}
-            | {function: f"raise NotImplementedError('exercise {k}: about {length(k)} lines')" if k != 3
-               else '(exercise 3' for k in chosen for function in EXERCISES[k].targets})
-    tests = [(k, name, [(example, answer(k, example)) for example in group])
-             for k in chosen if k not in EXPERIMENTS for name, group in examples(k, f'handout {seed}')]
-    (folder / 'expected.json').write_text(json.dumps(tests))
-    text, hours = '', round(sum(EXERCISES[k].minutes for k in chosen) / 60)
+    copy_project(folder, [what for k in chosen for what in EXERCISES[k].left_out if '.' in what])
+    written, text = [], ''
     for k in chosen:
-        e = EXERCISES[k]
-        where = ', '.join([f'`{name}` in `{file}`' for file, name in e.targets])
-        where += f': about {length(k)} lines. ' if where else ''
+        e, where = EXERCISES[k], ''
+        if e.targets:
+            where = f'`{"` and `".join(e.targets)}` in `{e.file}`: {length(k)}. '
+            todo, close = f'exercise {k}: {length(k)}', f'left out: it is too close to exercise {k}'
+            bodies = {name: f'raise NotImplementedError({close!r})' for name in e.left_out if '.' not in name}
+            bodies |= {name: todo if k == 3 else f'raise NotImplementedError({todo!r})' for name in e.targets}
+            source = blank((folder / e.file).read_text(encoding='utf-8'), bodies)
+            (folder / e.file).write_text(source, encoding='utf-8')
+        tests = [(k, name, [(example, answer(k, example)) for example in group])
+                 for name, group in examples(k, f'handout {seed}')]
         text += f'\n## Exercise {k}: {e.title} ({e.points} points)\n\n{where}About {e.minutes} minutes. '
         text += f'Prerequisites: {e.needs}.\n\n'
         text += textwrap.fill(' '.join(e.what.split()), 110, break_on_hyphens=False) + '\n'
         text += f'\n    {e.command}\n' if e.command else ''
-        for example, expected in next((group[:1] for number, _, group in tests if number == k), ()):
-            *drawn, _, right, _ = difference(example, dict.fromkeys(expected, []), expected).split('\n')
-            text += '\n```\n' + '\n'.join([*drawn, right]) + '\n```\n'
-    text = README.format(points=sum(EXERCISES[k].points for k in chosen), hours=hours, seconds=SECONDS,
-                         first=chosen[0]) + text
+        for _, _, [(example, expected), *_] in tests[:1]:
+            name, value = next(iter(expected.items()))
+            line_end = rf' \1\n{"":{len(name) + 2}}'           # after each answer of the retriever
+            drawn = re.sub(r'(?<=ENDSEARCH\]) (\S+) (?=.)', line_end, table(example | {name: value}))
+            text += f'\n```\n{drawn}\n```\n'
+        written += tests
+    (folder / 'expected.json').write_text(json.dumps(written))
+    points, minutes = (sum(getattr(EXERCISES[k], name) for k in chosen) for name in ('points', 'minutes'))
+    text = README.format(points=points, hours=round(minutes / 60), seconds=SECONDS, first=chosen[0]) + text
     (folder / 'README.md').write_text(text, encoding='utf-8')
 
 
@@ -451,13 +446,11 @@ def grade_exercise(folder, number, seed):
     e, tests, passed, told, drawn = EXERCISES[number], examples(number, seed), 0, [], ''
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as copy:
         copy_project(Path(copy), KERNELS)
-        for file in {file for file, _ in e.targets}:
-            path, names = Path(copy, file), [name for one, name in e.targets if one == file]
-            code = transplant(path.read_text(encoding='utf-8'), read(folder, file), names)
-            path.write_text(code, encoding='utf-8')
-        refuse = "raise RuntimeError('{} may not be called in exercise {}')"
-        rewrite(Path(copy), {function: refuse.format(function[1], number)
-                             for function in (*e.siblings, *e.left_out) if isinstance(function, tuple)})
+        path = Path(copy, e.file)
+        code = transplant(path.read_text(encoding='utf-8'), read(folder, e.file), e.targets)
+        path.write_text(blank(code, {
+            name: f"raise RuntimeError('{name} may not be called in exercise {number}')"
+            for name in (*e.siblings, *e.left_out) if '.' not in name}), encoding='utf-8')
         found = iter(run(copy, number, [example for _, group in tests for example in group]))
     for name, group in tests:
         drawings = [difference(example, next(found), answer(number, example)) for example in group]
@@ -470,17 +463,18 @@ def grade_exercise(folder, number, seed):
 def grade_experiment(folder, number, seed):
     """The same for an experiment, whose tests are the checkpoints."""
     (accuracy, allowed), passed, told, seen = EXPERIMENTS[number], 0, [], {None}
+    setting = dict(task='istree', n=16, setup='cot', seed=f'{number} {seed}', samples=500)
     paths = sorted(folder.glob(f'out/{number}/*/checkpoint.pt'))
     if not paths:
         raise Failed(f'out/{number}/*/checkpoint.pt is missing')
-    for path, (_, setting) in zip(paths, examples(number, seed)):
+    for path in paths[:3]:
         try:
             with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as copy:
                 if not path.is_file() or path.stat().st_size > 10**8:
                     raise Failed('checkpoint.pt is not a file of at most 100 MB')
                 copy_project(Path(copy))
                 shutil.copyfile(path, Path(copy, 'checkpoint.pt'))
-                found, = run(copy, number, setting)
+                found, = run(copy, number, [setting])
             good = found['accuracy'] >= accuracy and allowed(found) and found['weights'] not in seen
             seen.add(found['weights'])
             line = '{accuracy:.1%}, layers {layers}, {memory:,} floats of memory'.format(**found)
@@ -520,8 +514,7 @@ def grade(folder, chosen, seed):
 def main(argv):
     parser = argparse.ArgumentParser('test_all.py', description='For a class. Tests: pytest test_all.py')
     commands = parser.add_subparsers(dest='command', required=True)
-    texts = dict(handout='make a folder for the students', grade='grade what a student handed in')
-    for name, text in texts.items():
+    for name, text in (('handout', 'make a folder for the students'), ('grade', 'grade what came back')):
         command = commands.add_parser(name, help=text)
         command.add_argument('folder', type=Path)
         command.add_argument('--exercises', default=','.join(map(str, EXERCISES)), help='numbers: 1,2,5')
@@ -533,9 +526,8 @@ def main(argv):
     chosen = sorted({*map(int, c.exercises.split(','))})
     if c.command == 'handout':
         handout(c.folder, chosen, c.seed or 0)
-        print(f'{c.folder} is ready for the students; it begins with README.md. To grade what they hand in:\n'
-              f'  python test_all.py grade DIR --exercises={c.exercises}')
-        return
+        return print(f'{c.folder} is ready for the students; it begins with README.md. To grade what comes '
+                     f'back:\n  python test_all.py grade DIR --exercises={c.exercises}')
     results = grade(c.folder, chosen, c.seed or secrets.token_hex(8))
     score, best = (round(sum(result[name] for result in results), 2) for name in ('score', 'max_score'))
     if c.json:

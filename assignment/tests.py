@@ -1,17 +1,17 @@
 """The tests of the assignment. README.md says what each exercise is about.
 
   pytest test_assignment.py                     all exercises
-  pytest test_assignment.py -k exercise_3_      one of them
+  pytest test_assignment.py -x -k exercise_3_   one of them, up to the first test that fails
 
-A failed test draws the smallest example that fails. The examples, and what is expected of them, stand in
-expected.json; your work is graded on others.
+A failed test draws the smallest of its examples that fails. The examples stand in expected.json with what is
+expected of them; your work is graded on others.
 """
 import json
 import os
 import sys
 from itertools import zip_longest
 from pathlib import Path
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import numpy as np
 
@@ -49,16 +49,8 @@ import data
 # --- what is asked of your code: an example (JSON) -> answers by name -----------------------------------
 
 
-def search(edges):
-    return {'tour': data.cot_trace(data.adjacency(edges, len(edges) + 1))}
-
-
-def trace(edges):
-    return {'trace': data.retrieval_trace(data.adjacency(edges, len(edges) + 1))}
-
-
 def retrieve(text):
-    if '(exercise 3' in data.QUERIES['istree'].values():
+    if any(pattern.startswith('exercise 3') for pattern in data.QUERIES['istree'].values()):
         raise NotImplementedError
     answer, well_formed = data.TASKS['istree'].retrieve(text)
     return {'answer': answer, 'well-formed': well_formed}
@@ -87,21 +79,17 @@ def scan_pairs(a, b):
     return {'h': h.tolist(), **parallel}
 
 
-def scan_gradients(gradients_of_outputs, **inputs):
+def scan_gradients(dy, dfinal, **inputs):
     import scan_cuda
     import torch
     inputs = tensors(inputs)
-    names = ('u', 'delta', 'A', 'B', 'C', 'D', 'initial_state')
-    inputs, outputs = [inputs[name] for name in names], map(tensors, gradients_of_outputs)
-    _, _, starts = scan_cuda._fallback_forward(*inputs, 4)
-    with patch.multiple(torch.autograd, grad=no_autograd, backward=no_autograd), \
-            patch.object(torch.Tensor, 'backward', no_autograd):
-        found = scan_cuda._fallback_backward(*outputs, *inputs, starts, 4)
-    return {f'gradient of {name}': g.tolist() for name, g in zip(names, found, strict=True)}
-
-
-def no_autograd(*args, **kwargs):
-    raise RuntimeError('autograd cannot be used in this exercise')
+    _, _, starts = scan_cuda._fallback_forward(*inputs.values(), 4)
+    refuse = Mock(side_effect=RuntimeError('autograd cannot be used in this exercise'))
+    with patch.multiple(torch.autograd, grad=refuse, backward=refuse), \
+            patch.object(torch.Tensor, 'backward', refuse):
+        found = scan_cuda._fallback_backward(tensors(dy), tensors(dfinal), *inputs.values(), starts, 4)
+    found = dict(zip(inputs, found, strict=True))
+    return {f'gradient of {name}': found[name].tolist() for name in inputs if inputs[name] is not None}
 
 
 def attend(n_heads, n_kv_heads, weights, x, blocks):
@@ -120,8 +108,7 @@ def attend(n_heads, n_kv_heads, weights, x, blocks):
 
 
 class Tape:
-    """A model whose tokens stand on a tape, shifted by all that it has been given to read: fed a wrong token,
-    it writes nonsense from there on."""
+    """A model with its tokens on a tape, shifted by what it reads: after a wrong token it writes nonsense."""
 
     def __init__(self, tapes):
         self.tapes, self.vocab = tapes, data.NODE + 100
@@ -169,8 +156,10 @@ def trained(task, n, setup, seed, samples):
             'weights': float(model.embedding.weight.double().sum())}
 
 
-ANSWER = {1: search, 2: trace, 3: retrieve, 4: scan_loop, 5: scan_pairs, 6: scan_gradients, 7: attend,
-          8: generate, 9: trained, 10: trained}
+ANSWER = {1: lambda edges: {'tour': data.cot_trace(data.adjacency(edges, len(edges) + 1))},
+          2: lambda edges: {'trace': data.retrieval_trace(data.adjacency(edges, len(edges) + 1))},
+          3: retrieve, 4: scan_loop, 5: scan_pairs, 6: scan_gradients, 7: attend, 8: generate, 9: trained,
+          10: trained}
 
 
 def tensors(value):
@@ -194,53 +183,72 @@ def answer(number, example):
 
 # --- drawing ----------------------------------------------------------------------------------------------
 
+def leaves(value, place=()):
+    """Nested lists -> {indices: what stands there}."""
+    if not isinstance(value, list):
+        return {place: value}
+    return {key: leaf for i, one in enumerate(value) for key, leaf in leaves(one, (*place, i)).items()}
+
+
 def same(yours, expected):
     """Equal; floats up to rounding."""
-    if isinstance(expected, list):
-        return isinstance(yours, list) and len(yours) == len(expected) and all(map(same, yours, expected))
     if isinstance(expected, float):
         return isinstance(yours, (int, float)) and abs(yours - expected) <= 1e-6 + 1e-5 * abs(expected)
     return type(yours) is type(expected) and yours == expected
 
 
-def words(name, value):
-    if isinstance(value, list):
-        return [word for one in value for word in words(name, one)]
-    if name in ('tour', 'trace', 'answer', 'tokens') and type(value) is int and 0 <= value < len(data.WORDS):
-        return [data.WORDS[value]]
-    return [f'{value:.4g}' if isinstance(value, float) else ascii(value)[:60]]
+def word(name, value):
+    if name in ('tour', 'trace', 'answer', 'tokens', 'prompts') and type(value) is int \
+            and 0 <= value < len(data.WORDS):
+        return data.WORDS[value]
+    return f'{value:.4g}' if isinstance(value, float) else ascii(value)[:60]
+
+
+def row(name, value, drawn=None):
+    """A row of a drawing: a name, the shape of nested lists, and what is in them."""
+    value = ' '.join([f'{u}-{v}' for u, v in value]) if name == 'edges' else value
+    words = value.split() if isinstance(value, str) else [word(name, one) for one in leaves(value).values()]
+    shape = tuple([max(indices) + 1 for indices in zip(*leaves(value))])
+    words = words if len(words) < 50 or name == 'trace' else [*words[:30], '...', *words[-12:]]
+    return f'{name} {shape}' if len(shape) > 1 else name, drawn or ' '.join(words)
+
+
+def table(values, *rows):
+    """A drawing of the values by name, with more rows below."""
+    rows = [row(*item) for item in values.items() if item[0] not in ('tapes', 'weights')] + [*rows]
+    width = max(len(name) for name, _ in rows) + 2
+    return '\n'.join([f'{name:{width}}{shown}'.rstrip() for name, shown in rows])
 
 
 def difference(example, yours, expected):
     """None if the answers are the same, else a drawing of the first that differs."""
-    name = next((name for name in expected if not same(yours.get(name), expected[name])), None)
-    if name is None:
+    sides = {name: (leaves(yours.get(name)), leaves(right)) for name, right in expected.items()}
+    wrong = {name: places for name, (left, right) in sides.items() if (places := [
+        place for place in left | right if not same(left.get(place, ...), right.get(place, ...))])}
+    if not wrong:
         return None
-    lines = [f'{key:15}{given(key, value)}' for key, value in example.items()
-             if key not in ('tapes', 'weights') and value is not None]
     if 'error' in yours:
-        return '\n'.join([*lines, f'Yours          {ascii(yours["error"])[1:-1]}'])
-    pairs = [*zip_longest(words(name, yours.get(name)), words(name, expected[name]), fillvalue='')]
-    wrong = next((i for i, (a, b) in enumerate(pairs) if a != b), 0)
-    start = wrong - 8 if wrong > 12 else 0
-    shown = pairs[start:start + 18]
-    widths = [max(map(len, pair)) for pair in shown]
-    row = lambda side: ' '.join([pair[side].ljust(width) for pair, width in zip(shown, widths)])
-    before, after = '... ' if start else '', ' ...' if start + 18 < len(pairs) else ''
-    column = sum(widths[:wrong - start]) + wrong - start + len(before)
-    return '\n'.join([*lines, f'{name}:', f'Yours          {before}{row(0)}{after}',
-                      f'Expected       {before}{row(1)}{after}', f'{"":15}{"":{column}}^'])
+        return table(example, ('Yours', ascii(yours['error'])[1:-1]))
+    name, *others = wrong
+    (left, right), place = sides[name], min(wrong[name])
+    places = sorted(left | right)
+    if 'prompts' in example and place:                      # one sample will do
+        places = [other for other in places if other[:1] == place[:1]]
+        example = example | {'prompts': dict(enumerate(example['prompts'])).get(place[0])}
+    at = places.index(place)
+    start = at - 8 if at > 12 else 0
+    shown = places[start:start + 18]
+    pairs = [[word(name, side[p]) if p in side else '' for side in (left, right)] for p in shown]
+    widths = [max(map(len, pair)) for pair in pairs]
+    before, after = '... ' if start else '', ' ...' if start + 18 < len(places) else ''
+    drawn = [before + ' '.join(map(str.ljust, words, widths)) + after for words in zip(*pairs)]
+    mark = ' ' * (sum(widths[:at - start]) + at - start + len(before)) + f'^ {name}{[*place] or ""}'
+    mark += f'; also wrong: {", ".join(others)}' if others else ''
+    return table(example, row('Yours', yours.get(name), drawn[0]), row('Expected', expected[name], drawn[1]),
+                 ('', mark))
 
 
-def given(key, value):
-    if key == 'edges':
-        shown = [f'{u}-{v}' for u, v in value]
-    else:
-        shown = value.split() if key == 'text' else words('tokens' if key == 'prompts' else key, value)
-    return ' '.join(shown if len(shown) < 50 else [*shown[:30], '...', *shown[-12:]])
-
-
-# --- pytest -----------------------------------------------------------------------------------------------
+# --- how it is run: by pytest, or by the grader -----------------------------------------------------------
 
 def pytest_generate_tests(metafunc):
     tests = json.loads((HERE / 'expected.json').read_text())
@@ -254,8 +262,6 @@ def test(number, examples):
         if complaint := difference(example, answer(number, example), expected):
             pytest.fail('\n' + complaint, pytrace=False)
 
-
-# --- how the grader runs your code ------------------------------------------------------------------------
 
 if __name__ == '__main__':              # examples as lines of JSON on stdin, answers on stdout
     results = os.fdopen(os.dup(1), 'w')
