@@ -2895,7 +2895,7 @@ def test_an_experiment_counts_by_its_checkpoints(tmp_path):
 @pytest.mark.parametrize('right, wrong', [
     (r' V ~', r'V ~'), (r' (?:V - W', r'(?:V - W'), (r')\b[^[]', r')[^[]'), (r' (?:V - (', r'(?:V - ('),
     (r'V\b)', r'V)')])
-def test_no_pattern_may_find_1_inside_11(right, wrong, monkeypatch):
+def test_the_grader_notices_a_pattern_that_finds_1_inside_11(right, wrong, monkeypatch):
     """The answers stand in the texts. Each of the blanks and \\b in our patterns is needed."""
     tests = dict(grade.examples(3, 'tests'))['1 inside 11']
     wanted = 2 * [[data.TOKENS[word]] for word in ('0', '300', '400')]
@@ -2908,7 +2908,7 @@ def test_no_pattern_may_find_1_inside_11(right, wrong, monkeypatch):
 
 
 @pytest.mark.parametrize('k', grade.EXPERIMENTS)
-def test_the_prerequisites_of_an_experiment_are_all_that_it_needs(k, tmp_path):
+def test_in_a_handout_the_prerequisites_of_an_experiment_are_all_that_it_needs(k, tmp_path):
     solved = set(map(int, re.findall(r'\d+', grade.EXERCISES[k].needs)))
     grade.handout(tmp_path / 'handout', sorted(set(CODED) - solved), 0)
     command = [*grade.EXERCISES[k].command.split()[1:-1], '--n_nodes=4', '--samples=64', '--n_val=8']
@@ -2917,7 +2917,7 @@ def test_the_prerequisites_of_an_experiment_are_all_that_it_needs(k, tmp_path):
     assert run.returncode == 0, run.stderr
 
 
-def test_the_gradients_are_tried_with_None_and_torch_agrees():
+def test_the_grader_tries_None_in_the_backward_pass_and_torch_agrees():
     for example in dict(grade.examples(6, 'tests'))['None']:
         assert (example['D'], example['initial_state'], example['dfinal']) == (None, None, None)
         names = ('u', 'delta', 'A', 'B', 'C')
@@ -2930,7 +2930,7 @@ def test_the_gradients_are_tried_with_None_and_torch_agrees():
             torch.testing.assert_close(torch.tensor(mine, dtype=torch.float64), right)
 
 
-def test_a_drawing_names_the_sample_the_place_the_shapes_and_all_that_is_wrong():
+def test_a_drawing_of_the_assignment_names_the_sample_the_place_the_shapes_and_all_that_is_wrong():
     example = dict(prompts=[[data.BOS], [data.BOS, data.NODE + 7]], u=[[[1.0], [2.0]]], tapes=[[1], [2]])
     expected = dict(tokens=[[5, 6], [12, 13]], retrieved=[[True, False]], queries=3)
     yours = dict(tokens=[[5, 6], [12, 14]], retrieved=[[True, False]], queries=4)
@@ -2939,8 +2939,9 @@ def test_a_drawing_names_the_sample_the_place_the_shapes_and_all_that_is_wrong()
         '                   ^ tokens[1, 1]; also wrong: queries']
     assert grade.difference(example, expected, expected) is None
     for yours in ({}, dict(expected, queries=None), dict(expected, tokens=[[5, 6]]), dict(expected, tokens=7),
-                  dict(expected, tokens=[[5, 6], [12, 13, None]]), dict(expected, tokens=[[[5, 6]], [12, 13]]),
-                  dict(expected, tokens=[]), dict(expected, tokens=[[5, 6], [12, 13], [1, 2]])):
+                  dict(expected, tokens=[[5, 6], [12, 13, None]]), dict(expected, tokens=[]),
+                  dict(expected, tokens=[[[5, 6]], [12, 13]]),
+                  dict(expected, tokens=[[5, 6], [12, 13], [1, 2]])):
         assert 'Expected' in grade.difference(example, yours, expected)
 
 

@@ -143,9 +143,9 @@ your work: all of it, or one exercise up to the first failure. A failed test dra
 examples that fails, with a mark ^ at the first difference. `B (2, 5, 4)` means that B has this shape.
 
 Hand in the whole folder. We grade these functions, with helper functions and imports that you add to the same
-files (outside of classes), on other examples; all tests of an exercise count the same. While it is graded, your
-code has {seconds} seconds, can neither write files nor start programs, and cannot call other implementations
-of the same thing. A prerequisite that is not part of the assignment is solved already.
+files (outside of classes), on other examples; all tests of an exercise count the same. While it is graded,
+your code has {seconds} seconds, can neither write files nor start programs, and cannot call other
+implementations of the same thing. A prerequisite that is not part of the assignment is solved already.
 '''
 
 
@@ -160,14 +160,9 @@ def graph(rng, n, cyclic=False):
     return rng.sample([sorted((name[u], name[v]), reverse=True) for u, v in edges], n - 1)
 
 
-def prompt_of(edges):
-    return data.sample(edges, True, 'direct')[:-1]
-
-
 def queries(rng, n):
     """Texts that end in a query: kind of query -> examples."""
-    edges = graph(rng, n)
-    tokens = prompt_of(edges) + data.retrieval_trace(data.adjacency(edges, n))
+    tokens = data.sample(graph(rng, n), True, 'retrieval')[:-2]
     texts = [data.decode(tokens[:i + 1]) for i, token in enumerate(tokens) if token == data.END]
     start = texts[-1].rpartition(' [STARTSEARCH]')[0]
     a, b = rng.sample(range(1, 10), 2)
@@ -218,8 +213,8 @@ def dialogue(rng, n, samples, setup='retrieval', edit=lambda tokens: tokens):
     trace, prompts, tapes = data.cot_trace if setup == 'cot' else data.retrieval_trace, [], []
     for i in range(samples):
         edges = graph(rng, n, cyclic=i % 2 == 1)
-        tokens, tape, read = prompt_of(edges), [], 0
-        prompts.append(prompt_of(edges))
+        tokens, tape, read = data.sample(edges, True, 'direct')[:-1], [], 0
+        prompts.append(tokens[:])
         written = edit([*trace(data.adjacency(edges, n)), data.EOS, rng.choice((data.TRUE, data.FALSE))])
         for t, token in enumerate(written, 1):
             retrieved = setup == 'retrieval' and tokens[-1] == data.END
