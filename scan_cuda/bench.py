@@ -88,7 +88,7 @@ def time_models(device):
                 optimizer.step()
             training = milliseconds(train, device)
             with torch.inference_mode():
-                _, state = model.prefill(tokens, L + MAX_CALLS + 2)
+                _, state = model.prefill(tokens)
                 generation = milliseconds(lambda: model.step(tokens[:, 0], state), device)
             print(f'{BATCH:5} {L:5}  {arch:12} {training:13.2f} {generation:16.2f}', flush=True)
 
