@@ -8,7 +8,7 @@ launching them counts only where the GPU waits for it, as in training.
 import platform
 import statistics
 import sys
-import time
+import timeit
 
 import torch
 import torch.nn.functional as F
@@ -16,29 +16,21 @@ import torch.nn.functional as F
 import scan_cuda
 
 D_INNER, D_STATE, LENGTHS, BATCH = (128, 256), 16, (80, 320, 620, 2500), 64
-SECONDS, MAX_CALLS = 0.6, 50        # of one measurement, after a call to warm up
+CALLS = 10      # of one measurement, after one to warm up
 
 
 def milliseconds(call, device):
     """The time of one call."""
-    wait = torch.cuda.synchronize if device == 'cuda' else lambda: None
-
-    def seconds():
-        start = time.perf_counter()
-        call()
-        wait()
-        return time.perf_counter() - start
-    seconds()
-    calls = max(1, min(MAX_CALLS, int(SECONDS / seconds())))
+    call()
     if device == 'cpu':
-        return 1e3 * statistics.median(seconds() for _ in range(calls))
+        return 1e3 * statistics.median(timeit.repeat(call, number=1, repeat=CALLS))
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     begin.record()
-    for _ in range(calls):
+    for _ in range(CALLS):
         call()
     end.record()
-    wait()
-    return begin.elapsed_time(end) / calls
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / CALLS
 
 
 def implementations(device):
@@ -88,7 +80,7 @@ def time_models(device):
                 optimizer.step()
             training = milliseconds(train, device)
             with torch.inference_mode():
-                _, state = model.prefill(tokens, L + MAX_CALLS + 2)
+                _, state = model.prefill(tokens, L + CALLS + 1)
                 generation = milliseconds(lambda: model.step(tokens[:, 0], state), device)
             print(f'{BATCH:5} {L:5}  {arch:12} {training:13.2f} {generation:16.2f}', flush=True)
 
