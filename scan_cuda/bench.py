@@ -33,17 +33,17 @@ def milliseconds(call, device):
     return begin.elapsed_time(end) / CALLS
 
 
-def implementations(device):
-    """name -> (prepare, run): run(*prepare(u, delta, A, B, C, D)) is (y, ...)."""
-    runs = {'fallback': scan_cuda.selective_scan_fallback, 'reference': scan_cuda.selective_scan_reference}
+def implementations(device, inputs):
+    """name -> (scan, its inputs): scan(*inputs)[0] is y."""
+    scans = {'fallback': scan_cuda.selective_scan_fallback, 'reference': scan_cuda.selective_scan_reference}
     if scan_cuda.build.load(device):
-        runs = {f'{device} kernel': scan_cuda.selective_scan} | runs
-    found = {name: (lambda *inputs: inputs, run) for name, run in runs.items()}
+        scans = {f'{device} kernel': scan_cuda.selective_scan} | scans
+    found = {name: (scan, inputs) for name, scan in scans.items()}
     try:
         from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
-        turn = lambda t: t.detach().transpose(1, 2).contiguous().requires_grad_()       # its layout
-        found['mamba-ssm'] = (lambda u, delta, A, B, C, D: (*map(turn, (u, delta)), A, *map(turn, (B, C)), D),
-                              lambda *inputs: (selective_scan_fn(*inputs),))
+        u, delta, A, B, C, D = inputs
+        own = [t.detach().transpose(1, 2).contiguous().requires_grad_() for t in (u, delta, B, C)]
+        found['mamba-ssm'] = (lambda u, delta, B, C: (selective_scan_fn(u, delta, A, B, C, D),), own)
     except ImportError:
         pass
     return found
@@ -57,11 +57,10 @@ def time_scans(device):
             inputs = [make(BATCH, L, d_inner), F.softplus(make(BATCH, L, d_inner) - 3),
                       -torch.arange(1.0, D_STATE + 1, device=device).repeat(d_inner, 1),
                       make(BATCH, L, D_STATE), make(BATCH, L, D_STATE), make(d_inner)]
-            for name, (prepare, run) in implementations(device).items():
-                own = prepare(*(t.requires_grad_() for t in inputs))
+            for name, (scan, own) in implementations(device, [t.requires_grad_() for t in inputs]).items():
                 with torch.no_grad():
-                    forward = milliseconds(lambda: run(*own), device)
-                both = milliseconds(lambda: torch.autograd.grad(run(*own)[0].sum(), own), device)
+                    forward = milliseconds(lambda: scan(*own), device)
+                both = milliseconds(lambda: torch.autograd.grad(scan(*own)[0].sum(), own), device)
                 print(f'{BATCH:5} {L:5} {d_inner:7}  {name:12} {forward:10.2f} {both:11.2f}', flush=True)
 
 

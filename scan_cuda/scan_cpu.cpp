@@ -1,14 +1,13 @@
-// The selective scan on the CPU, forward and backward (the formulas: __init__.py), in fp32; and the
-// convolution.
+// The selective scan and the convolution on the CPU, forward and backward, in fp32 (the formulas:
+// __init__.py).
 //
-// The recurrence runs over the tokens one by one, and in vectors over the channels: one vector holds the same
-// state index n of LANES neighbouring channels. So u, delta and y are read and written as they lie in memory,
-// B_t[n] and C_t[n] are one number for all lanes, and y_t = sum over n needs no sum across lanes.
+// The scan runs over the tokens one by one, and in vectors over the channels: one vector holds the same state
+// index n of LANES neighbouring channels. So u, delta and y are read and written as they lie in memory, and
+// B_t[n] and C_t[n] are one number for all lanes.
 //
-// Backward, with g_t = dLoss/dh_t:   g_t = C_t dy_t + a_{t+1} g_{t+1}   where a_t = exp(delta_t A), from the
-// last token to the first. It needs a_t and h_t of each token. The forward pass saves h before every chunk; a
-// chunk's a and h are computed again, onto a tape that fits the L2 cache, so each exponential is computed
-// once per pass.
+// Backward, with g_t = dLoss/dh_t:   g_t = C_t dy_t + a_{t+1} g_{t+1}   where a_t = exp(delta_t A). The
+// forward pass saves h before every chunk; a chunk's a and h are computed again, onto a tape that fits the L2
+// cache.
 
 #include "scan.h"
 
@@ -20,9 +19,8 @@
 namespace {
 
 constexpr int LANES = __BIGGEST_ALIGNMENT__ / 4;  // floats in a register: 16 with AVX-512, 4 without AVX
-// Vector types of gcc and clang: arithmetic works element by element.
 typedef float V __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
-typedef int I __attribute__((vector_size(LANES * 4)));
+typedef int I __attribute__((vector_size(LANES * 4)));  // gcc and clang: arithmetic goes element by element
 
 constexpr float LOG2E = 1.44269504f;  // exp(x) = 2^(x log2 e); A is multiplied by it once
 
@@ -92,7 +90,7 @@ inline void add_sums(float* to, V* v, int N) {  // to[n] += the sum of the lanes
 }
 
 const float* row_of(const void* from, int64_t at) { return static_cast<const float*>(from) + at; }
-int64_t start(const Scan& p, int64_t b, int64_t chunk, int n) {  // the row of `starts` with the state before a chunk
+int64_t start(const Scan& p, int64_t b, int64_t chunk, int n) {  // a row of `starts`
   return (b * ((p.L - 1) / CHUNK) + chunk - 1) * p.N + n;
 }
 
@@ -151,7 +149,8 @@ void backward(const Scan& p, int64_t b, int64_t c0, Token* tape) {
       const float* B = row_of(p.B, row * p.B_stride);
       Token *now = tape + t * N, *next = now + N;
       V delta[J], du[J];
-      for (int j = 0; j < J; ++j) delta[j] = at[j].read(p.delta, row), du[j] = delta[j] * at[j].read(p.u, row);
+      for (int j = 0; j < J; ++j)
+        delta[j] = at[j].read(p.delta, row), du[j] = delta[j] * at[j].read(p.u, row);
       for (int n = 0; n < N; ++n)
         for (int j = 0; j < J; ++j) {
           now[n].a[j] = exp2(delta[j] * s[n].A[j]);
@@ -234,8 +233,8 @@ int scan_backward(const Scan& p, void*) {
   return 0;
 }
 
-// x (batch, L + 3, d), y and dy (batch, L, d), weight (4, d). dx is zeros before the call; those
-// of the weights, (batch, 4, d), and of the bias, (batch, d), are parts.
+// x (batch, L + 3, d), y and dy (batch, L, d), weight (4, d). dx is zeros before the call; those of the
+// weights, (batch, 4, d), and of the bias, (batch, d), are parts.
 void conv_forward(int64_t batch, int64_t L, int64_t d, int64_t threads, float* y, const float* x,
                   const float* weight, const float* bias) {
 #pragma omp parallel for num_threads(threads) schedule(static)
