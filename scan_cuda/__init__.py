@@ -16,15 +16,14 @@ From the plain to the fast, to be read in this order:
   4. scan_cpu.cpp: the CPU kernel.       5. scan_kernels.cu: the CUDA kernels.
 `selective_scan` uses 4 or 5; the first call builds them (some seconds, then cached: build.py). If that fails,
 one line says why and what to do, and 3 is used. SCAN_CUDA_BUILD=0 in the environment asks for 3 at once.
-`python -m scan_cuda.bench` compares their speed.
 """
 import torch
 import torch.nn.functional as F
 
 from scan_cuda import build
 
-# Tokens between two saved states, as in scan.h. The backward pass recomputes a chunk's states from the one saved.
-# Saved states take d_state / CHUNK times the memory of u; those of a longer chunk would not fit the cache.
+# Tokens between two saved states, as in scan.h; backward recomputes those in between. Saved states take
+# d_state / CHUNK times the memory of u; the states of a longer chunk would not fit the cache.
 CHUNK = 64
 
 
@@ -205,8 +204,8 @@ def causal_conv1d(x, weight, bias, initial_state=None):
 
 def _check(u, delta, A, B, C, D, initial_state):
     if u.dim() != 3 or A.dim() != 2 or u.shape[1] < 1 or not 1 <= A.shape[1] <= 64:
-        raise ValueError('selective_scan: u must be (batch, L >= 1, d_inner), A (d_inner, d_state from 1 to 64), '
-                         f'got {tuple(u.shape)} and {tuple(A.shape)}')
+        raise ValueError('selective_scan: u must be (batch, L >= 1, d_inner), A (d_inner, d_state from 1 to '
+                         f'64), got {tuple(u.shape)} and {tuple(A.shape)}')
     if u.dtype not in (torch.float32, torch.bfloat16, torch.float64):
         raise ValueError(f'selective_scan: u must be float32 or bfloat16 (float64 for checks), got {u.dtype}')
     (batch, L, d_inner), d_state = u.shape, A.shape[1]

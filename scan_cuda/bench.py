@@ -8,7 +8,7 @@ launching them counts only where the GPU waits for it, as in training.
 import platform
 import statistics
 import sys
-import time
+import timeit
 
 import torch
 import torch.nn.functional as F
@@ -16,42 +16,34 @@ import torch.nn.functional as F
 import scan_cuda
 
 D_INNER, D_STATE, LENGTHS, BATCH = (128, 256), 16, (80, 320, 620, 2500), 64
-SECONDS, MAX_CALLS = 0.6, 50        # of one measurement, after a call to warm up
+CALLS = 10      # of one measurement, after one to warm up
 
 
 def milliseconds(call, device):
     """The time of one call."""
-    wait = torch.cuda.synchronize if device == 'cuda' else lambda: None
-
-    def seconds():
-        start = time.perf_counter()
-        call()
-        wait()
-        return time.perf_counter() - start
-    seconds()
-    calls = max(1, min(MAX_CALLS, int(SECONDS / seconds())))
+    call()
     if device == 'cpu':
-        return 1e3 * statistics.median(seconds() for _ in range(calls))
+        return 1e3 * statistics.median(timeit.repeat(call, number=1, repeat=CALLS))
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     begin.record()
-    for _ in range(calls):
+    for _ in range(CALLS):
         call()
     end.record()
-    wait()
-    return begin.elapsed_time(end) / calls
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / CALLS
 
 
-def implementations(device):
-    """name -> (prepare, run): run(*prepare(u, delta, A, B, C, D)) is (y, ...)."""
-    runs = {'fallback': scan_cuda.selective_scan_fallback, 'reference': scan_cuda.selective_scan_reference}
+def implementations(device, inputs):
+    """name -> (scan, its inputs): scan(*inputs)[0] is y."""
+    scans = {'fallback': scan_cuda.selective_scan_fallback, 'reference': scan_cuda.selective_scan_reference}
     if scan_cuda.build.load(device):
-        runs = {f'{device} kernel': scan_cuda.selective_scan} | runs
-    found = {name: (lambda *inputs: inputs, run) for name, run in runs.items()}
+        scans = {f'{device} kernel': scan_cuda.selective_scan} | scans
+    found = {name: (scan, inputs) for name, scan in scans.items()}
     try:
         from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
-        turn = lambda t: t.detach().transpose(1, 2).contiguous().requires_grad_()       # its layout
-        found['mamba-ssm'] = (lambda u, delta, A, B, C, D: (*map(turn, (u, delta)), A, *map(turn, (B, C)), D),
-                              lambda *inputs: (selective_scan_fn(*inputs),))
+        u, delta, A, B, C, D = inputs
+        own = [t.detach().transpose(1, 2).contiguous().requires_grad_() for t in (u, delta, B, C)]
+        found['mamba-ssm'] = (lambda u, delta, B, C: (selective_scan_fn(u, delta, A, B, C, D),), own)
     except ImportError:
         pass
     return found
@@ -65,11 +57,10 @@ def time_scans(device):
             inputs = [make(BATCH, L, d_inner), F.softplus(make(BATCH, L, d_inner) - 3),
                       -torch.arange(1.0, D_STATE + 1, device=device).repeat(d_inner, 1),
                       make(BATCH, L, D_STATE), make(BATCH, L, D_STATE), make(d_inner)]
-            for name, (prepare, run) in implementations(device).items():
-                own = prepare(*(t.requires_grad_() for t in inputs))
+            for name, (scan, own) in implementations(device, [t.requires_grad_() for t in inputs]).items():
                 with torch.no_grad():
-                    forward = milliseconds(lambda: run(*own), device)
-                both = milliseconds(lambda: torch.autograd.grad(run(*own)[0].sum(), own), device)
+                    forward = milliseconds(lambda: scan(*own), device)
+                both = milliseconds(lambda: torch.autograd.grad(scan(*own)[0].sum(), own), device)
                 print(f'{BATCH:5} {L:5} {d_inner:7}  {name:12} {forward:10.2f} {both:11.2f}', flush=True)
 
 

@@ -1,5 +1,4 @@
-// What one call works on: build.py fills it in, scan_cpu.cpp or scan_kernels.cu does the work. No torch here:
-// the kernels compile in seconds, and for any version of it.
+// What one call works on: filled in by build.py, read by scan_cpu.cpp and scan_kernels.cu. No torch here.
 #pragma once
 #include <cstdint>
 

@@ -1,14 +1,13 @@
-// The selective scan on the CPU, forward and backward (the formulas: __init__.py), in fp32; and the
-// convolution.
+// The selective scan and the convolution on the CPU, forward and backward, in fp32 (the formulas:
+// __init__.py).
 //
-// The recurrence runs over the tokens one by one, and in vectors over the channels: one vector holds the same
-// state index n of LANES neighbouring channels. So u, delta and y are read and written as they lie in memory,
-// B_t[n] and C_t[n] are one number for all lanes, and y_t = sum over n needs no sum across lanes.
+// The scan runs over the tokens one by one, and in vectors over the channels: one vector holds the same state
+// index n of LANES neighbouring channels. So u, delta and y are read and written as they lie in memory, and
+// B_t[n] and C_t[n] are one number for all lanes.
 //
-// Backward, with g_t = dLoss/dh_t:   g_t = C_t dy_t + a_{t+1} g_{t+1}   where a_t = exp(delta_t A), from the
-// last token to the first. It needs a_t and h_t of each token. The forward pass saves h before every chunk; a
-// chunk's a and h are computed again, onto a tape that fits the L2 cache, so each exponential is computed
-// once per pass.
+// Backward, with g_t = dLoss/dh_t:   g_t = C_t dy_t + a_{t+1} g_{t+1}   where a_t = exp(delta_t A). The
+// forward pass saves h before every chunk; a chunk's a and h are computed again, onto a tape that fits the L2
+// cache.
 
 #include "scan.h"
 
@@ -20,9 +19,8 @@
 namespace {
 
 constexpr int LANES = __BIGGEST_ALIGNMENT__ / 4;  // floats in a register: 16 with AVX-512, 4 without AVX
-// Vector types of gcc and clang: arithmetic works element by element. They may lie anywhere in a float array.
 typedef float V __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
-typedef int I __attribute__((vector_size(LANES * 4)));
+typedef int I __attribute__((vector_size(LANES * 4)));  // gcc and clang: arithmetic goes element by element
 
 constexpr float LOG2E = 1.44269504f;  // exp(x) = 2^(x log2 e); A is multiplied by it once
 
@@ -50,13 +48,13 @@ inline V load(const void* from, int64_t at, int64_t width) {
   const float* x = static_cast<const float*>(from) + at;
   if (width >= LANES) return *reinterpret_cast<const V*>(x);
   V v = {};
-  std::memcpy(&v, x, width * 4);
+  if (width > 0) std::memcpy(&v, x, width * 4);
   return v;
 }
 inline void store(void* to, int64_t at, V v, int64_t width) {
   float* x = static_cast<float*>(to) + at;
   if (width >= LANES) *reinterpret_cast<V*>(x) = v;
-  else std::memcpy(x, &v, width * 4);
+  else if (width > 0) std::memcpy(x, &v, width * 4);
 }
 
 // Exchange the lanes of x and y that are S apart. For S = 1 and four lanes
@@ -84,98 +82,119 @@ inline V sums(V* v) {  // lane i of the result is the sum of the lanes of v[i]
   }
 }
 inline void add_sums(float* to, V* v, int N) {  // to[n] += the sum of the lanes of v[n]
-  for (int n = 0; n < N; n += LANES) store(to, n, load(to, n, N - n) + sums(v + n), N - n);
-}
-
-const float* floats(const void* from) { return static_cast<const float*>(from); }
-V state(const Scan& p, const float* from, int64_t b, int n, int64_t c0) {  // zeros if there is none
-  return from ? load(from, (b * p.N + n) * p.d_inner + c0, p.d_inner - c0) : V{};
-}
-
-int64_t start(const Scan& p, int64_t b, int64_t chunk, int n) {  // of a state in `starts`
-  return ((b * ((p.L - 1) / CHUNK) + chunk - 1) * p.N + n) * p.d_inner;
-}
-
-void forward(const Scan& p, int64_t b, int64_t c0) {  // channels c0 .. c0 + LANES of batch element b
-  const int64_t width = p.d_inner - c0, N = p.N;
-  struct { V A, h; } s[MAX_STATE];
-  for (int n = 0; n < N; ++n) {
-    s[n].A = load(p.A, n * p.d_inner + c0, width) * LOG2E;
-    s[n].h = state(p, p.initial, b, n, c0);
+  for (int n = 0; n < N; n += LANES) {
+    const V sum = sums(v + n);
+    if (N - n >= LANES) store(to, n, load(to, n, LANES) + sum, LANES);
+    else for (int i = 0; i < N - n; ++i) to[n + i] += sum[i];
   }
-  const V D = p.D ? load(p.D, c0, width) : V{};
+}
+
+const float* row_of(const void* from, int64_t at) { return static_cast<const float*>(from) + at; }
+int64_t start(const Scan& p, int64_t b, int64_t chunk, int n) {  // a row of `starts`
+  return (b * ((p.L - 1) / CHUNK) + chunk - 1) * p.N + n;
+}
+
+struct Channels {  // LANES neighbouring ones, in rows of d_inner
+  int64_t d_inner, first;
+  V read(const void* from, int64_t row) const { return load(from, row * d_inner + first, d_inner - first); }
+  V read_if(const void* from, int64_t row) const { return from ? read(from, row) : V{}; }
+  void write(void* to, int64_t row, V v) const { store(to, row * d_inner + first, v, d_inner - first); }
+};
+
+void forward(const Scan& p, int64_t b, int64_t c0) {
+  const Channels at{p.d_inner, c0};
+  const int N = p.N;
+  struct { V A, h; } s[MAX_STATE];
+  for (int n = 0; n < N; ++n) s[n] = {at.read(p.A, n) * LOG2E, at.read_if(p.initial, b * N + n)};
+  const V D = at.read_if(p.D, 0);
   for (int64_t t = 0; t < p.L; ++t) {
     if (t && t % CHUNK == 0)
-      for (int n = 0; n < N; ++n) store(p.starts, start(p, b, t / CHUNK, n) + c0, s[n].h, width);
-    const int64_t row = b * p.L + t, at = row * p.d_inner + c0;
-    const float *B = floats(p.B) + row * p.B_stride, *C = floats(p.C) + row * p.C_stride;
-    const V u = load(p.u, at, width), delta = load(p.delta, at, width), du = delta * u;
+      for (int n = 0; n < N; ++n) at.write(p.starts, start(p, b, t / CHUNK, n), s[n].h);
+    const int64_t row = b * p.L + t;
+    const float *B = row_of(p.B, row * p.B_stride), *C = row_of(p.C, row * p.C_stride);
+    const V u = at.read(p.u, row), delta = at.read(p.delta, row), du = delta * u;
     V y = D * u;
     for (int n = 0; n < N; ++n) {
       s[n].h = exp2(delta * s[n].A) * s[n].h + du * B[n];
       y += s[n].h * C[n];
     }
-    store(p.y, at, y, width);
+    at.write(p.y, row, y);
   }
-  for (int n = 0; n < N; ++n) store(p.final_state, (b * N + n) * p.d_inner + c0, s[n].h, width);
+  for (int n = 0; n < N; ++n) at.write(p.final_state, b * N + n, s[n].h);
 }
 
-struct alignas(2 * LANES * sizeof(float)) Token { V a, h; };  // a_t and h_{t-1}, of one n
+constexpr int J = 2;  // vectors of channels that share B_t[n], C_t[n] and the sums for their gradients
+struct alignas(2 * LANES * sizeof(float)) Token { V a[J], h[J]; };  // a_t and h_{t-1}, of one n
 
 void backward(const Scan& p, int64_t b, int64_t c0, Token* tape) {
-  const int64_t width = p.d_inner - c0, N = p.N;
-  struct { V A, g, dA; } s[MAX_STATE];  // g: a_{t+1} g_{t+1}, from the token after
-  V sum_B[MAX_STATE] = {}, sum_C[MAX_STATE] = {}, dD = {};
-  for (int n = 0; n < N; ++n) {
-    s[n].A = load(p.A, n * p.d_inner + c0, width) * LOG2E;
-    s[n].g = state(p, p.dfinal, b, n, c0);
-    s[n].dA = V{};
-  }
-  const V D = p.D ? load(p.D, c0, width) : V{};
+  const Channels at[J] = {{p.d_inner, c0}, {p.d_inner, c0 + LANES}};
+  const int N = p.N;
+  struct { V A[J], g[J], dA[J]; } s[MAX_STATE];  // g: a_{t+1} g_{t+1}, from the token after
+  V sum_B[MAX_STATE] = {}, sum_C[MAX_STATE] = {}, dD[J] = {}, D[J];
+  for (int j = 0; j < J; ++j) D[j] = at[j].read_if(p.D, 0);
+  for (int j = 0; j < J; ++j)
+    for (int n = 0; n < N; ++n) {
+      s[n].A[j] = at[j].read(p.A, n) * LOG2E;
+      s[n].g[j] = at[j].read_if(p.dfinal, b * N + n);
+      s[n].dA[j] = V{};
+    }
   for (int64_t first = (p.L - 1) / CHUNK * CHUNK; first >= 0; first -= CHUNK) {
     const int T = std::min<int64_t>(CHUNK, p.L - first);
     for (int n = 0; n < N; ++n)
-      tape[n].h = first ? load(p.starts, start(p, b, first / CHUNK, n) + c0, width)
-                        : state(p, p.initial, b, n, c0);
+      for (int j = 0; j < J; ++j)
+        tape[n].h[j] = first ? at[j].read(p.starts, start(p, b, first / CHUNK, n))
+                             : at[j].read_if(p.initial, b * N + n);
     for (int t = 0; t < T; ++t) {
-      const int64_t row = b * p.L + first + t, at = row * p.d_inner + c0;
-      const float* B = floats(p.B) + row * p.B_stride;
-      const V delta = load(p.delta, at, width), du = delta * load(p.u, at, width);
+      const int64_t row = b * p.L + first + t;
+      const float* B = row_of(p.B, row * p.B_stride);
       Token *now = tape + t * N, *next = now + N;
-      for (int n = 0; n < N; ++n) {
-        now[n].a = exp2(delta * s[n].A);
-        next[n].h = now[n].a * now[n].h + du * B[n];
-      }
+      V delta[J], du[J];
+      for (int j = 0; j < J; ++j)
+        delta[j] = at[j].read(p.delta, row), du[j] = delta[j] * at[j].read(p.u, row);
+      for (int n = 0; n < N; ++n)
+        for (int j = 0; j < J; ++j) {
+          now[n].a[j] = exp2(delta[j] * s[n].A[j]);
+          next[n].h[j] = now[n].a[j] * now[n].h[j] + du[j] * B[n];
+        }
     }
     for (int t = T - 1; t >= 0; --t) {
-      const int64_t row = b * p.L + first + t, at = row * p.d_inner + c0;
-      const float *B = floats(p.B) + row * p.B_stride, *C = floats(p.C) + row * p.C_stride;
-      const V u = load(p.u, at, width), delta = load(p.delta, at, width), dy = load(p.dy, at, width);
-      const V du = delta * u;
-      V gB = {}, gA = {};  // gradients of delta u, and of delta through delta A
-      dD += dy * u;
+      const int64_t row = b * p.L + first + t;
+      const float *B = row_of(p.B, row * p.B_stride), *C = row_of(p.C, row * p.C_stride);
       const Token *now = tape + t * N, *next = now + N;
-      for (int n = 0; n < N; ++n) {
-        const V g = s[n].g + dy * C[n];  // g_t
-        s[n].g = g * now[n].a;
-        const V decay = s[n].g * now[n].h;  // gradient of delta_t A
-        sum_B[n] = g * du;
-        sum_C[n] = dy * next[n].h;
-        gB += g * B[n];
-        gA += decay * s[n].A;
-        s[n].dA += decay * delta;
+      V u[J], delta[J], dy[J], gB[J] = {}, gA[J] = {};  // gradients of delta u, and of delta through delta A
+      for (int j = 0; j < J; ++j) {
+        u[j] = at[j].read(p.u, row), delta[j] = at[j].read(p.delta, row), dy[j] = at[j].read(p.dy, row);
+        dD[j] += dy[j] * u[j];
       }
-      store(p.du, at, gB * delta + D * dy, width);
-      store(p.ddelta, at, gB * u + gA * (1 / LOG2E), width);
+      for (int n = 0; n < N; ++n) {
+        V dB = {}, dC = {};
+        for (int j = 0; j < J; ++j) {
+          const V g = s[n].g[j] + dy[j] * C[n];  // g_t
+          s[n].g[j] = g * now[n].a[j];
+          const V decay = s[n].g[j] * now[n].h[j];  // gradient of delta_t A
+          dB += g * (delta[j] * u[j]);
+          dC += dy[j] * next[n].h[j];
+          gB[j] += g * B[n];
+          gA[j] += decay * s[n].A[j];
+          s[n].dA[j] += decay * delta[j];
+        }
+        sum_B[n] = dB, sum_C[n] = dC;
+      }
+      for (int j = 0; j < J; ++j) {
+        at[j].write(p.du, row, gB[j] * delta[j] + D[j] * dy[j]);
+        at[j].write(p.ddelta, row, gB[j] * u[j] + gA[j] * (1 / LOG2E));
+      }
       add_sums(p.dB + row * N, sum_B, N);
       add_sums(p.dC + row * N, sum_C, N);
     }
   }
-  for (int n = 0; n < N; ++n) {
-    store(p.dA, (b * N + n) * p.d_inner + c0, s[n].dA, width);
-    store(p.dinitial, (b * N + n) * p.d_inner + c0, s[n].g, width);
+  for (int j = 0; j < J; ++j) {
+    at[j].write(p.dD, b, dD[j]);
+    for (int n = 0; n < N; ++n) {
+      at[j].write(p.dA, b * N + n, s[n].dA[j]);
+      at[j].write(p.dinitial, b * N + n, s[n].g[j]);
+    }
   }
-  store(p.dD, b * p.d_inner + c0, dD, width);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -189,7 +208,6 @@ V preactivation(const float* x, const float* weight, const float* bias, int64_t 
   return z;
 }
 V sigmoid(V z) { return 1.f / (1.f + exp2(z * -LOG2E)); }
-void add(float* to, int64_t at, V v, int64_t width) { store(to, at, load(to, at, width) + v, width); }
 
 }  // namespace
 
@@ -210,13 +228,13 @@ int scan_backward(const Scan& p, void*) {
     std::vector<Token> tape((CHUNK + 1) * p.N);
 #pragma omp for schedule(static)
     for (int64_t b = 0; b < p.batch; ++b)  // all channels of it: dB and dC are sums over them
-      for (int64_t c0 = 0; c0 < p.d_inner; c0 += LANES) backward(p, b, c0, tape.data());
+      for (int64_t c0 = 0; c0 < p.d_inner; c0 += J * LANES) backward(p, b, c0, tape.data());
   }
   return 0;
 }
 
-// x (batch, L + 3, d), y and dy (batch, L, d), weight (4, d). The gradients are zeros before the call; those
-// of the weights, (batch, 4, d), and of the bias, (batch, d), are parts.
+// x (batch, L + 3, d), y and dy (batch, L, d), weight (4, d). dx is zeros before the call; those of the
+// weights, (batch, 4, d), and of the bias, (batch, d), are parts.
 void conv_forward(int64_t batch, int64_t L, int64_t d, int64_t threads, float* y, const float* x,
                   const float* weight, const float* bias) {
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -232,17 +250,23 @@ void conv_backward(int64_t batch, int64_t L, int64_t d, int64_t threads, const f
                    const float* weight, const float* bias, float* dx, float* dweight, float* dbias) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t b = 0; b < batch; ++b)
-    for (int64_t t = 0; t < L; ++t)
-      for (int64_t c = 0; c < d; c += LANES) {
-        const int64_t row = (b * (L + WIDTH - 1) + t) * d, width = d - c;
+    for (int64_t c = 0; c < d; c += LANES) {
+      const int64_t width = d - c;
+      V db = {}, dw[WIDTH] = {};
+      for (int64_t t = 0; t < L; ++t) {
+        const int64_t row = (b * (L + WIDTH - 1) + t) * d;
         const V z = preactivation(x + row, weight, bias, d, c), s = sigmoid(z);
         const V dz = load(dy, (b * L + t) * d + c, width) * s * (1.f + z * (1.f - s));
-        add(dbias, b * d + c, dz, width);
+        db += dz;
         for (int k = 0; k < WIDTH; ++k) {
-          add(dweight, (b * WIDTH + k) * d + c, dz * load(x, row + k * d + c, width), width);
-          add(dx, row + k * d + c, dz * load(weight, k * d + c, width), width);
+          dw[k] += dz * load(x, row + k * d + c, width);
+          const V dx_k = load(dx, row + k * d + c, width) + dz * load(weight, k * d + c, width);
+          store(dx, row + k * d + c, dx_k, width);
         }
       }
+      store(dbias, b * d + c, db, width);
+      for (int k = 0; k < WIDTH; ++k) store(dweight, (b * WIDTH + k) * d + c, dw[k], width);
+    }
 }
 
 }

@@ -1,6 +1,6 @@
 // The selective scan on the GPU, forward and backward (the formulas: __init__.py), twice: first plainly, one
-// thread walking through the sequence of one channel; then in parallel over the sequence. The second is what
-// runs; the first is there to be read and compared with. Without CUDA, emulate.h takes its place.
+// thread walking through the sequence of one channel, to be read and to compare with; then in parallel over
+// the sequence, which is what runs. Without CUDA, emulate.h takes its place.
 
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
@@ -40,7 +40,7 @@ __device__ float state_before(const Scan& p, int64_t b, int64_t chunk, int n, in
 // 1. Plain: a thread takes channel c of batch element b from the first token to the last, and back.
 
 template <typename Io>
-__global__ void plain_forward_kernel(Scan p) {
+__global__ void walk(Scan p) {
   const int64_t b = blockIdx.x, c = blockIdx.y * blockDim.x + threadIdx.x;
   if (c >= p.d_inner) return;
   float h[MAX_STATE];
@@ -63,7 +63,7 @@ __global__ void plain_forward_kernel(Scan p) {
 // g_t = dLoss/dh_t comes from behind: g_t = C_t dy_t + a_{t+1} g_{t+1}, with a_t = exp(delta_t A). The states
 // of a chunk are computed again from the one saved before it. atomicAdd where threads share a sum.
 template <typename Io>
-__global__ void plain_backward_kernel(Scan p) {
+__global__ void walk_back(Scan p) {
   const int64_t b = blockIdx.x, c = blockIdx.y * blockDim.x + threadIdx.x;
   if (c >= p.d_inner) return;
   float g[MAX_STATE], h[CHUNK + 1][MAX_STATE];
@@ -173,10 +173,7 @@ __global__ void __launch_bounds__(THREADS) forward(Scan p) {
     float delta[TOKENS], x[TOKENS], y[TOKENS];  // x: u, then delta u
     read_tokens<Io>(delta, p.delta, p, at);
     read_tokens<Io>(x, p.u, p, at);
-    for (int i = 0; i < TOKENS; ++i) {
-      y[i] = D * x[i];
-      x[i] *= delta[i];
-    }
+    for (int i = 0; i < TOKENS; ++i) y[i] = D * x[i], x[i] *= delta[i];
     for (int n = 0; n < p.N; ++n) {
       auto& pairs = shared.pairs[n % 2];  // [SEGMENTS][CHANNELS]
       float a[TOKENS], B[TOKENS], C[TOKENS], P = 1.f;
@@ -242,10 +239,7 @@ __global__ void __launch_bounds__(THREADS, 2) backward(Scan p) {
     read_tokens<Io>(delta, p.delta, p, at);
     read_tokens<Io>(x, p.u, p, at);
     read_tokens<Io>(dy, p.dy, p, at);
-    for (int i = 0; i < TOKENS; ++i) {
-      dD += dy[i] * x[i];
-      x[i] *= delta[i];
-    }
+    for (int i = 0; i < TOKENS; ++i) dD += dy[i] * x[i], x[i] *= delta[i];
     for (int n = 0; n < p.N; ++n) {
       auto &pairs = shared.pairs[n % 2], &g_pairs = shared.g_pairs[n % 2];  // [SEGMENTS][CHANNELS]
       const float A = p.A[n * p.d_inner + at.c];
@@ -309,7 +303,6 @@ __global__ void __launch_bounds__(THREADS, 2) backward(Scan p) {
 
 int launch(void (*fp32)(Scan), void (*bf16)(Scan), int threads, const Scan& p, void* stream) {
   const dim3 grid(p.batch, (p.d_inner + CHANNELS - 1) / CHANNELS);
-  if (grid.x * grid.y == 0) return 0;
   const auto kernel = p.bf16 ? bf16 : fp32;
 #ifdef __CUDACC__
   kernel<<<grid, threads, sizeof(Shared), static_cast<cudaStream_t>(stream)>>>(p);
@@ -326,10 +319,6 @@ const int scan_parts = SEGMENTS, scan_channels = CHANNELS, scan_takes_bf16 = 1;
 
 int scan_forward(const Scan& p, void* s) { return launch(forward<float>, forward<Bf16>, THREADS, p, s); }
 int scan_backward(const Scan& p, void* s) { return launch(backward<float>, backward<Bf16>, THREADS, p, s); }
-int plain_forward(const Scan& p, void* s) {
-  return launch(plain_forward_kernel<float>, plain_forward_kernel<Bf16>, CHANNELS, p, s);
-}
-int plain_backward(const Scan& p, void* s) {
-  return launch(plain_backward_kernel<float>, plain_backward_kernel<Bf16>, CHANNELS, p, s);
-}
+int plain_forward(const Scan& p, void* s) { return launch(walk<float>, walk<Bf16>, 32, p, s); }
+int plain_backward(const Scan& p, void* s) { return launch(walk_back<float>, walk_back<Bf16>, 32, p, s); }
 }
