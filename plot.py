@@ -50,7 +50,7 @@ NAMES = {'istree': 'IsTree', 'index': 'index', 'recall': 'associative recall', '
          'counting': 'counting', 'hotpot': 'two-hop questions', 'direct': 'answer at once',
          'cot': 'chain of thought', 'retrieval': 'with a retriever'} | {a: LOOKS[a]['label'] for a in LOOKS}
 CELL = ('task', 'arch', 'setup', 'size', 'n_nodes', 'seed')
-CONSTANTS = ('distribution', 'd_state', 'frozen_embedding', 'samples', 'batch_size', 'warmup', 'grad_clip',
+CONSTANTS = ('distribution', 'd_state', 'frozen_embedding', 'samples', 'batch_size', 'grad_clip',
              'dtype')
 
 plt.rcParams |= {'font.size': 9, 'axes.spines.top': False, 'axes.spines.right': False, 'savefig.dpi': 200,
@@ -79,7 +79,7 @@ def alike(found, but=(), **wanted):
     differ in more than a figure shows, for each setup and size, the largest group with the same constants
     (except `but`)."""
     results = [r for r in where(found['results'], **wanted) if not r.get('tuning') and not r.get('layers')]
-    for within, names in (((), [name for name in CONSTANTS if name not in but]), (('arch',), ['lr'])):
+    for within, names in (((), [name for name in CONSTANTS if name not in but]), (('arch',), ['lr', 'warmup'])):
         constants = lambda r: tuple(r.get(name) for name in names)
         best = [(rows, Counter(map(constants, rows)).most_common(1)[0][0])
                 for _, rows in groups(results, 'task', 'setup', 'size', *within)]
@@ -192,7 +192,8 @@ def sizes(found):
 def primitives(found):
     """The bottleneck in its purest form (paper, section 4): accuracy of the retrieval primitives against the
     length of the context, a panel for each setup and task. One run has learned all lengths of a line."""
-    all_results = [r | row | dict(n_nodes=row['n']) for r in alike(found) for row in r.get('by_length', ())]
+    all_results = [r | row | dict(n_nodes=row['n']) for r in alike(found) if len(r['by_length']) > 1
+                   for row in r['by_length']]
     for (size,), results in groups(all_results, 'size'):
         figure, parts = panels(groups(results, 'setup', 'task'), columns=len(groups(results, 'task')))
         for panel, _, rows in parts:
@@ -367,7 +368,8 @@ def hotpot(found):
 def attention(found):
     """What the mechanism looks like: where the top attention layer looks, a row for each token that was
     written, a column for each of the prompt; framed is the edge that leads from this token to the next."""
-    for r in [r for r in alike(found, task='istree') if r['attention']]:
+    with_attention = [r for r in found['results'] if r['task'] == 'istree' and r['attention'] and not r['tuning']]
+    for r in with_attention:
         prompt, wrote, share = [r['attention'][name] for name in ('prompt', 'trace', 'share')]
         figure, axes = plt.subplots(figsize=(8, 8 * (len(wrote) + 6) / (len(prompt) + 6)))
         weights = np.array(r['attention']['weights'])[:, :len(prompt)]

@@ -73,8 +73,8 @@ EXERCISES = {
         other end may stand left or right. Beware of 1 inside 11.''', 'data.py', ('QUERIES.istree',)),
     4: Exercise('The scan as a loop', 10, 20, '''
         The recurrence at the heart of Mamba, one token after the other.''', SCAN,
-                ('selective_scan_reference',), ('pairwise_scan', 'selective_scan_pairwise',
-                                                'selective_scan_fallback', '_fallback_forward'), KERNELS),
+                ('selective_scan_reference',),
+                ('pairwise_scan', 'selective_scan_fallback', '_fallback_forward'), KERNELS),
     5: Exercise('The scan in pairs', 10, 40, '''
         Two steps h -> a h + b of the recurrence are again such a step. This makes the scan parallel: about
         2 log2(L) operations on long tensors instead of L on short ones. Do not divide: products of decays

@@ -11,7 +11,7 @@ exp(delta A) and takes in delta B u. It is *selective* because delta, B and C ar
 
 From the plain to the fast, to be read in this order:
   1. `selective_scan_reference`: the recurrence as written above, in a loop. Everything is tested against it.
-  2. `pairwise_scan`: what is parallel about it, the recurrence in log2(L) rounds.
+  2. `pairwise_scan`: what is parallel about it, the recurrence in about 2 log2(L) rounds.
   3. `selective_scan_fallback`: 2. in chunks, with its own backward pass: little memory, any device.
   4. scan_cpu.cpp: the CPU kernel.       5. scan_kernels.cu: the CUDA kernels.
 `selective_scan` uses 4 or 5; the first call builds them (some seconds, then cached: build.py). If that fails,
@@ -61,7 +61,7 @@ def pairwise_scan(a, b):
         scan             h_1         h_3
         step         h_0      h_2         h_4       h_0 = b_0
 
-    About log2(L) parallel rounds and 3 L multiplications. Only sums and products of the inputs, never a
+    About 2 log2(L) parallel rounds and 3 L multiplications. Only sums and products of the inputs, never a
     quotient: decay so strong that it underflows does no harm.
     """
     L = a.shape[1]
