@@ -701,7 +701,7 @@ def load(out):
     results, hotpot = {}, []
     for path in sorted(out.glob('**/result.json')):
         for r in read(path, CELL_RESULT):
-            cell = tuple(str(r.get(name)) for name in (*CELL, *CONSTANTS, 'lr', 'tuning', 'layers'))
+            cell = tuple(str(r.get(name)) for name in (*CELL, *CONSTANTS, 'lr', 'warmup', 'tuning', 'layers'))
             if not {r['task'], r['setup']} <= {*NAMES} or r['n_nodes'] < 1:
                 print(f'{path} is left out: no task or setup of ours')
             elif cell in results:
