@@ -323,7 +323,7 @@ def teacher_forced(model, tokens, loss_mask, batch_size, device):
     for i in range(0, len(tokens), batch_size):
         batch = torch.from_numpy(tokens[i:i + batch_size]).to(device)
         logits = model(batch[:, :-1])
-        wrong[i:i + batch_size, 1:] = (logits.argmax(-1) != batch[:, 1:]).cpu()
+        wrong[i:i + batch_size, 1:] = (logits.argmax(-1) != batch[:, 1:]).cpu().numpy()
         loss = F.cross_entropy(logits.float().transpose(1, 2), batch[:, 1:], reduction='none').cpu().numpy()
         losses.append(loss[loss_mask[i:i + batch_size, 1:]])
     return wrong, float(np.concatenate(losses).mean())

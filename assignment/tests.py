@@ -39,6 +39,7 @@ def guard(event, arguments):
 if __name__ == '__main__':              # the grader's run, before any line of yours
     if int(sys.argv[1]) > 3:
         import torch.utils.data         # while it may still load libraries
+        torch.compile(print)            # has older versions of torch load all of theirs, which makes a folder
     sys.addaudithook(guard)
 
 import data
