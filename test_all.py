@@ -615,7 +615,7 @@ def test_operators_pass_opcheck(device):
     without = *inputs[:5], None, None
     torch.library.opcheck(torch.ops.scan_cuda.scan_forward.default, (*without, scan_cuda.CHUNK))
     if device == 'cpu':
-        torch.library.opcheck(torch.ops.scan_cuda.conv_forward.default, conv_inputs(2, 9, 5)[:3])
+        torch.library.opcheck(torch.ops.scan_cuda.conv_forward.default, conv_inputs(2, 9, 5))
 
 
 @pytest.mark.parametrize('device', ['cpu', CUDA])

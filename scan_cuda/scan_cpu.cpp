@@ -202,12 +202,20 @@ void backward(const Scan& p, int64_t b, int64_t c0, Token* tape) {
 
 constexpr int WIDTH = 4;
 
-V preactivation(const float* x, const float* weight, const float* bias, int64_t d, int64_t c) {
-  V z = load(bias, c, d - c);
-  for (int k = 0; k < WIDTH; ++k) z += load(weight, k * d + c, d - c) * load(x, k * d + c, d - c);
-  return z;
-}
 V sigmoid(V z) { return 1.f / (1.f + exp2(z * -LOG2E)); }
+
+struct Window {  // the inputs of z_t: rows of x, before the first those of the initial state
+  const float* x[WIDTH];
+  Window(const float* rows, const float* initial, int64_t b, int64_t t, int64_t L, int64_t d, int64_t stride) {
+    for (int64_t k = 0, s = t - WIDTH + 1; k < WIDTH; ++k, ++s)
+      x[k] = s < 0 ? initial + (b * (WIDTH - 1) + s + WIDTH - 1) * d : rows + (b * L + s) * stride;
+  }
+  V z(const float* weight, const float* bias, int64_t d, int64_t c) const {
+    V z = load(bias, c, d - c);
+    for (int k = 0; k < WIDTH; ++k) z += load(weight, k * d + c, d - c) * load(x[k], c, d - c);
+    return z;
+  }
+};
 
 }  // namespace
 
@@ -233,39 +241,44 @@ int scan_backward(const Scan& p, void*) {
   return 0;
 }
 
-// x (batch, L + 3, d), y and dy (batch, L, d), weight (4, d). dx is zeros before the call; those of the
-// weights, (batch, 4, d), and of the bias, (batch, d), are parts.
-void conv_forward(int64_t batch, int64_t L, int64_t d, int64_t threads, float* y, const float* x,
-                  const float* weight, const float* bias) {
+// x (batch, L, d), its rows `stride` apart, y, dy, dx (batch, L, d), weight (4, d), initial, dinitial (batch, 3, d);
+// dweight (batch, 4, d) and dbias (batch, d) are parts.
+void conv_forward(int64_t batch, int64_t L, int64_t d, int64_t stride, int64_t threads, float* y, const float* x,
+                  const float* weight, const float* bias, const float* initial) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t b = 0; b < batch; ++b)
-    for (int64_t t = 0; t < L; ++t)
-      for (int64_t c = 0; c < d; c += LANES) {
-        const V z = preactivation(x + (b * (L + WIDTH - 1) + t) * d, weight, bias, d, c);
-        store(y, (b * L + t) * d + c, z * sigmoid(z), d - c);
-      }
+  for (int64_t row = 0; row < batch * L; ++row) {
+    const Window at(x, initial, row / L, row % L, L, d, stride);
+    for (int64_t c = 0; c < d; c += LANES) {
+      const V z = at.z(weight, bias, d, c);
+      store(y, row * d + c, z * sigmoid(z), d - c);
+    }
+  }
 }
 
-void conv_backward(int64_t batch, int64_t L, int64_t d, int64_t threads, const float* dy, const float* x,
-                   const float* weight, const float* bias, float* dx, float* dweight, float* dbias) {
+void conv_backward(int64_t batch, int64_t L, int64_t d, int64_t stride, int64_t threads, const float* dy,
+                   const float* x, const float* weight, const float* bias, const float* initial, float* dx,
+                   float* dweight, float* dbias, float* dinitial) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t b = 0; b < batch; ++b)
     for (int64_t c = 0; c < d; c += LANES) {
       const int64_t width = d - c;
-      V db = {}, dw[WIDTH] = {};
-      for (int64_t t = 0; t < L; ++t) {
-        const int64_t row = (b * (L + WIDTH - 1) + t) * d;
-        const V z = preactivation(x + row, weight, bias, d, c), s = sigmoid(z);
-        const V dz = load(dy, (b * L + t) * d + c, width) * s * (1.f + z * (1.f - s));
-        db += dz;
-        for (int k = 0; k < WIDTH; ++k) {
-          dw[k] += dz * load(x, row + k * d + c, width);
-          const V dx_k = load(dx, row + k * d + c, width) + dz * load(weight, k * d + c, width);
-          store(dx, row + k * d + c, dx_k, width);
+      V dz[WIDTH] = {}, dw[WIDTH] = {}, db = {};  // dz[k]: gradient of z_{t+k}
+      for (int64_t t = L - 1; t > -WIDTH; --t) {
+        for (int k = WIDTH - 1; k > 0; --k) dz[k] = dz[k - 1];
+        dz[0] = V{};  // before the first token there is only the initial state
+        if (t >= 0) {
+          const Window at(x, initial, b, t, L, d, stride);
+          const V z = at.z(weight, bias, d, c), s = sigmoid(z);
+          dz[0] = load(dy, (b * L + t) * d + c, width) * s * (1.f + z * (1.f - s));
+          db += dz[0];
+          for (int k = 0; k < WIDTH; ++k) dw[k] += dz[0] * load(at.x[k], c, width);
         }
+        V sum = {};
+        for (int k = 0; k < WIDTH; ++k) sum += load(weight, (WIDTH - 1 - k) * d + c, width) * dz[k];
+        store(t < 0 ? dinitial + (b * (WIDTH - 1) + t + WIDTH - 1) * d : dx + (b * L + t) * d, c, sum, width);
       }
-      store(dbias, b * d + c, db, width);
       for (int k = 0; k < WIDTH; ++k) store(dweight, (b * WIDTH + k) * d + c, dw[k], width);
+      store(dbias, b * d + c, db, width);
     }
 }
 
