@@ -149,7 +149,7 @@ def selective_scan_fallback(u, delta, A, B, C, D=None, initial_state=None):
 def causal_conv1d_reference(x, weight, bias, initial_state=None):
     """`causal_conv1d` by F.conv1d, a group per channel: any device (on a GPU it is cuDNN's), float64 too."""
     before = x.new_zeros(len(x), weight.shape[1] - 1, x.shape[2]) if initial_state is None else initial_state
-    padded = torch.cat([before, x], 1).to(weight.dtype).transpose(1, 2)                 # (batch, d, width - 1 + L)
+    padded = torch.cat([before, x], 1).to(weight.dtype).transpose(1, 2)     # (batch, d, before + L)
     z = F.conv1d(padded, weight[:, None], bias, groups=len(weight))
     return F.silu(z).transpose(1, 2).to(x.dtype)
 
@@ -168,8 +168,7 @@ def selective_scan(u, delta, A, B, C, D=None, initial_state=None):
     Values and gradients are the reference's, up to rounding, where delta >= 0 and A <= 0, as in Mamba, and
     nothing overflows fp32. With a negative delta or a positive A the state grows exponentially, and the same
     holds only while it stays finite. NaN, infinite or overflowing values raise no error; which results and
-    gradients are then NaN or infinite differs between implementations.
-    Raises ValueError, one line, for a wrong shape, dtype or device.
+    gradients are then NaN or infinite differs. Raises ValueError for a wrong shape, dtype or device.
     """
     _check(u, delta, A, B, C, D, initial_state)
     if u.dtype == torch.float64:

@@ -70,11 +70,10 @@ def _build(device_type):
 
 
 def _processor():
-    try:
-        lines = Path('/proc/cpuinfo').read_text().splitlines()
-        return sorted({line for line in lines if line.startswith(('model name', 'flags', 'Features'))})
-    except OSError:
+    if not Path('/proc/cpuinfo').exists():
         return [platform.platform(), platform.processor()]
+    lines = Path('/proc/cpuinfo').read_text().splitlines()
+    return sorted({line for line in lines if line.startswith(('model name', 'flags', 'Features'))})
 
 
 def _architectures():
@@ -114,8 +113,7 @@ def _cuda_compiler(architectures):
 # ---------------------------------------------------------------------------------------------
 # Calling a kernel
 
-class Scan(ctypes.Structure):
-    """scan.h's."""
+class Scan(ctypes.Structure):   # scan.h's
     _numbers = 'batch L d_inner N B_stride C_stride bf16 threads'.split()
     _pointers = ('u delta B C A D initial y final_state starts dy dfinal '
                  'du ddelta dA dB dC dD dinitial').split()
@@ -171,8 +169,8 @@ def _turn(state):
     return None if state is None else state.transpose(1, 2).contiguous()
 
 
-def _threads(work):
-    return 1 if work < 200_000 else torch.get_num_threads()     # less is done before they are awake
+def _threads(work):     # little work is done before threads are awake
+    return 1 if work < 200_000 else torch.get_num_threads()
 
 
 def _conv_functions(library):
@@ -210,18 +208,9 @@ def _register(device_type, library):
 # ---------------------------------------------------------------------------------------------
 # The operators: what autograd and torch.compile see. A loaded kernel is what they do on its device.
 
-def _conv_gradients(ctx, dy):
-    *gradients, dinitial = torch.ops.scan_cuda.conv_backward(dy, *ctx.saved_tensors)
-    return *gradients, None if ctx.saved_tensors[3] is None else dinitial
-
-
 def _new_outputs(u, delta, A, B, C, D, initial_state, chunk):
     starts = A.new_empty(u.shape[0], (u.shape[1] + chunk - 1) // chunk - 1, A.shape[1], A.shape[0])
     return u.new_empty(u.shape), _new_state(u, A), starts
-
-
-def _new_gradients(dy, dfinal, u, delta, A, B, C, D, initial_state, starts, chunk):
-    return (*(t.new_empty(t.shape) for t in (u, delta, A, B, C)), A.new_empty(A.shape[0]), _new_state(u, A))
 
 
 def _new_state(u, A):
@@ -238,10 +227,13 @@ def save(ctx, inputs, output):
 
 def gradients(backward, ctx, dy, dfinal, _):
     """Gradients of scan_forward's inputs by `backward`, from those of y and the final state."""
-    u, delta, A, B, C, D, initial_state, starts = ctx.saved_tensors
-    dy = torch.zeros_like(u) if dy is None else dy
-    *grads, dD, dinitial = backward(dy, dfinal, u, delta, A, B, C, D, initial_state, starts, ctx.chunk)
-    return *grads, None if D is None else dD, None if initial_state is None else dinitial, None
+    *inputs, starts = ctx.saved_tensors
+    dy = torch.zeros_like(inputs[0]) if dy is None else dy
+    return *_only_for(inputs, backward(dy, dfinal, *inputs, starts, ctx.chunk)), None
+
+
+def _only_for(inputs, gradients):
+    return tuple(None if t is None else gradient for t, gradient in zip(inputs, gradients))
 
 
 _TENSORS = 'Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? initial_state'
@@ -249,10 +241,11 @@ _CONV = 'Tensor x, Tensor weight, Tensor bias, Tensor? initial_state'
 OPERATORS = {   # name -> signature, and what the results look like
     'scan_forward': (f'({_TENSORS}, int chunk) -> (Tensor, Tensor, Tensor)', _new_outputs),
     'scan_backward': (f'(Tensor dy, Tensor? dfinal, {_TENSORS}, Tensor starts, int chunk) -> '
-                      f'({", ".join(["Tensor"] * 7)})', _new_gradients),
+                      f'({", ".join(["Tensor"] * 7)})', lambda dy, dfinal, u, delta, A, B, C, *_: (
+        *(t.new_empty(t.shape) for t in (u, delta, A, B, C)), A.new_empty(A.shape[0]), _new_state(u, A))),
     'conv_forward': (f'({_CONV}) -> Tensor', lambda x, *_: x.new_empty(x.shape)),
-    'conv_backward': (f'(Tensor dy, {_CONV}) -> (Tensor, Tensor, Tensor, Tensor)', lambda dy, x, weight, bias, _: (
-        *(t.new_empty(t.shape) for t in (x, weight, bias)), x.new_empty(x.shape[0], 3, x.shape[2]))),
+    'conv_backward': (f'(Tensor dy, {_CONV}) -> (Tensor, Tensor, Tensor, Tensor)', lambda dy, x, w, bias, _: (
+        *(t.new_empty(t.shape) for t in (x, w, bias)), x.new_empty(x.shape[0], 3, x.shape[2]))),
 }
 _library = torch.library.Library('scan_cuda', 'DEF')
 for _name, (_signature, _results) in OPERATORS.items():
@@ -262,5 +255,6 @@ torch.library.register_autograd(
     'scan_cuda::scan_forward', lambda ctx, *grads: gradients(torch.ops.scan_cuda.scan_backward, ctx, *grads),
     setup_context=save, lib=_library)
 torch.library.register_autograd(
-    'scan_cuda::conv_forward', _conv_gradients,
+    'scan_cuda::conv_forward',
+    lambda ctx, dy: _only_for(ctx.saved_tensors, torch.ops.scan_cuda.conv_backward(dy, *ctx.saved_tensors)),
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs), lib=_library)

@@ -1,13 +1,10 @@
 // The selective scan and the convolution on the CPU, forward and backward, in fp32 (the formulas:
 // __init__.py).
 //
-// The scan runs over the tokens one by one, and in vectors over the channels: one vector holds the same state
-// index n of LANES neighbouring channels. So u, delta and y are read and written as they lie in memory, and
-// B_t[n] and C_t[n] are one number for all lanes.
-//
-// Backward, with g_t = dLoss/dh_t:   g_t = C_t dy_t + a_{t+1} g_{t+1}   where a_t = exp(delta_t A). The
-// forward pass saves h before every chunk; a chunk's a and h are computed again, onto a tape that fits the L2
-// cache.
+// The scan runs over the tokens one by one, and in vectors over the channels: a vector holds the same state
+// index n of LANES neighbouring channels, for which B_t[n] and C_t[n] are one number. Backward, with g_t =
+// dLoss/dh_t and a_t = exp(delta_t A), g_t = C_t dy_t + a_{t+1} g_{t+1}. The forward pass saves h before
+// every chunk; a chunk's a and h are computed again, onto a tape that fits the L2 cache.
 
 #include "scan.h"
 
@@ -29,18 +26,14 @@ constexpr float LOG2E = 1.44269504f;  // exp(x) = 2^(x log2 e); A is multiplied 
 inline V exp2(V x) {
   const V shifted = x + 12582912.f;  // 1.5 * 2^23: there floats are 1 apart, the last bits are round(x)
   const V f = x - (shifted - 12582912.f);
-  I k;
-  std::memcpy(&k, &shifted, sizeof k);
-  k -= 0x4B400000 - 127;  // the bits of 1.5 * 2^23; 127: the bias of the exponent
+  I k = (I)shifted - (0x4B400000 - 127);  // the bits of 1.5 * 2^23; 127: the bias of the exponent
   k = k < 0 ? I{} : k;
   k = (k > 255 ? I{} + 255 : k) << 23;
-  V scale;
-  std::memcpy(&scale, &k, sizeof k);
   V p = f * 1.32647272e-3f + 9.67151269e-3f;
   p = p * f + 5.55073374e-2f;
   p = p * f + 2.40222421e-1f;
   p = p * f + 6.93146978e-1f;
-  return (p * f + 1.f) * scale;
+  return (p * f + 1.f) * (V)k;
 }
 
 // The vector that starts at from[at]; where only `width` < LANES elements are left, zeros follow.
@@ -206,9 +199,9 @@ V sigmoid(V z) { return 1.f / (1.f + exp2(z * -LOG2E)); }
 
 struct Window {  // the inputs of z_t: rows of x, before the first those of the initial state
   const float* x[WIDTH];
-  Window(const float* rows, const float* initial, int64_t b, int64_t t, int64_t L, int64_t d, int64_t stride) {
+  Window(const float* in, const float* initial, int64_t b, int64_t t, int64_t L, int64_t d, int64_t stride) {
     for (int64_t k = 0, s = t - WIDTH + 1; k < WIDTH; ++k, ++s)
-      x[k] = s < 0 ? initial + (b * (WIDTH - 1) + s + WIDTH - 1) * d : rows + (b * L + s) * stride;
+      x[k] = s < 0 ? initial + (b * (WIDTH - 1) + s + WIDTH - 1) * d : in + (b * L + s) * stride;
   }
   V z(const float* weight, const float* bias, int64_t d, int64_t c) const {
     V z = load(bias, c, d - c);
@@ -220,7 +213,6 @@ struct Window {  // the inputs of z_t: rows of x, before the first those of the 
 }  // namespace
 
 extern "C" {
-
 const int scan_parts = 1, scan_channels = INT32_MAX, scan_takes_bf16 = 0;
 
 int scan_forward(const Scan& p, void*) {
@@ -241,10 +233,10 @@ int scan_backward(const Scan& p, void*) {
   return 0;
 }
 
-// x (batch, L, d), its rows `stride` apart, y, dy, dx (batch, L, d), weight (4, d), initial, dinitial (batch, 3, d);
-// dweight (batch, 4, d) and dbias (batch, d) are parts.
-void conv_forward(int64_t batch, int64_t L, int64_t d, int64_t stride, int64_t threads, float* y, const float* x,
-                  const float* weight, const float* bias, const float* initial) {
+// x (batch, L, d), its rows `stride` apart, y, dy, dx (batch, L, d), weight (4, d), initial, dinitial (batch,
+// 3, d); dweight (batch, 4, d) and dbias (batch, d) are parts.
+void conv_forward(int64_t batch, int64_t L, int64_t d, int64_t stride, int64_t threads, float* y,
+                  const float* x, const float* weight, const float* bias, const float* initial) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t row = 0; row < batch * L; ++row) {
     const Window at(x, initial, row / L, row % L, L, d, stride);
@@ -281,5 +273,4 @@ void conv_backward(int64_t batch, int64_t L, int64_t d, int64_t stride, int64_t 
       store(dbias, b * d + c, db, width);
     }
 }
-
 }
