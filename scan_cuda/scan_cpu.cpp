@@ -125,8 +125,8 @@ void backward(const Scan& p, int64_t b, int64_t c0, Token* tape) {
   struct { V A[J], g[J], dA[J]; } s[MAX_STATE];  // g: a_{t+1} g_{t+1}, from the token after
   V sum_B[MAX_STATE] = {}, sum_C[MAX_STATE] = {}, dD[J] = {}, D[J];
   for (int j = 0; j < J; ++j) D[j] = at[j].read_if(p.D, 0);
-  for (int j = 0; j < J; ++j)
-    for (int n = 0; n < N; ++n) {
+  for (int n = 0; n < N; ++n)
+    for (int j = 0; j < J; ++j) {
       s[n].A[j] = at[j].read(p.A, n) * LOG2E;
       s[n].g[j] = at[j].read_if(p.dfinal, b * N + n);
       s[n].dA[j] = V{};
@@ -182,11 +182,11 @@ void backward(const Scan& p, int64_t b, int64_t c0, Token* tape) {
     }
   }
   for (int j = 0; j < J; ++j) {
-    at[j].write(p.dD, b, dD[j]);
     for (int n = 0; n < N; ++n) {
       at[j].write(p.dA, b * N + n, s[n].dA[j]);
       at[j].write(p.dinitial, b * N + n, s[n].g[j]);
     }
+    at[j].write(p.dD, b, dD[j]);
   }
 }
 
