@@ -755,7 +755,7 @@ def test_operators_pass_opcheck(device):
     without = *inputs[:5], None, None
     torch.library.opcheck(torch.ops.scan_cuda.scan_forward.default, (*without, scan_cuda.CHUNK))
     if device == 'cpu':
-        torch.library.opcheck(torch.ops.scan_cuda.conv_forward.default, conv_inputs(2, 9, 5)[:3])
+        torch.library.opcheck(torch.ops.scan_cuda.conv_forward.default, conv_inputs(2, 9, 5))
 
 
 @pytest.mark.parametrize('device', ['cpu', CUDA])
@@ -1041,8 +1041,11 @@ def test_a_model_keeps_to_its_device(arch, device, autocast, monkeypatch):
             pytest.skip('fake CUDA tensors of older versions of torch need a driver')
         monkeypatch.setitem(scan_cuda.build.loaded, 'cuda', True)
     with FakeTensorMode() if device == 'cuda' else contextlib.nullcontext():
-        with torch.device(device):
-            model, tokens = models.make_model(arch, 'tiny', 50), torch.zeros(2, 70, dtype=torch.int64)
+        try:
+            with torch.device(device):
+                model, tokens = models.make_model(arch, 'tiny', 50), torch.zeros(2, 70, dtype=torch.int64)
+        except RuntimeError as error:       # torch 2.6
+            pytest.skip(f'no fake CUDA tensors without a GPU: {str(error).splitlines()[0]}')
         with torch.autocast('cpu' if device == 'meta' else device, torch.bfloat16, enabled=autocast):
             loss = F.cross_entropy(model(tokens).flatten(0, 1).float(), tokens.flatten())
             if device != 'cuda' or torch.cuda.is_available():

@@ -149,14 +149,10 @@ def selective_scan_fallback(u, delta, A, B, C, D=None, initial_state=None):
 
 def causal_conv1d_reference(x, weight, bias, initial_state=None):
     """`causal_conv1d` by F.conv1d, a group per channel: any device (on a GPU it is cuDNN's), float64 too."""
-    z = F.conv1d(_pad(x, weight, initial_state).transpose(1, 2), weight[:, None], bias, groups=len(weight))
-    return F.silu(z).transpose(1, 2).to(x.dtype)
-
-
-def _pad(x, weight, initial_state):
-    """x after the inputs before it, in the type of the weights: (batch, width - 1 + L, d)."""
     before = x.new_zeros(len(x), weight.shape[1] - 1, x.shape[2]) if initial_state is None else initial_state
-    return torch.cat([before, x], 1).to(weight.dtype)
+    padded = torch.cat([before, x], 1).to(weight.dtype).transpose(1, 2)     # (batch, d, before + L)
+    z = F.conv1d(padded, weight[:, None], bias, groups=len(weight))
+    return F.silu(z).transpose(1, 2).to(x.dtype)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -173,8 +169,7 @@ def selective_scan(u, delta, A, B, C, D=None, initial_state=None):
     Values and gradients are the reference's, up to rounding, where delta >= 0 and A <= 0, as in Mamba, and
     nothing overflows fp32. With a negative delta or a positive A the state grows exponentially, and the same
     holds only while it stays finite. NaN, infinite or overflowing values raise no error; which results and
-    gradients are then NaN or infinite differs between implementations.
-    Raises ValueError, one line, for a wrong shape, dtype or device.
+    gradients are then NaN or infinite differs. Raises ValueError for a wrong shape, dtype or device.
     """
     _check(u, delta, A, B, C, D, initial_state)
     if u.dtype == torch.float64:
@@ -198,7 +193,8 @@ def causal_conv1d(x, weight, bias, initial_state=None):
     _compare('causal_conv1d', 'x', x, x=(x, (batch, L, d), x.dtype), weight=(weight, (d, width), exact),
              bias=(bias, (d,), exact), initial_state=(initial_state, (batch, width - 1, d), kept))
     if x.device.type == 'cpu' and width == 4 and exact == torch.float32 and build.load('cpu'):
-        return torch.ops.scan_cuda.conv_forward(_pad(x, weight, initial_state), weight, bias).to(x.dtype)
+        before = None if initial_state is None else initial_state.float()
+        return torch.ops.scan_cuda.conv_forward(x.float(), weight, bias, before).to(x.dtype)
     return causal_conv1d_reference(x, weight, bias, initial_state)
 
 

@@ -1,9 +1,8 @@
 """How fast is the scan, and the models that use it?   python -m scan_cuda.bench [cpu|cuda]
 
 Times in fp32, with the paper's batch of 64: every implementation of the scan at hand (mamba-ssm if installed)
-on the shapes of the paper's grid, forward and forward + backward; then the training step and the generation
-step of each architecture of size 0.5M. Medians on a CPU. On a GPU, CUDA events time calls that are queued:
-launching them counts only where the GPU waits for it, as in training.
+on the shapes of the paper's grid; then the training and generation step of each architecture of size 0.5M.
+Medians on a CPU; on a GPU, CUDA events around queued calls: launching counts only where the GPU waits for it.
 """
 import platform
 import statistics
@@ -86,7 +85,7 @@ def time_models(device):
 
 if __name__ == '__main__':
     device = sys.argv[1] if len(sys.argv) > 1 else 'cuda' if torch.cuda.is_available() else 'cpu'
-    name = torch.cuda.get_device_name() if device == 'cuda' else f'{platform.machine()} CPU'
-    print(f'{name}; torch {torch.__version__}, {torch.get_num_threads()} threads')
+    name = torch.cuda.get_device_name() if device == 'cuda' else platform.machine()
+    print(f'{name}, torch {torch.__version__}, {torch.get_num_threads()} threads')
     time_scans(device)
     time_models(device)

@@ -70,11 +70,10 @@ def _build(device_type):
 
 
 def _processor():
-    try:
-        lines = Path('/proc/cpuinfo').read_text().splitlines()
-        return sorted({line for line in lines if line.startswith(('model name', 'flags', 'Features'))})
-    except OSError:
+    if not Path('/proc/cpuinfo').exists():
         return [platform.platform(), platform.processor()]
+    lines = Path('/proc/cpuinfo').read_text().splitlines()
+    return sorted({line for line in lines if line.startswith(('model name', 'flags', 'Features'))})
 
 
 def _architectures():
@@ -114,8 +113,7 @@ def _cuda_compiler(architectures):
 # ---------------------------------------------------------------------------------------------
 # Calling a kernel
 
-class Scan(ctypes.Structure):
-    """scan.h's."""
+class Scan(ctypes.Structure):   # scan.h's
     _numbers = 'batch L d_inner N B_stride C_stride bf16 threads'.split()
     _pointers = ('u delta B C A D initial y final_state starts dy dfinal '
                  'du ddelta dA dB dC dD dinitial').split()
@@ -131,8 +129,7 @@ def scan_functions(library, prefix='scan_'):
         return [t if takes_bf16 else t.float() for t in tensors]
 
     def call(function, u, delta, A, B, C, D, initial_state, **others):
-        in_rows = lambda t: t.stride(2) == 1 and t.stride(0) == t.shape[1] * t.stride(1)
-        B, C = (t if in_rows(t) else t.contiguous() for t in (B, C))
+        B, C = (t if _in_rows(t) else t.contiguous() for t in (B, C))
         tensors = dict(u=u.contiguous(), delta=delta.contiguous(), B=B, C=C, A=A.t().contiguous(),
                        D=None if D is None else D.contiguous(), initial=_turn(initial_state), **others)
         scan = Scan(*u.shape, A.shape[1], B.stride(1), C.stride(1), u.dtype == torch.bfloat16,
@@ -163,31 +160,37 @@ def scan_functions(library, prefix='scan_'):
     return forward, backward
 
 
+def _in_rows(t):    # tokens lie one stride apart, as in a slice of wider rows
+    return t.stride(2) == 1 and t.stride(0) == t.shape[1] * t.stride(1)
+
+
 def _turn(state):
     """(batch, d_inner, d_state) as kernels have it, (batch, d_state, d_inner); their own are not copied."""
     return None if state is None else state.transpose(1, 2).contiguous()
 
 
-def _threads(work):
-    return 1 if work < 200_000 else torch.get_num_threads()     # less is done before they are awake
+def _threads(work):     # little work is done before threads are awake
+    return 1 if work < 200_000 else torch.get_num_threads()
 
 
 def _conv_functions(library):
-    def call(function, y, x, weight, bias, *gradients):
-        sizes = *y.shape, _threads(16 * y.numel())
-        tensors = [t.contiguous() for t in (y, x, weight.t(), bias, *gradients)]
+    def call(function, y, x, weight, bias, initial_state, *gradients):
+        x = x if _in_rows(x) else x.contiguous()
+        initial = x.new_zeros(len(x), 3, x.shape[2]) if initial_state is None else initial_state.contiguous()
+        tensors = y.contiguous(), x, weight.t().contiguous(), bias.contiguous(), initial, *gradients
+        sizes = *y.shape, x.stride(1), _threads(16 * y.numel())
         function(*map(ctypes.c_int64, sizes), *(ctypes.c_void_p(t.data_ptr()) for t in tensors))
 
-    def forward(x, weight, bias):
-        y = x.new_empty(len(x), x.shape[1] - 3, x.shape[2])
-        call(library.conv_forward, y, x, weight, bias)
+    def forward(x, weight, bias, initial_state):
+        y = x.new_empty(x.shape)
+        call(library.conv_forward, y, x, weight, bias, initial_state)
         return y
 
-    def backward(dy, x, weight, bias):
+    def backward(dy, x, weight, bias, initial_state):
         batch, _, d = x.shape
-        dx, dweight, dbias = x.new_zeros(x.shape), x.new_zeros(batch, 4, d), x.new_zeros(batch, d)
-        call(library.conv_backward, dy, x, weight, bias, dx, dweight, dbias)
-        return dx, dweight.sum(0).t().contiguous(), dbias.sum(0)
+        dx, dweight, dbias, dinitial = map(x.new_empty, (x.shape, (batch, 4, d), (batch, d), (batch, 3, d)))
+        call(library.conv_backward, dy, x, weight, bias, initial_state, dx, dweight, dbias, dinitial)
+        return dx, dweight.sum(0).t().contiguous(), dbias.sum(0), dinitial
 
     return forward, backward
 
@@ -210,10 +213,6 @@ def _new_outputs(u, delta, A, B, C, D, initial_state, chunk):
     return u.new_empty(u.shape), _new_state(u, A), starts
 
 
-def _new_gradients(dy, dfinal, u, delta, A, B, C, D, initial_state, starts, chunk):
-    return (*(t.new_empty(t.shape) for t in (u, delta, A, B, C)), A.new_empty(A.shape[0]), _new_state(u, A))
-
-
 def _new_state(u, A):
     return A.new_empty(u.shape[0], A.shape[1], A.shape[0]).transpose(1, 2)
 
@@ -228,21 +227,25 @@ def save(ctx, inputs, output):
 
 def gradients(backward, ctx, dy, dfinal, _):
     """Gradients of scan_forward's inputs by `backward`, from those of y and the final state."""
-    u, delta, A, B, C, D, initial_state, starts = ctx.saved_tensors
-    dy = torch.zeros_like(u) if dy is None else dy
-    *grads, dD, dinitial = backward(dy, dfinal, u, delta, A, B, C, D, initial_state, starts, ctx.chunk)
-    return *grads, None if D is None else dD, None if initial_state is None else dinitial, None
+    *inputs, starts = ctx.saved_tensors
+    dy = torch.zeros_like(inputs[0]) if dy is None else dy
+    return *_only_for(inputs, backward(dy, dfinal, *inputs, starts, ctx.chunk)), None
+
+
+def _only_for(inputs, gradients):
+    return tuple(None if t is None else gradient for t, gradient in zip(inputs, gradients))
 
 
 _TENSORS = 'Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? initial_state'
+_CONV = 'Tensor x, Tensor weight, Tensor bias, Tensor? initial_state'
 OPERATORS = {   # name -> signature, and what the results look like
     'scan_forward': (f'({_TENSORS}, int chunk) -> (Tensor, Tensor, Tensor)', _new_outputs),
     'scan_backward': (f'(Tensor dy, Tensor? dfinal, {_TENSORS}, Tensor starts, int chunk) -> '
-                      f'({", ".join(["Tensor"] * 7)})', _new_gradients),
-    'conv_forward': ('(Tensor x, Tensor weight, Tensor bias) -> Tensor',    # x (batch, 3 + L, d)
-                     lambda x, *_: x.new_empty(x.shape[0], x.shape[1] - 3, x.shape[2])),
-    'conv_backward': ('(Tensor dy, Tensor x, Tensor weight, Tensor bias) -> (Tensor, Tensor, Tensor)',
-                      lambda dy, *inputs: tuple(t.new_empty(t.shape) for t in inputs)),
+                      f'({", ".join(["Tensor"] * 7)})', lambda dy, dfinal, u, delta, A, B, C, *_: (
+        *(t.new_empty(t.shape) for t in (u, delta, A, B, C)), A.new_empty(A.shape[0]), _new_state(u, A))),
+    'conv_forward': (f'({_CONV}) -> Tensor', lambda x, *_: x.new_empty(x.shape)),
+    'conv_backward': (f'(Tensor dy, {_CONV}) -> (Tensor, Tensor, Tensor, Tensor)', lambda dy, x, w, bias, _: (
+        *(t.new_empty(t.shape) for t in (x, w, bias)), x.new_empty(x.shape[0], 3, x.shape[2]))),
 }
 _library = torch.library.Library('scan_cuda', 'DEF')
 for _name, (_signature, _results) in OPERATORS.items():
@@ -252,5 +255,6 @@ torch.library.register_autograd(
     'scan_cuda::scan_forward', lambda ctx, *grads: gradients(torch.ops.scan_cuda.scan_backward, ctx, *grads),
     setup_context=save, lib=_library)
 torch.library.register_autograd(
-    'scan_cuda::conv_forward', lambda ctx, dy: torch.ops.scan_cuda.conv_backward(dy, *ctx.saved_tensors),
+    'scan_cuda::conv_forward',
+    lambda ctx, dy: _only_for(ctx.saved_tensors, torch.ops.scan_cuda.conv_backward(dy, *ctx.saved_tensors)),
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs), lib=_library)

@@ -1,13 +1,10 @@
 // The selective scan and the convolution on the CPU, forward and backward, in fp32 (the formulas:
 // __init__.py).
 //
-// The scan runs over the tokens one by one, and in vectors over the channels: one vector holds the same state
-// index n of LANES neighbouring channels. So u, delta and y are read and written as they lie in memory, and
-// B_t[n] and C_t[n] are one number for all lanes.
-//
-// Backward, with g_t = dLoss/dh_t:   g_t = C_t dy_t + a_{t+1} g_{t+1}   where a_t = exp(delta_t A). The
-// forward pass saves h before every chunk; a chunk's a and h are computed again, onto a tape that fits the L2
-// cache.
+// The scan runs over the tokens one by one, and in vectors over the channels: a vector holds the same state
+// index n of LANES neighbouring channels, for which B_t[n] and C_t[n] are one number. Backward, with g_t =
+// dLoss/dh_t and a_t = exp(delta_t A), g_t = C_t dy_t + a_{t+1} g_{t+1}. The forward pass saves h before
+// every chunk; a chunk's a and h are computed again, onto a tape that fits the L2 cache.
 
 #include "scan.h"
 
@@ -29,18 +26,14 @@ constexpr float LOG2E = 1.44269504f;  // exp(x) = 2^(x log2 e); A is multiplied 
 inline V exp2(V x) {
   const V shifted = x + 12582912.f;  // 1.5 * 2^23: there floats are 1 apart, the last bits are round(x)
   const V f = x - (shifted - 12582912.f);
-  I k;
-  std::memcpy(&k, &shifted, sizeof k);
-  k -= 0x4B400000 - 127;  // the bits of 1.5 * 2^23; 127: the bias of the exponent
+  I k = (I)shifted - (0x4B400000 - 127);  // the bits of 1.5 * 2^23; 127: the bias of the exponent
   k = k < 0 ? I{} : k;
   k = (k > 255 ? I{} + 255 : k) << 23;
-  V scale;
-  std::memcpy(&scale, &k, sizeof k);
   V p = f * 1.32647272e-3f + 9.67151269e-3f;
   p = p * f + 5.55073374e-2f;
   p = p * f + 2.40222421e-1f;
   p = p * f + 6.93146978e-1f;
-  return (p * f + 1.f) * scale;
+  return (p * f + 1.f) * (V)k;
 }
 
 // The vector that starts at from[at]; where only `width` < LANES elements are left, zeros follow.
@@ -132,8 +125,8 @@ void backward(const Scan& p, int64_t b, int64_t c0, Token* tape) {
   struct { V A[J], g[J], dA[J]; } s[MAX_STATE];  // g: a_{t+1} g_{t+1}, from the token after
   V sum_B[MAX_STATE] = {}, sum_C[MAX_STATE] = {}, dD[J] = {}, D[J];
   for (int j = 0; j < J; ++j) D[j] = at[j].read_if(p.D, 0);
-  for (int j = 0; j < J; ++j)
-    for (int n = 0; n < N; ++n) {
+  for (int n = 0; n < N; ++n)
+    for (int j = 0; j < J; ++j) {
       s[n].A[j] = at[j].read(p.A, n) * LOG2E;
       s[n].g[j] = at[j].read_if(p.dfinal, b * N + n);
       s[n].dA[j] = V{};
@@ -189,11 +182,11 @@ void backward(const Scan& p, int64_t b, int64_t c0, Token* tape) {
     }
   }
   for (int j = 0; j < J; ++j) {
-    at[j].write(p.dD, b, dD[j]);
     for (int n = 0; n < N; ++n) {
       at[j].write(p.dA, b * N + n, s[n].dA[j]);
       at[j].write(p.dinitial, b * N + n, s[n].g[j]);
     }
+    at[j].write(p.dD, b, dD[j]);
   }
 }
 
@@ -202,17 +195,24 @@ void backward(const Scan& p, int64_t b, int64_t c0, Token* tape) {
 
 constexpr int WIDTH = 4;
 
-V preactivation(const float* x, const float* weight, const float* bias, int64_t d, int64_t c) {
-  V z = load(bias, c, d - c);
-  for (int k = 0; k < WIDTH; ++k) z += load(weight, k * d + c, d - c) * load(x, k * d + c, d - c);
-  return z;
-}
 V sigmoid(V z) { return 1.f / (1.f + exp2(z * -LOG2E)); }
+
+struct Window {  // the inputs of z_t: rows of x, before the first those of the initial state
+  const float* x[WIDTH];
+  Window(const float* in, const float* initial, int64_t b, int64_t t, int64_t L, int64_t d, int64_t stride) {
+    for (int64_t k = 0, s = t - WIDTH + 1; k < WIDTH; ++k, ++s)
+      x[k] = s < 0 ? initial + (b * (WIDTH - 1) + s + WIDTH - 1) * d : in + (b * L + s) * stride;
+  }
+  V z(const float* weight, const float* bias, int64_t d, int64_t c) const {
+    V z = load(bias, c, d - c);
+    for (int k = 0; k < WIDTH; ++k) z += load(weight, k * d + c, d - c) * load(x[k], c, d - c);
+    return z;
+  }
+};
 
 }  // namespace
 
 extern "C" {
-
 const int scan_parts = 1, scan_channels = INT32_MAX, scan_takes_bf16 = 0;
 
 int scan_forward(const Scan& p, void*) {
@@ -233,40 +233,44 @@ int scan_backward(const Scan& p, void*) {
   return 0;
 }
 
-// x (batch, L + 3, d), y and dy (batch, L, d), weight (4, d). dx is zeros before the call; those of the
-// weights, (batch, 4, d), and of the bias, (batch, d), are parts.
-void conv_forward(int64_t batch, int64_t L, int64_t d, int64_t threads, float* y, const float* x,
-                  const float* weight, const float* bias) {
+// x (batch, L, d), its rows `stride` apart, y, dy, dx (batch, L, d), weight (4, d), initial, dinitial (batch,
+// 3, d); dweight (batch, 4, d) and dbias (batch, d) are parts.
+void conv_forward(int64_t batch, int64_t L, int64_t d, int64_t stride, int64_t threads, float* y,
+                  const float* x, const float* weight, const float* bias, const float* initial) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t b = 0; b < batch; ++b)
-    for (int64_t t = 0; t < L; ++t)
-      for (int64_t c = 0; c < d; c += LANES) {
-        const V z = preactivation(x + (b * (L + WIDTH - 1) + t) * d, weight, bias, d, c);
-        store(y, (b * L + t) * d + c, z * sigmoid(z), d - c);
-      }
+  for (int64_t row = 0; row < batch * L; ++row) {
+    const Window at(x, initial, row / L, row % L, L, d, stride);
+    for (int64_t c = 0; c < d; c += LANES) {
+      const V z = at.z(weight, bias, d, c);
+      store(y, row * d + c, z * sigmoid(z), d - c);
+    }
+  }
 }
 
-void conv_backward(int64_t batch, int64_t L, int64_t d, int64_t threads, const float* dy, const float* x,
-                   const float* weight, const float* bias, float* dx, float* dweight, float* dbias) {
+void conv_backward(int64_t batch, int64_t L, int64_t d, int64_t stride, int64_t threads, const float* dy,
+                   const float* x, const float* weight, const float* bias, const float* initial, float* dx,
+                   float* dweight, float* dbias, float* dinitial) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t b = 0; b < batch; ++b)
     for (int64_t c = 0; c < d; c += LANES) {
       const int64_t width = d - c;
-      V db = {}, dw[WIDTH] = {};
-      for (int64_t t = 0; t < L; ++t) {
-        const int64_t row = (b * (L + WIDTH - 1) + t) * d;
-        const V z = preactivation(x + row, weight, bias, d, c), s = sigmoid(z);
-        const V dz = load(dy, (b * L + t) * d + c, width) * s * (1.f + z * (1.f - s));
-        db += dz;
-        for (int k = 0; k < WIDTH; ++k) {
-          dw[k] += dz * load(x, row + k * d + c, width);
-          const V dx_k = load(dx, row + k * d + c, width) + dz * load(weight, k * d + c, width);
-          store(dx, row + k * d + c, dx_k, width);
+      V dz[WIDTH] = {}, dw[WIDTH] = {}, db = {};  // dz[k]: gradient of z_{t+k}
+      for (int64_t t = L - 1; t > -WIDTH; --t) {
+        for (int k = WIDTH - 1; k > 0; --k) dz[k] = dz[k - 1];
+        dz[0] = V{};  // before the first token there is only the initial state
+        if (t >= 0) {
+          const Window at(x, initial, b, t, L, d, stride);
+          const V z = at.z(weight, bias, d, c), s = sigmoid(z);
+          dz[0] = load(dy, (b * L + t) * d + c, width) * s * (1.f + z * (1.f - s));
+          db += dz[0];
+          for (int k = 0; k < WIDTH; ++k) dw[k] += dz[0] * load(at.x[k], c, width);
         }
+        V sum = {};
+        for (int k = 0; k < WIDTH; ++k) sum += load(weight, (WIDTH - 1 - k) * d + c, width) * dz[k];
+        store(t < 0 ? dinitial + (b * (WIDTH - 1) + t + WIDTH - 1) * d : dx + (b * L + t) * d, c, sum, width);
       }
-      store(dbias, b * d + c, db, width);
       for (int k = 0; k < WIDTH; ++k) store(dweight, (b * WIDTH + k) * d + c, dw[k], width);
+      store(dbias, b * d + c, db, width);
     }
 }
-
 }

@@ -316,7 +316,6 @@ int launch(void (*fp32)(Scan), void (*bf16)(Scan), int threads, const Scan& p, v
 
 extern "C" {
 const int scan_parts = SEGMENTS, scan_channels = CHANNELS, scan_takes_bf16 = 1;
-
 int scan_forward(const Scan& p, void* s) { return launch(forward<float>, forward<Bf16>, THREADS, p, s); }
 int scan_backward(const Scan& p, void* s) { return launch(backward<float>, backward<Bf16>, THREADS, p, s); }
 int plain_forward(const Scan& p, void* s) { return launch(walk<float>, walk<Bf16>, 32, p, s); }
