@@ -79,7 +79,8 @@ def alike(found, but=(), **wanted):
     differ in more than a figure shows, for each setup and size, the largest group with the same constants
     (except `but`)."""
     results = [r for r in where(found['results'], **wanted) if not r.get('tuning') and not r.get('layers')]
-    for within, names in (((), [name for name in CONSTANTS if name not in but]), (('arch',), ['lr', 'warmup'])):
+    shared = [name for name in CONSTANTS if name not in but]
+    for within, names in (((), shared), (('arch',), ['lr', 'warmup'])):
         constants = lambda r: tuple(r.get(name) for name in names)
         best = [(rows, Counter(map(constants, rows)).most_common(1)[0][0])
                 for _, rows in groups(results, 'task', 'setup', 'size', *within)]
@@ -368,8 +369,7 @@ def hotpot(found):
 def attention(found):
     """What the mechanism looks like: where the top attention layer looks, a row for each token that was
     written, a column for each of the prompt; framed is the edge that leads from this token to the next."""
-    with_attention = [r for r in found['results'] if r['task'] == 'istree' and r['attention'] and not r['tuning']]
-    for r in with_attention:
+    for r in [r for r in where(found['results'], task='istree', tuning=False) if r['attention']]:
         prompt, wrote, share = [r['attention'][name] for name in ('prompt', 'trace', 'share')]
         figure, axes = plt.subplots(figsize=(8, 8 * (len(wrote) + 6) / (len(prompt) + 6)))
         weights = np.array(r['attention']['weights'])[:, :len(prompt)]

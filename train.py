@@ -339,8 +339,8 @@ def errors_by_kind(wrong, tokens, loss_mask):
 def attention_to_edges(model, tokens, loss_mask, device):
     """Where the topmost attention layer looks while the model reads the right chains of thought of IsTree
     samples (N, L). Returns a dict: prompt and trace, the words of the first sample; weights, of each token of
-    the trace over all tokens, mean over heads; share, the mean weight on the edge of the prompt that holds the
-    next token, over all samples and next neighbours. None for a model without attention."""
+    the trace over all tokens, mean over heads; share, the mean weight on the edge of the prompt that holds
+    the next token, over all samples and next neighbours. None for a model without attention."""
     layers = [layer for layer in model.modules() if isinstance(layer, models.Attention)]
     if not layers:
         return None
@@ -404,7 +404,8 @@ def table(results):
                      f'{r["samples_trained"]:>9,} {r["seconds"] / 60:>7.1f}   {r["accuracy"]:6.1%} ± '
                      f'{r["accuracy_se"]:5.1%} {r["chance"]:>6.1%} {r["exact_trace"]:>6.1%}')
     return '\n'.join([*lines, '', 'memory: floats carried from token to token at the end of the prompt; '
-                      'accuracy: of the answer;', 'chance: of the best guess without look-up; exact: all tokens right'])
+                      'accuracy: of the answer;',
+                      'chance: of the best guess without look-up; exact: all tokens right'])
 
 
 def show(sample, width=100, colour=False):
