@@ -54,7 +54,7 @@ import models
 
 # Constants that depend on setup and architecture come from `python train.py --sweep`, see results/README.md.
 # Samples of `retrieval` are eight times as long, hence the smaller batches; all architectures get as many.
-SAMPLES = {'direct': 80_000, 'cot': 320_000, 'retrieval': 16_000}
+SAMPLES = {'direct': 40_000, 'cot': 200_000, 'retrieval': 12_000}
 BATCH_SIZE = {'direct': 32, 'cot': 32, 'retrieval': 8}
 LR = {'direct.transformer': 8e-3, 'direct.mamba': 1.6e-2, 'direct.hybrid': 1.6e-2,
       'cot.transformer': 4e-3, 'cot.mamba': 8e-3, 'cot.hybrid': 4e-3,
@@ -73,7 +73,7 @@ class Constants:
     sizes: tuple = ('tiny',)                # of the models: tiny, 0.5M, 1M, 2M
     layers: tuple = ('',)                   # instead of the architecture's own: AMM, say (models.LAYERS)
     d_state: tuple = (1,)                   # memory of recurrent layers: Mamba's state per channel (paper 16)
-    n_nodes: tuple = (16,)                  # size of the task: nodes of the graph, length of the sequence
+    n_nodes: tuple = (14,)                  # size of the task: nodes of the graph, length of the sequence
     seeds: tuple = (0,)                     # for the initial weights and the training data
     # the task
     distribution: str = 'two_star'          # how istree draws its graphs: two_star or random
@@ -98,7 +98,7 @@ class Constants:
     eval_batch: int = 500                   # samples generated at a time
     checkpoint_seconds: int = 30            # time between two checkpoints
     workers: int = 0                        # processes that make batches; 0: this one does (right for a CPU)
-    compile: bool = False                   # train through torch.compile(mode='reduce-overhead')
+    compile: bool = False                   # train and generate through torch.compile(mode='reduce-overhead')
     processes: int = 0                      # cells that run at once; 0: one per CPU core; GPUs: use torchrun
 
 
@@ -161,7 +161,10 @@ def train(c, cell, held_out, device, path):
                               cell['frozen_embedding'], cell['layers']).to(device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=cell['lr'], fused=device.type != 'mps')
-    forward = torch.compile(model, mode='reduce-overhead') if c.compile else model
+    forward = model
+    if c.compile:                                       # the step of training, and that of generation
+        forward = torch.compile(model, mode='reduce-overhead')
+        model.step = torch.compile(model.step, mode='reduce-overhead')
 
     step, seconds, log = 0, 0.0, []
     if checkpoint := read_checkpoint(path / 'checkpoint.pt', cell, model, optimizer):
