@@ -77,6 +77,7 @@ class Constants:
     rounds: int = 3                         # maximum number of queries per question
     line_tokens: int = 64                   # maximum number of tokens of a line that the model writes
     query_seconds: float = 1.0              # time limit for a query
+    at_once: int = 8                        # number of questions that a model answers side by side
     # running
     show: int = 0                           # number of questions whose transcripts are printed
     out: str = 'out'                        # folder of train.py's results; ours go to its subfolder hotpot
@@ -84,7 +85,8 @@ class Constants:
     dtype: str = 'float32'                  # of pretrained weights: float32 or bfloat16
 
 
-LIMITS = dict(questions=(0, 100_000), rounds=(1, 100), line_tokens=(1, 1000), query_seconds=(0.01, 3600))
+LIMITS = dict(questions=(0, 100_000), rounds=(1, 100), line_tokens=(1, 1000), query_seconds=(0.01, 3600),
+              at_once=(1, 1000))
 
 
 # --- the conversation --------------------------------------------------------------------------------
@@ -101,35 +103,50 @@ def ask(model, record, condition, after=None, rounds=3, seconds=1.0):
         > Thought: The composer was Mozart, born in Salzburg.     after the last query: Thought:> ...
         Answer:> Salzburg
 
-    Under gold and full, `Thought:` follows the question. model: read(text, after=None) -> state and
-    write(state) -> (line, state). after: the state after the paragraphs and the question, see begin. Returns
-    a dict, a line of the results, with the conversation in `text`."""
+    Under gold and full, `Thought:` follows the question. This is a generator, so that several conversations
+    can go on at once (see together): it yields the state of the model whenever that is to write a line, and
+    is sent (line, state). model: read(text, after=None) -> state. after: the state after the paragraphs and
+    the question, see begin. Returns a dict, a line of the results, with the conversation in `text`."""
     state, text = after, begin(record, condition)
 
     def line_after(given, label):
         """Let the model read what is given and the label, and write the rest of that line; return it."""
         nonlocal state, text
-        written, state = model.write(model.read(given + label, state))
+        written, state = yield model.read(given + label, state)
         line = f'{label} {written.strip()}' if label else written.strip()
         text += f'{given}{line}\n'
         return line
 
     paragraphs, queries, titles = data.hotpot_paragraphs(record), [], []
-    line = line_after('', data.hotpot_label(condition))                 # Search: or Thought:
+    line = yield from line_after('', data.hotpot_label(condition))      # Search: or Thought:
     while line.startswith('Search:'):
         query = line.removeprefix('Search:').strip()
         found, outcome = find(query, paragraphs, seconds)
         queries.append([query[:MAX_PATTERN], outcome])
         titles += [title for title, _ in found]
-        line = line_after(f'Found: {data.hotpot_lines(found)}', 'Thought:' if len(queries) >= rounds else '')
+        label = 'Thought:' if len(queries) >= rounds else ''
+        line = yield from line_after(f'Found: {data.hotpot_lines(found)}', label)
     if not line.startswith('Answer:'):
-        line = line_after('', 'Answer:')
+        line = yield from line_after('', 'Answer:')
     prediction, gold = line.removeprefix('Answer:').strip(), supporting(record) & dict(paragraphs).keys()
     return dict(id=record['_id'], condition=condition, question=record['question'], answer=record['answer'],
                 prediction=prediction, em=exact_match(prediction, record['answer']),
                 f1=f1_score(prediction, record['answer']), queries=queries, titles=titles,
-                recall=len(gold & {*titles}) / len(gold) if condition == 'retrieval' else None,
-                text=text)
+                recall=len(gold & {*titles}) / len(gold) if condition == 'retrieval' else None, text=text)
+
+
+def together(model, conversations):
+    """Hold conversations, a list of what ask returned, side by side. model: write([state, ...]) -> [(line,
+    state), ...], where some lines may be None, not complete yet. Returns the results."""
+    results, states = [None] * len(conversations), {i: next(c) for i, c in enumerate(conversations)}
+    while states:
+        for i, (line, state) in zip([*states], model.write([*states.values()])):
+            try:
+                states[i] = state if line is None else conversations[i].send((line, state))
+            except StopIteration as end:
+                results[i] = end.value
+                del states[i]
+    return results
 
 
 def begin(record, condition):
@@ -276,8 +293,8 @@ def few_shot():
 # --- language models: read(text, after=None) -> state, write(state) -> (line, state) -----------------
 
 class LanguageModel:
-    """A model of models.py and a tokenizer. A state is (cache, logits of the next token, unread tokens).
-    read() leaves the state it is given as it was, so the examples are read once, for all questions."""
+    """A model of models.py and a tokenizer. A state is (cache, logits of the next token, unread
+    tokens, tokens of the line that is being written)."""
 
     def __init__(self, name, model, tokenizer, line_tokens=64):
         self.name, self.model, self.tokenizer, self.line_tokens = name, model, tokenizer, line_tokens
@@ -289,38 +306,49 @@ class LanguageModel:
         """Token ids. first: whether the text begins here, with the special tokens that belong there."""
         return self.tokenizer.encode(text, add_special_tokens=first)
 
-    def branch(self, cache):
-        """A copy of a cache; of None, an empty one."""
-        return copy.deepcopy(cache) if cache else self.model.init_state(1)
-
     def feed(self, tokens, cache):
         """Read more tokens, changing the cache. Returns the logits (V,) after the last, and the cache."""
-        for part in torch.tensor([tokens], device=self.device).split(1024, 1):     # bounds the attention mask
+        cache = cache or self.model.init_state(1)
+        for part in torch.tensor([tokens], device=self.device).split(256, 1):      # attention masks are small
             hidden = self.model.hidden(part, cache)
         return self.model.head(hidden[0, -1]), cache
 
     @torch.inference_mode()
     def read(self, text, after=None):
-        """The state after a text, or after the text that continues what the state `after` has read."""
-        cache, _, unread = after or (None, None, [])
-        logits, cache = self.feed(unread + self.encode(text, first=after is None), self.branch(cache))
-        return cache, logits, []
+        """The state after a text, or after the text that continues what the state `after` has read, which is
+        used up."""
+        cache, _, unread, _ = after or (None, None, [], [])
+        logits, cache = self.feed(unread + self.encode(text, first=after is None), cache)
+        return cache, logits, [], []
+
+    stack, unstack = staticmethod(models.stack), staticmethod(models.unstack)
+
+    def step(self, tokens, cache):
+        """Read one token of each sequence of a batch. Returns logits (B, V) and the cache."""
+        return self.model.step(torch.tensor(tokens, device=self.device), cache), cache
 
     @torch.inference_mode()
-    def write(self, state):
-        """Write the rest of the line greedily: until a newline, a token that ends texts, or line_tokens.
-        Returns the text, without the newline, and the state after it. (The newline is read together with
-        what follows: in a step of its own it would take as long as dozens of tokens read at once.)"""
-        (cache, logits, _), line, text = state, [], ''
+    def write(self, states):
+        """Go on with a line after each state, greedily: until a newline, a token that ends texts, or
+        line_tokens. Returns as soon as one is complete, for each state (text or None, the state after it). All
+        go on together because a step then fetches the weights from memory once. (A newline is read together
+        with what follows: in a step of its own it would take as long as dozens of tokens read at once.)"""
+        caches, logits, _, lines = zip(*states)
+        cache, logits, written = self.stack(list(caches)), torch.stack(logits), {}
         while True:
-            token = int(logits.argmax())
-            if token == self.tokenizer.eos_token_id or len(line) == self.line_tokens:
-                return text, (cache, None, self.newline)
-            line.append(token)
-            text = self.tokenizer.decode(line)
-            if '\n' in text:
-                return text.split('\n')[0], (cache, None, [token])
-            logits, cache = self.feed([token], cache)
+            tokens = logits.argmax(-1).tolist()
+            for i, (line, token) in enumerate(zip(lines, tokens)):
+                full = token == self.tokenizer.eos_token_id or len(line) == self.line_tokens
+                text = self.tokenizer.decode(line if full else [*line, token])
+                if full or '\n' in text:
+                    unread = self.newline if full else [token]
+                    written[i] = text.split('\n')[0], (self.unstack(cache, i), None, unread, [])
+            if written:
+                return [written.get(i, (None, (self.unstack(cache, i), logits[i], [], line)))
+                        for i, line in enumerate(lines)]
+            for line, token in zip(lines, tokens):
+                line.append(token)
+            logits, cache = self.step(tokens, cache)
 
     def memory(self, state):
         """Bytes of a state."""
@@ -342,15 +370,12 @@ class HubModel(LanguageModel):
             expected = self.model(input_ids=torch.tensor([sample], device=self.device)).logits[0, -1]
             for self.stride in (1 << 20, 1, 0):
                 try:
-                    got, _ = self.feed(sample[6:], self.branch(self.feed(sample[:6], None)[1]))
+                    got, _ = self.feed(sample[6:], self.feed(sample[:6], None)[1])
                 except Exception:                                       # it cannot
                     continue
                 if (got - expected).abs().max() < 1e-3 * expected.abs().max():
                     break
         self.model.to(dtype)
-
-    def branch(self, cache):
-        return copy.deepcopy(cache)
 
     def feed(self, tokens, cache):
         if not self.stride:
@@ -362,6 +387,19 @@ class HubModel(LanguageModel):
             out = self.model(input_ids=part, use_cache=True, **given)
             cache = out.get(self.cache_name)
         return out.logits[0, -1], cache
+
+    def write(self, states):
+        return [super(HubModel, self).write([state])[0] for state in states]      # one at a time
+
+    def stack(self, caches):
+        return caches[0]
+
+    def unstack(self, cache, i):
+        return cache
+
+    def step(self, tokens, cache):
+        logits, cache = self.feed(tokens, cache)
+        return logits[None], cache
 
     def memory(self, state):
         torch.save(state[0], file := io.BytesIO())                  # caches come in all sorts of classes
@@ -458,35 +496,42 @@ def baselines(records):
 
 # --- asking everything, keeping the results ----------------------------------------------------------
 
-def evaluate(model, records, folder, shots=True, rounds=3, seconds=1.0):
-    """Ask a model all questions under all conditions, except those whose results are in the folder already.
-    model: as for ask, and with a name. Returns the results, {(id, condition): dict}. Raises UserError if the
-    file is damaged."""
+def evaluate(model, records, folder, shots=True, rounds=3, seconds=1.0, at_once=8):
+    """Ask a model all questions under all conditions, at_once side by side, except those whose results are in
+    the folder already. model: as for ask and together, and with a name. Returns the results,
+    {(id, condition): dict}. Raises UserError if the file is damaged."""
     # a file per configuration: other questions, examples or weights never continue an old one
     of_model = [getattr(model, name, '') for name in ('version', 'line_tokens')]
     settings = json.dumps([records, shots and few_shot(), rounds, seconds, of_model])
     name = re.sub('[^0-9A-Za-z.-]+', '-', model.name)
     path = Path(folder) / f'{name}-{zlib.crc32(settings.encode()):08x}.jsonl'
     path.parent.mkdir(parents=True, exist_ok=True)
-    results, prefix, read = kept(path), None, None
-    todo = [(r, condition) for r, condition in product(records, CONDITIONS)
-            if (r['_id'], condition) not in results]
-    if shots and todo:
+    results, prefix = kept(path), None
+    done, total = len(results), len(records) * len(CONDITIONS)
+    if shots and done < total:
         prefix = model.read(few_shot())
         if hasattr(model, 'memory'):
             print(f'{model.name}: four examples, {len(model.encode(few_shot(), True)):,} tokens, read once; '
                   f'their state is {model.memory(prefix) / 1e6:.2f} MB')
-    with open(path, 'a', encoding='utf-8') as file:
-        done = len(results)
-        for r, condition in tqdm(todo, model.name, done + len(todo), initial=done, dynamic_ncols=True):
-            started = time.monotonic()
-            if begin(r, condition) != read:                 # retrieval begins like full
-                read = begin(r, condition)
-                begun = model.read(read, prefix)
-            result = ask(model, r, condition, begun, rounds, seconds)
-            results[r['_id'], condition] = result | dict(seconds=time.monotonic() - started)
-            file.write(json.dumps(results[r['_id'], condition]) + '\n')
-            file.flush()
+    with open(path, 'a', encoding='utf-8') as file, \
+            tqdm(desc=model.name, total=total, initial=done, dynamic_ncols=True) as progress:
+        for i in range(0, len(records), at_once):
+            states = {}                                     # after the paragraphs and the question
+            for condition in CONDITIONS:
+                started, conversations = time.monotonic(), []
+                for r in records[i:i + at_once]:
+                    if (r['_id'], condition) not in results:
+                        text = begin(r, condition)
+                        if text not in states:              # retrieval begins like full
+                            states[text] = model.read(text, copy.deepcopy(prefix))
+                        after = copy.deepcopy(states[text])
+                        conversations.append(ask(model, r, condition, after, rounds, seconds))
+                for result in together(model, conversations):
+                    result['seconds'] = (time.monotonic() - started) / len(conversations)
+                    results[result['id'], condition] = result
+                    file.write(json.dumps(result) + '\n')
+                    progress.update()
+                file.flush()
     print(f'{model.name}: {path}')
     return results
 
@@ -713,7 +758,7 @@ def main(argv):
         records = data.hotpot_records(c.questions or 500)
     for model in loaded:
         results[model.name] = evaluate(model, records, Path(c.out, 'hotpot'), bool(c.models), c.rounds,
-                                       c.query_seconds)
+                                       c.query_seconds, c.at_once)
         del model
     for record in records[:c.show]:
         for (name, of_model), condition in product(results.items(), CONDITIONS):

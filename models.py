@@ -19,7 +19,7 @@ Symbols (in brackets: the letters of the Mamba paper, Gu & Dao 2023, arXiv 2312.
   delta (Δ), dt_rank (R)     step size, and the rank of the map to it, ceil(d_model/16)
   A, Bs, Cs, D (A, B, C, D)  the other parameters of the state space model
 
-`Linear` is a faster nn.Linear (end of this file). The scan comes from scan_cuda/.
+`linear` and `Linear` are a faster F.linear and nn.Linear (end of this file). The scan comes from scan_cuda/.
 """
 import json
 import math
@@ -192,25 +192,32 @@ class Attention(nn.Module):
         self.o_proj = Linear(c.d_model, c.d_model, bias=False)
 
     def forward(self, x, cache):
-        """x (B, L, d_model). cache: the KVCache of the tokens before, to which these are added, or None."""
-        B, L, _ = x.shape
-        seen = cache.seen if cache else 0
-        q, k, v = self.heads(x, seen)                                       # (B, heads, L, d_head)
-        mask = None
+        """x (B, L, d_model). cache: the KVCache of the tokens before, to which these are added, a list with one
+        for each row, whose rows may have seen different numbers of tokens, or None."""
+        if isinstance(cache, list):
+            q, k, v = self.heads(x, torch.tensor([[c.seen] for c in cache], device=x.device))
+            y = torch.cat([self.attend(*row) for row in zip(q.split(1), k.split(1), v.split(1), cache)])
+        else:
+            y = self.attend(*self.heads(x, cache.seen if cache else 0), cache)
+        return self.o_proj(y.transpose(1, 2).flatten(2))                    # y (B, heads, L, d_head)
+
+    def attend(self, q, k, v, cache):
+        """Queries, keys and values of L tokens, (B, heads, L, d_head) each -> what they have looked up."""
+        L, seen, mask = q.shape[2], cache.seen if cache else 0, None
         if cache:
             k, v = cache.append(k, v)                                       # (B, heads, seen + L, d_head)
             if seen and L > 1:
-                mask = torch.ones(L, seen + L, dtype=torch.bool, device=x.device).tril(seen)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=L > 1 and mask is None,
-                                           enable_gqa=self.n_kv_heads < self.n_heads)
-        return self.o_proj(y.transpose(1, 2).reshape(B, L, -1))             # y (B, heads, L, d_head)
+                mask = torch.ones(L, seen + L, dtype=torch.bool, device=q.device).tril(seen)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=L > 1 and mask is None,
+                                              enable_gqa=self.n_kv_heads < self.n_heads)
 
     def heads(self, x, seen=0):
-        """Queries, keys and values of x (B, L, d_model), whose first token has position `seen`."""
+        """Queries, keys and values of x (B, L, d_model). seen: the position of its first tokens, a number or
+        one per row (B, 1)."""
         B, L, _ = x.shape
         qkv = self.qkv_proj(x).view(B, L, -1, self.d_head)                  # (B, L, all heads, d_head)
         qk, v = qkv.split((self.n_heads + self.n_kv_heads, self.n_kv_heads), 2)
-        qk = rotate(qk, torch.arange(seen, seen + L, device=x.device), self.rope_theta)
+        qk = rotate(qk, seen + torch.arange(L, device=x.device), self.rope_theta)
         q, k = qk.split((self.n_heads, self.n_kv_heads), 2)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)      # (B, heads, L, d_head)
 
@@ -226,11 +233,11 @@ class Attention(nn.Module):
 
 def rotate(x, positions, theta):
     """Rotary positions (Su et al. 2021): pair (2i, 2i+1) of each head of x (B, L, heads, d_head), read as a
-    complex number, is turned by the angle position * theta^(-2i/d_head). Complex numbers take one pass over
-    memory where the usual sines, cosines, halves and concatenations take seven."""
+    complex number, is turned by the angle position * theta^(-2i/d_head). positions: (L,) or (B, L). Complex
+    numbers take one pass over memory where the usual sines, cosines, halves and concatenations take seven."""
     frequencies = theta ** (-torch.arange(0, x.shape[-1], 2, device=x.device) / x.shape[-1])
-    angles = positions[:, None] * frequencies                               # (L, d_head/2)
-    turns = torch.polar(torch.ones_like(angles), angles)[:, None]           # (L, 1, d_head/2), complex
+    angles = positions[..., None] * frequencies                             # (..., L, d_head/2)
+    turns = torch.polar(torch.ones_like(angles), angles)[..., None, :]      # (..., L, 1, d_head/2), complex
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))         # (B, L, heads, d_head/2)
     return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)        # (B, L, heads, d_head)
 
@@ -330,10 +337,12 @@ class GRULayer(nn.Module):
         """torch's defaults."""
 
     def init_state(self, batch_size, seen=0):
-        return {'state': self.norm.weight.new_zeros(1, batch_size, self.gru.hidden_size)}
+        return {'state': self.norm.weight.new_zeros(batch_size, self.gru.hidden_size)}
 
     def forward(self, x, carried):
-        y, carried['state'] = self.gru(self.norm(x), carried.get('state'))  # (B, L, d_state)
+        state = carried['state'][None] if carried else None                 # (1, B, d_state)
+        y, state = self.gru(self.norm(x), state)                            # (B, L, d_state)
+        carried['state'] = state[0]
         return x + self.out_proj(y)                                         # (B, L, d_model)
 
 
@@ -386,7 +395,7 @@ class Model(nn.Module):
 
     def head(self, hidden):
         """(..., d_model) -> logits (..., vocab_size)."""
-        return F.linear(hidden, self.embedding.weight if self.config.tied_head else self.lm_head.weight)
+        return linear(hidden, self.embedding.weight if self.config.tied_head else self.lm_head.weight)
 
     def forward(self, tokens, state=None):
         """tokens (B, L) int64 -> logits (B, L, vocab_size). With a state, the tokens continue those it
@@ -402,6 +411,19 @@ class Model(nn.Module):
         """Read one more token (B,). Returns logits (B, vocab_size) of the next one; updates the state.
         The work does not depend on the tokens seen, except for attention."""
         return self.head(self.hidden(token[:, None], state)[:, 0])
+
+
+def stack(states):
+    """The states of several sequences -> the state of a batch, for `step`. They may have seen different numbers
+    of tokens, so a KVCache stays one for each."""
+    join = lambda values: values if isinstance(values[0], KVCache) else torch.cat(values)
+    return [{name: join([carried[name] for carried in layer]) for name in layer[0]} for layer in zip(*states)]
+
+
+def unstack(state, i):
+    """The state of one sequence of such a batch."""
+    return [{name: value[i] if isinstance(value, list) else value[i:i + 1] for name, value in carried.items()}
+            for carried in state]
 
 
 def sinusoids(n, d):
@@ -549,34 +571,46 @@ def generation_cost(size='0.5M', lengths=tuple(2 ** k for k in range(6, 18)), re
     return rows
 
 
-# --- Linear: nn.Linear, faster on a CPU ------------------------------------------------------------
+# --- linear: F.linear, faster on a CPU -------------------------------------------------------------
+
+def by_onednn(x):
+    """Whether to leave a product to oneDNN: on a CPU in fp32, torch calls MKL, which is slow on AMD processors
+    (training: 74 against 200 GFLOP/s a core). torch.compile gets what torch would do."""
+    return (x.dtype == torch.float32 and x.device.type == 'cpu' and not torch.is_autocast_enabled('cpu')
+            and not torch.compiler.is_compiling() and hasattr(torch.ops.mkldnn, '_linear_pointwise'))
+
+
+def onednn(x, weight, bias):
+    """x (..., d_in) @ weight (d_out, d_in).T + bias"""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'none', [], '')
+
+
+def linear(x, weight, bias=None):
+    """F.linear, faster where no gradients are wanted."""
+    return (onednn if by_onednn(x) and not torch.is_grad_enabled() else F.linear)(x, weight, bias)
+
 
 class OneDNN(torch.autograd.Function):
-    """x (..., d_in) @ weight (d_out, d_in).T + bias, and its gradients."""
+    """onednn and its gradients."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x, weight)
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'none', [], '')
+        return onednn(x, weight, bias)
 
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        dx = torch.ops.mkldnn._linear_pointwise(grad, weight.t(), None, 'none', [], '')
+        dx = onednn(grad, weight.t(), None)
         grad = grad.flatten(0, -2)
         return dx, grad.t() @ x.flatten(0, -2), grad.sum(0) if ctx.needs_input_grad[2] else None
 
 
 class Linear(nn.Linear):
-    """nn.Linear, computed by oneDNN when training on a CPU in fp32. torch leaves such products to MKL, which
-    is slow on AMD processors (74 against 200 GFLOP/s a core). torch.compile gets the plain nn.Linear."""
+    """nn.Linear, faster in training too."""
 
     def forward(self, x):
-        if (x.requires_grad and x.dtype == torch.float32 and x.device.type == 'cpu'
-                and not torch.is_autocast_enabled('cpu') and not torch.compiler.is_compiling()
-                and hasattr(torch.ops.mkldnn, '_linear_pointwise')):
-            return OneDNN.apply(x, self.weight, self.bias)
-        return super().forward(x)
+        return (OneDNN.apply if x.requires_grad and by_onednn(x) else linear)(x, self.weight, self.bias)
 
 
 if __name__ == '__main__':

