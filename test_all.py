@@ -2863,7 +2863,7 @@ WRONG = {
     'a sibling': (4, 'return selective_scan_fallback(u, delta, A, B, C, D, initial_state)', 0, 'may not be'),
     'a loop, not parallel': (5, LOOP, 7.5, 'fewer than 2,000 operations'),
     'autograd': (6, 'return torch.autograd.grad(u.sum(), u)', 0, 'autograd cannot be used'),
-    'no cache': (7, 'return x', 0, 'Expected'),
+    'no cache': (7, 'return v', 0, 'Expected'),
 }
 
 

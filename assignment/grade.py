@@ -86,11 +86,10 @@ EXERCISES = {
                 SCAN, ('_fallback_backward',), (), KERNELS, 'exercises 4 and 5'),
     7: Exercise("Attention's KV cache", 15, 45, '''
         One forward pass for training, for reading a prompt and for a single token: stepping through a text
-        with the cache must give what one parallel pass gives. `heads(x, seen)` gives queries, keys and values
-        with their rotary positions. You may use scaled_dot_product_attention of torch, but its is_causal
-        aligns the mask at the top left: with a cache, the first token of x would see only the first token in
-        the cache. How the buffer of KVCache grows is up to you.''',
-                'models.py', ('Attention.forward', 'KVCache.append'), (), ('plot.py',)),
+        with the cache must give what one parallel pass gives. You may use scaled_dot_product_attention of
+        torch, but its is_causal aligns the mask at the top left: with a cache, the first of the L tokens would
+        see only the first one in the cache. How the buffer of KVCache grows is up to you.''',
+                'models.py', ('Attention.attend', 'KVCache.append'), (), ('plot.py',)),
     8: Exercise('Generation with the live retriever', 15, 45, '''
         The model writes queries, the retriever writes the answers, and the samples of a batch end at
         different times. `data.TASKS[task].retrieve(text)` answers the query at the end of a text with a list
