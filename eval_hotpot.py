@@ -126,7 +126,9 @@ def ask(model, record, condition, after=None, rounds=3, seconds=1.0):
         titles += [title for title, _ in found]
         label = 'Thought:' if len(queries) >= rounds else ''
         line = yield from line_after(f'Found: {data.hotpot_lines(found)}', label)
-    if not line.startswith('Answer:'):
+    if not line.startswith(('Thought:', 'Answer:')):                    # it lost the thread
+        line = yield from line_after('', 'Thought:')
+    if line.startswith('Thought:'):
         line = yield from line_after('', 'Answer:')
     prediction, gold = line.removeprefix('Answer:').strip(), supporting(record) & dict(paragraphs).keys()
     return dict(id=record['_id'], condition=condition, question=record['question'], answer=record['answer'],
@@ -261,7 +263,7 @@ EXAMPLES = [
        'Sea.')]),
     ('In what year was the university founded at which Isaac Newton studied?', '1209',
      'Isaac Newton studied at the University of Cambridge, which was founded in 1209.',
-     ['Newton.*(studied|university)', 'University of Cambridge.*founded'],
+     ['Isaac Newton', 'University of Cambridge.*founded'],
      [('Isaac Newton', 'Isaac Newton described gravity and the laws of motion. He studied at the University '
        'of Cambridge.'),
       ('University of Cambridge', 'The University of Cambridge is a university in England. It was founded in '

@@ -1813,6 +1813,20 @@ def test_a_damaged_checkpoint_is_refused_or_ends_with_the_same_weights(finished,
     assert refused > 28
 
 
+@pytest.mark.skipif(not shutil.which('c++'), reason='no C++ compiler')
+def test_a_compiled_run_trains_and_generates_like_a_plain_one(tmp_path):
+    found = []
+    for compiled in ('False', 'True'):
+        out = tmp_path / compiled
+        done = run(*SMALL, '--layers=A', '--samples=640', '--evaluations=1', f'--out={out}', f'--compile={compiled}')
+        assert done.returncode == 0, done.stderr
+        folder, = out.glob('istree-*')
+        weights = torch.load(folder / 'checkpoint.pt', weights_only=True)['model']
+        found.append((weights, (folder / 'samples.json').read_text()))
+    (plain, wrote), (compiled, wrote_too) = found
+    assert all((plain[name] - compiled[name]).abs().max() < 1e-3 for name in plain) and wrote == wrote_too
+
+
 def test_whatever_is_given_as_a_constant_is_run_or_refused_in_one_line(tmp_path, monkeypatch, capsys, quick):
     monkeypatch.chdir(tmp_path)
     chance, refused = random.Random(0), 0
