@@ -97,7 +97,7 @@ EXERCISES = {
         [ENDSEARCH] in the last column gets no answer. The tests' model writes nonsense once it has been fed
         a wrong token, so look at the first difference only.''',
                 'train.py', ('generate',), (), ('eval_hotpot.py', 'plot.py'), 'reading `data.retrieve`'),
-    9: Exercise('Experiment: how much memory does n=16 need?', 15, 60, '''
+    9: Exercise('Experiment: how much memory does n=14 need?', 15, 60, '''
         Train an RNN (up to four layers, none of them attention) that solves IsTree with chain of thought,
         with at most 5,000 floats of memory. Hand in the folders of three seeds as out/9/...; each must
         reach 75% on graphs that the grader draws. This one does not:''', needs='exercises 1, 5, 6 and 8',
@@ -117,8 +117,8 @@ EXPERIMENTS = {9: (0.75, lambda found: 'A' not in found['layers'] and found['mem
                10: (0.90, lambda found: sorted(found['layers']) == ['A', 'M'] and found['d_state'] == 1)}
 MODEL_ANSWER = '''
 The RNN has to write its fixed number of floats before it knows what will be asked. The search asks for any
-node's next neighbour, so by the end of the prompt all edges and their order must be in there: about 70 bits
-at n=16, growing as n log n, in a form that training finds. Where the RNN errs, it errs on the next neighbour,
+node's next neighbour, so by the end of the prompt all edges and their order must be in there: about 57 bits
+at n=14, growing as n log n, in a form that training finds. Where the RNN errs, it errs on the next neighbour,
 not on returns to the parent, which stand a few tokens back. With a retriever it need not remember the prompt:
 which node, from where and what was answered suffice for every n. An attention layer keeps all tokens and is
 the look-up. On top, it reads what the Mamba layer has prepared, tokens mixed with their neighbours: an edge,
@@ -457,7 +457,7 @@ def grade_exercise(folder, number, seed):
 def grade_experiment(folder, number, seed):
     """The same for an experiment, whose tests are the checkpoints."""
     (accuracy, allowed), passed, told, seen = EXPERIMENTS[number], 0, [], {None}
-    setting = dict(task='istree', n=16, setup='cot', seed=f'{number} {seed}', samples=500)
+    setting = dict(task='istree', n=14, setup='cot', seed=f'{number} {seed}', samples=500)
     paths = sorted(folder.glob(f'out/{number}/*/checkpoint.pt'))
     if not paths:
         raise Failed(f'out/{number}/*/checkpoint.pt is missing')
