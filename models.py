@@ -7,8 +7,9 @@
 
 A layer is one class: its initial weights (`init_weights`), what it carries from token to token
 (`init_state`), and one `forward` for training, for reading a prompt and for single tokens. What it carries is
-the memory that the paper is about: in a recurrent layer of a fixed size, d_inner * (d_state + 3) floats in
-Mamba, while attention adds 2 d_model floats with every token. `Model.memory` counts them.
+the memory that the paper is about: in a recurrent layer its size is fixed, d_inner * (d_state + 3) floats in
+Mamba, while attention adds 2 d_model floats with every token. `Model.memory` counts them. In the code it is
+`carried`, a dict that forward updates in place; in training it is empty at first, which means zeros.
 
 Symbols (in brackets: the letters of the Mamba paper, Gu & Dao 2023, arXiv 2312.00752):
   B, L (B, L)                batch, sequence length
@@ -116,7 +117,7 @@ class MambaLayer(nn.Module):
         nn.init.uniform_(self.dt_proj.weight, -c.dt_rank ** -0.5, c.dt_rank ** -0.5)
         # softplus(bias) log-uniform in [0.001, 0.1]: channels remember for 10 to 1,000 tokens
         delta = torch.exp(torch.empty(c.d_inner).uniform_(math.log(0.001), math.log(0.1)))
-        self.dt_proj.bias.copy_(delta + torch.log(-torch.expm1(-delta)))
+        self.dt_proj.bias.copy_(delta + torch.log(-torch.expm1(-delta)))    # the inverse of softplus
         self.A_log.copy_(torch.arange(1, c.d_state + 1).float().log().expand(c.d_inner, -1))
         self.out_proj.weight /= math.sqrt(c.layers.count('M'))      # residual branches add up over layers
 
@@ -192,8 +193,8 @@ class Attention(nn.Module):
         self.o_proj = Linear(c.d_model, c.d_model, bias=False)
 
     def forward(self, x, cache):
-        """x (B, L, d_model). cache: the KVCache of the tokens before, to which these are added, a list with one
-        for each row, whose rows may have seen different numbers of tokens, or None."""
+        """x (B, L, d_model). cache: None, or a KVCache of the tokens before, to which these are added, or a
+        list with one for each row of x, if the rows have seen different numbers of tokens."""
         if isinstance(cache, list):
             q, k, v = self.heads(x, torch.tensor([[c.seen] for c in cache], device=x.device))
             y = torch.cat([self.attend(*row) for row in zip(q.split(1), k.split(1), v.split(1), cache)])
@@ -252,7 +253,7 @@ class KVCache:
         """Add keys and values (B, n_kv_heads, L, d_head). Returns those of all tokens seen."""
         start, self.seen = self.seen, self.seen + k.shape[2]
         if self.seen > self.buffer.shape[3]:
-            self.buffer = F.pad(self.buffer, (0, 0, 0, k.shape[2] + 64))    # 64: copy it now and then only
+            self.buffer = F.pad(self.buffer, (0, 0, 0, k.shape[2] + 64))    # 64 more: not every time
         self.buffer[:, :, :, start:self.seen] = torch.stack((k, v))
         return self.buffer[:, :, :, :self.seen]
 
@@ -312,7 +313,7 @@ def delta_rule(q, k, v, beta, S, chunk=64):
 
         u_t = beta_t (v_t - k_t S - sum over i < t of (k_t . k_i) u_i)          (S: before the chunk)
 
-    is a triangular system of equations for the rows of U (T, d_state); for one token, the recurrence."""
+    These are triangular equations for the rows of U (T, d_state); for one token, they are the recurrence."""
     ys = []
     for q, k, v, beta in zip(*(t.split(chunk, 2) for t in (q, k, v, beta))):
         system = torch.eye(k.shape[2], device=k.device) + (beta * (k @ k.mT)).tril(-1)
@@ -375,7 +376,7 @@ class Model(nn.Module):
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
     def init_state(self, batch_size, seen=0):
-        """The state before the first token, or as large as after `seen` tokens (all zeros)."""
+        """The state before the first token: zeros. seen: as large as after so many tokens, to measure it."""
         return [layer.init_state(batch_size, seen) for layer in self.layers]
 
     def memory(self, seen):
@@ -414,8 +415,8 @@ class Model(nn.Module):
 
 
 def stack(states):
-    """The states of several sequences -> the state of a batch, for `step`. They may have seen different numbers
-    of tokens, so a KVCache stays one for each."""
+    """The states of several sequences -> the state of a batch, for `step`. They may have seen different
+    numbers of tokens, so each keeps its own KVCache."""
     join = lambda values: values if isinstance(values[0], KVCache) else torch.cat(values)
     return [{name: join([carried[name] for carried in layer]) for name in layer[0]} for layer in zip(*states)]
 
@@ -466,7 +467,7 @@ def pretrained_config(hub):
         return kind(value)
 
     family = hub.get('model_type') if isinstance(hub, dict) else None
-    if family not in (*NAMES,):
+    if family not in (*NAMES,):                 # (a tuple, because family may be anything)
         raise ValueError(f'model_type {family!r:.40} is not supported: only {" and ".join(NAMES)}')
     vocab_size, d_model = number('vocab_size', 1, 10_000_000), number('hidden_size', 2, 100_000)
     n_layers = number('num_hidden_layers', 1, 1000)
@@ -574,8 +575,8 @@ def generation_cost(size='0.5M', lengths=tuple(2 ** k for k in range(6, 18)), re
 # --- linear: F.linear, faster on a CPU -------------------------------------------------------------
 
 def by_onednn(x):
-    """Whether to leave a product to oneDNN: on a CPU in fp32, torch calls MKL, which is slow on AMD processors
-    (training: 74 against 200 GFLOP/s a core). torch.compile gets what torch would do."""
+    """Whether to leave a product to oneDNN: on a CPU in fp32, torch calls MKL, which is slow on AMD
+    processors (training: 74 against 200 GFLOP/s a core). Under torch.compile, torch decides."""
     return (x.dtype == torch.float32 and x.device.type == 'cpu' and not torch.is_autocast_enabled('cpu')
             and not torch.compiler.is_compiling() and hasattr(torch.ops.mkldnn, '_linear_pointwise'))
 

@@ -2065,7 +2065,7 @@ def test_the_conversation_drawn_for_ask_is_one():
     drawn = [re.split(' {4,}', line)[0] for line in drawn]              # without the remarks on the right
     writes = iter([line.partition('> ')[2] for line in drawn if '> ' in line])
     model = SimpleNamespace(read=lambda text, after=None: None, write=lambda states: [(next(writes), None)])
-    r, = eval_hotpot.together(model, [eval_hotpot.ask(model, record, 'retrieval')])
+    r, = eval_hotpot.together(model, [eval_hotpot.ask(model, record, 'retrieval', None)])
     assert r['em'] == r['recall'] == 1 and list(writes) == []
     real = r['text'].splitlines()
     real = real[1:2] + real[3:]                         # of the three paragraphs, one is drawn

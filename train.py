@@ -21,7 +21,7 @@ import signal
 import sys
 
 if __name__ == '__main__':      # before the imports that take seconds: Ctrl-C is one line at any moment
-    def interrupted(*_):        # files are always whole, see write; helpers end by themselves
+    def interrupted(*_):        # files are always whole, see write; the other processes end too
         if os.environ.get('RANK', '0') == '0':
             os.write(2, b'\ntrain.py: interrupted, run the same command again to continue\n')
         os._exit(130)
@@ -52,8 +52,9 @@ from tqdm import tqdm
 import data
 import models
 
-# Constants that depend on setup and architecture come from `python train.py --sweep`, see results/README.md.
-# Samples of `retrieval` are eight times as long, hence the smaller batches; all architectures get as many.
+# LR and WARMUP come from `python train.py --sweep`, see results/README.md.
+# Samples of `retrieval` are eight times as long, hence the smaller batches. All architectures get as many
+# samples as the others.
 SAMPLES = {'direct': 40_000, 'cot': 200_000, 'retrieval': 12_000}
 BATCH_SIZE = {'direct': 32, 'cot': 32, 'retrieval': 8}
 LR = {'direct.transformer': 8e-3, 'direct.mamba': 1.6e-2, 'direct.hybrid': 1.6e-2,
@@ -80,7 +81,7 @@ class Constants:
     n_val: int = 1000                       # held-out samples for the result
     # the model
     frozen_embedding: bool = False          # fixed sinusoids (the paper) instead of a learned embedding
-    # training; several names: give one value for all, or name:value,...
+    # training; where setups and architectures differ: one value for all, or name:value,...
     samples: dict = field(default_factory=SAMPLES.copy)         # training samples
     batch_size: dict = field(default_factory=BATCH_SIZE.copy)   # samples per step
     lr: dict = field(default_factory=LR.copy)                   # peak learning rate
@@ -88,7 +89,7 @@ class Constants:
     grad_clip: float = 1.0                  # largest norm of the gradient; 0 means no limit (the paper)
     dtype: str = 'float32'                  # float32, or bfloat16 through autocast
     evaluations: int = 8                    # evaluations during a run, each on 200 held-out samples
-    solved: float = 0.995                   # stop when two evaluations reach so many exact traces; 0: never
+    solved: float = 0.995                   # stop when two evaluations in a row are as exact as this; 0: never
     # choosing constants
     sweep: bool = False                     # try all learning rates and warm-ups, on other seeds and prompts
     # running
@@ -356,8 +357,10 @@ def attention_to_edges(model, tokens, loss_mask, device):
     for row, at, seen in zip(tokens, next_neighbour, weights):
         start = row.tolist().index(data.EOS) + 1
         edges = {frozenset(row[i:i + 3:2].tolist()): i for i in range(1, start - 1, 3)}
-        shares += [seen[t - 1, i:i + 3].sum() for t in np.flatnonzero(at) if t > start
-                   for i in [edges[frozenset(row[t - 1:t + 1].tolist())]]]
+        for t in np.flatnonzero(at):
+            if t > start:                                   # the edge from token t - 1 to token t
+                i = edges[frozenset(row[t - 1:t + 1].tolist())]
+                shares.append(seen[t - 1, i:i + 3].sum())
     words = data.decode(tokens[0]).split(' ')
     start = words.index('[EOS]') + 1
     return dict(prompt=words[:start], trace=words[start:], share=float(np.mean(shares)),
@@ -374,8 +377,9 @@ def run_cell(c, cell, device):
     for n, tokens, loss_mask in held_out:
         measured, samples = evaluate(model, cell, n, tokens, loss_mask, c.eval_batch, device)
         by_length.append(dict(n=n, chance=task.chance(n), **measured))
-        if len(held_out) > 1:
+        if len(held_out) > 1:                               # a primitive
             by_length[-1]['best_guess'] = data.best_guess(cell['task'], cell['n_nodes'], n, cell['setup'])
+    # (the rest is about the last, largest n)
     wrong, loss = teacher_forced(model, tokens, loss_mask, c.eval_batch, device)
     if cell['task'] == 'istree':
         measured['errors'] = errors_by_kind(wrong, tokens, loss_mask)
@@ -412,8 +416,9 @@ def table(results):
 
 
 def show(sample, width=100, colour=False):
-    """A sample of samples.json as text: the prompt and what the model wrote. Retrieved tokens are marked *so,
-    the first wrong token >so<, with the right ones below it. Of a long trace: beginning, error and end."""
+    """A sample of samples.json as text: the prompt and what the model wrote. A retrieved token is shown as
+    *token, the first wrong one as >token<, with the right ones below. Of a long trace: beginning, error
+    and end."""
     written, expected = sample['written'].split(), sample['expected'].split()
     wrong = next((i for i, (a, b) in enumerate(itertools.zip_longest(written, expected)) if a != b), None)
     words = [f'*{word}' if i in sample['retrieved'] else word for i, word in enumerate(written)]
@@ -447,7 +452,7 @@ def cells(c):
         if setup not in known.setups:
             raise UserError(f'--setups={setup}: {task} has {", ".join(known.setups)}')
         distribution = c.distribution if c.distribution in known.distributions else known.distributions[0]
-        known.generate(1, n, setup, 0, distribution)
+        known.generate(1, n, setup, 0, distribution)                    # raises if it cannot
         with torch.device('meta'):
             models.make_model(arch, size, known.vocab_size(n), d_state, c.frozen_embedding, layers)
         constants = f'{setup}.{arch}'
@@ -501,7 +506,8 @@ def rank(result):
 
 # --- files -------------------------------------------------------------------------------------------------
 
-# What a file must hold: a type, [a list of], {str: a dict of}, or a dict with these names (name?: if any).
+# What a file must hold: a type, [a list of], {str: a dict of}, or a dict with these names (name?: if any, as
+# in plot.py).
 LOG = dict(samples=int, loss=float, seconds=float, accuracy=float, exact_trace=float)
 SAMPLE = dict(prompt=str, expected=str, written=str, retrieved=[int])
 RESULT = dict(task=str, arch=str, setup=str, size=str, layers=str, d_state=int, n_nodes=int, seed=int,
@@ -532,7 +538,7 @@ def read_json(path, shape):
     try:
         text, lines = Path(path).read_text(encoding='utf-8'), Path(path).suffix == '.jsonl'
         value = [json.loads(line) for line in text.splitlines()] if lines else json.loads(text)
-        json.dumps(value, ensure_ascii=False).encode()              # half a character could not be printed
+        json.dumps(value, ensure_ascii=False).encode()              # fails on half a surrogate pair
         if fits(value, [shape] if lines else shape):
             return value
         reason = 'not a file of ours, or an older one'
@@ -670,6 +676,7 @@ def parse(argv, constants=Constants, program='train.py', presets=PRESETS):
             group = parser.add_argument_group(m[1])
     overrides = vars(parser.parse_args(argv))
     tasks = set(overrides.get('tasks', '').split(','))
+    # without --preset: the one whose tasks are asked for, such as hotpot
     own = [name for name, preset in presets.items() if tasks <= set(preset.get('tasks', ()))]
     c = replace(defaults, **presets[overrides.pop('preset', [*own, 'default'][0])])
     return replace(c, **{name: read_value(name, text or '', getattr(c, name))
@@ -728,6 +735,7 @@ def main(argv):
     device = pick_device(c.device)
     grid = cells(c)
     cost = lambda cell: cell['samples'] * data.TASKS[cell['task']].max_length(cell['n_nodes'], cell['setup'])
+    # (of a sweep, more follow)
     left = sum(not (folder(c, cell) / 'result.json').exists() for cell in grid) if not c.sweep else 1024
     processes = min(c.processes or (os.cpu_count() if device.type == 'cpu' else 1), left)
     helpers = []

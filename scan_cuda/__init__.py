@@ -12,7 +12,7 @@ exp(delta A) and takes in delta B u. It is *selective* because delta, B and C ar
 From the plain to the fast, to be read in this order:
   1. `selective_scan_reference`: the recurrence as written above, in a loop. Everything is tested against it.
   2. `pairwise_scan`: what is parallel about it, the recurrence in about 2 log2(L) rounds.
-  3. `selective_scan_fallback`: 2. in chunks, with its own backward pass: little memory, any device.
+  3. `selective_scan_fallback`: the pairs in chunks, with its own backward pass: little memory, any device.
   4. scan_cpu.cpp: the CPU kernel.       5. scan_kernels.cu: the CUDA kernels.
 `selective_scan` uses 4 or 5; the first call builds them (some seconds, then cached: build.py). If that fails,
 one line says why and what to do, and 3 is used. SCAN_CUDA_BUILD=0 in the environment asks for 3 at once.
@@ -89,8 +89,8 @@ def _states(u, delta, A, B, h):
 # autocast would compute matrix products in bf16.)
 
 def _fallback_forward(u, delta, A, B, C, D, initial_state, chunk):
-    """Returns (y, final_state, starts): starts (batch, chunks - 1, d_state, d_inner) holds the state before
-    each chunk but the first, all that the backward pass needs."""
+    """Returns (y, final_state, starts): starts (batch, chunks - 1, d_state, d_inner), laid out as the kernels have
+    it, holds the state before each chunk but the first, all that the backward pass needs."""
     h = A.new_zeros(len(u), *A.shape) if initial_state is None else initial_state
     y, starts = torch.empty_like(u), A.new_empty(len(u), (u.shape[1] - 1) // chunk, *A.T.shape)
     for k in range(0, u.shape[1], chunk):
@@ -119,7 +119,7 @@ def _fallback_backward(dy, dfinal, u, delta, A, B, C, D, initial_state, starts, 
         a, h = _states(x, d, A, b, start)                           # (batch, T, d_inner, d_state)
         from_y = e[..., None] * c[:, :, None]
         from_y[:, -1] += g
-        a_next = torch.cat([a[:, 1:], torch.ones_like(a[:, :1])], 1)
+        a_next = torch.cat([a[:, 1:], torch.ones_like(a[:, :1])], 1)    # the last is never used
         gs = pairwise_scan(a_next.flip(1), from_y.flip(1)).flip(1)
         g = a[:, 0] * gs[:, 0]
         decay = gs * a * torch.cat([start[:, None], h[:, :-1]], 1)  # gradient of delta_t A
@@ -133,7 +133,7 @@ def _fallback_backward(dy, dfinal, u, delta, A, B, C, D, initial_state, starts, 
     return du, ddelta, dA, dB, dC, dD, g
 
 
-class _Fallback(torch.autograd.Function):
+class _Fallback(torch.autograd.Function):       # build.save keeps the inputs and starts for build.gradients
     forward, setup_context = staticmethod(_fallback_forward), staticmethod(build.save)
     backward = staticmethod(lambda ctx, *grads: build.gradients(_fallback_backward, ctx, *grads))
 
@@ -167,8 +167,8 @@ def selective_scan(u, delta, A, B, C, D=None, initial_state=None):
     Returns y, like u, and final_state, fp32, like initial_state; gradients flow to every input through both.
 
     Values and gradients are the reference's, up to rounding, where delta >= 0 and A <= 0, as in Mamba, and
-    nothing overflows fp32. With a negative delta or a positive A the state grows exponentially, and the same
-    holds only while it stays finite. NaN, infinite or overflowing values raise no error; which results and
+    nothing overflows fp32. With a negative delta or a positive A the state grows exponentially, and they
+    agree only while it stays finite. NaN, infinite or overflowing values raise no error; which results and
     gradients are then NaN or infinite differs. Raises ValueError for a wrong shape, dtype or device.
     """
     _check(u, delta, A, B, C, D, initial_state)
