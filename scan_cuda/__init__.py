@@ -106,8 +106,9 @@ def _fallback_forward(u, delta, A, B, C, D, initial_state, chunk):
 
 def _fallback_backward(dy, dfinal, u, delta, A, B, C, D, initial_state, starts, chunk):
     """Gradients of u, delta, A, B, C, D, initial_state. With g_t = dLoss/dh_t the recurrence runs backwards:
-    g_t = C_t dy_t + a_{t+1} g_{t+1}, which is the same scan on the reversed chunk. dfinal, D and initial_state may be
-    None, for zeros; a gradient is returned for each of the seven even so, like its input in shape and dtype."""
+    g_t = C_t dy_t + a_{t+1} g_{t+1}, which is the same scan on the reversed chunk. dfinal, D and
+    initial_state may be None, for zeros; a gradient is returned for each of the seven even so, like its input
+    in shape and dtype."""
     h0 = A.new_zeros(len(u), *A.shape) if initial_state is None else initial_state
     g = torch.zeros_like(h0) if dfinal is None else dfinal          # a_{t+1} g_{t+1} of the next chunk
     du, ddelta, dA, dB, dC = (torch.zeros_like(t) for t in (u, delta, A, B, C))
