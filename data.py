@@ -216,7 +216,7 @@ def generate_istree(batch_size, n_nodes, setup, seed, distribution='two_star', n
     seed: an int, or a tuple or string. n: the size of these samples, for this task always n_nodes (see Task).
     Returns tokens (B, L) int64, right-padded with [PAD] to the longest sample of the batch; loss_mask (B, L)
     bool, True where a token is to be predicted: after the prompt, except padding and what the retriever
-    writes (paper, section 6); is_tree (B,) bool. Raises ValueError on arguments that are unknown or impossible."""
+    writes (paper, section 6); is_tree (B,) bool. Raises ValueError if arguments are unknown or impossible."""
     batch_size, n_nodes, _ = check('istree', batch_size, n_nodes, n, setup, distribution)
     rng, samples, labels = generator(seed), [], []
     for _ in range(batch_size):
@@ -690,7 +690,7 @@ class Task(NamedTuple):
 
 def primitive(task, sequence, query, trace, chance, vocabularies=1, step=1):
     """The Task of a retrieval primitive. sequence: n -> its length; query: the length of a query;
-    trace: that of the longest trace. vocabularies: ranges of numbers that it takes; step: 2 if n must be even."""
+    trace: that of the longest trace. vocabularies: ranges of numbers used; step: 2 if n must be even."""
     def prompt_length(n):
         return 1 + sequence(n) + 1 + query
 

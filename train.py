@@ -89,7 +89,7 @@ class Constants:
     grad_clip: float = 1.0                  # largest norm of the gradient; 0 means no limit (the paper)
     dtype: str = 'float32'                  # float32, or bfloat16 through autocast
     evaluations: int = 8                    # evaluations during a run, each on 200 held-out samples
-    solved: float = 0.995                   # stop when two evaluations in a row are as exact as this; 0: never
+    solved: float = 0.995                   # stop after two evaluations in a row as exact as this; 0: never
     # choosing constants
     sweep: bool = False                     # try all learning rates and warm-ups, on other seeds and prompts
     # running

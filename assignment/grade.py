@@ -87,8 +87,8 @@ EXERCISES = {
     7: Exercise("Attention's KV cache", 15, 45, '''
         One forward pass for training, for reading a prompt and for a single token: stepping through a text
         with the cache must give what one parallel pass gives. You may use scaled_dot_product_attention of
-        torch, but its is_causal aligns the mask at the top left: with a cache, the first of the L tokens would
-        see only the first one in the cache. How the buffer of KVCache grows is up to you.''',
+        torch, but its is_causal aligns the mask at the top left: with a cache, the first of the L tokens
+        would see only the first one in the cache. How the buffer of KVCache grows is up to you.''',
                 'models.py', ('Attention.attend', 'KVCache.append'), (), ('plot.py',)),
     8: Exercise('Generation with the live retriever', 15, 45, '''
         The model writes queries, the retriever writes the answers, and the samples of a batch end at
@@ -100,12 +100,12 @@ EXERCISES = {
     9: Exercise('Experiment: how much memory does n=14 need?', 15, 60, '''
         Train an RNN (up to four layers, none of them attention) that solves IsTree with chain of thought,
         with at most 5,000 floats of memory. Hand in the folders of three seeds as out/9/...; each must
-        reach 75% on graphs that the grader draws. This one does not:''', needs='exercises 1, 5, 6 and 8',
+        reach 75% on graphs that the grader draws. This one does not (three minutes a seed on one core):''', needs='exercises 1, 5, 6 and 8',
                 command='python train.py --archs=mamba --d_state=1 --setups=cot --seeds=0,1,2'),
     10: Exercise('Experiment: where should the attention layer stand?', 15, 60, '''
         One Mamba layer with d_state=1 and one attention layer: which should be on top? Try both, and hand
         in the folders of three seeds of the better one as out/10/...; each must reach 90% on graphs that
-        the grader draws. This is one of the two:''', needs='exercises 1, 5, 6, 7 and 8',
+        the grader draws. This is one of the two (three to four minutes a seed on one core):''', needs='exercises 1, 5, 6, 7 and 8',
                 command='python train.py --archs=hybrid --layers=AM --setups=cot --seeds=0,1,2'),
     11: Exercise('A question', 10, 30, '''
         With chain of thought, the RNN falls behind as n grows; with a retriever, it does not, although its

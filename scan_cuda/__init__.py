@@ -89,8 +89,8 @@ def _states(u, delta, A, B, h):
 # autocast would compute matrix products in bf16.)
 
 def _fallback_forward(u, delta, A, B, C, D, initial_state, chunk):
-    """Returns (y, final_state, starts): starts (batch, chunks - 1, d_state, d_inner), laid out as the kernels have
-    it, holds the state before each chunk but the first, all that the backward pass needs."""
+    """Returns (y, final_state, starts): starts (batch, chunks - 1, d_state, d_inner), laid out as by the
+    kernels, holds the state before each chunk but the first, all that the backward pass needs."""
     h = A.new_zeros(len(u), *A.shape) if initial_state is None else initial_state
     y, starts = torch.empty_like(u), A.new_empty(len(u), (u.shape[1] - 1) // chunk, *A.T.shape)
     for k in range(0, u.shape[1], chunk):
