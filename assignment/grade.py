@@ -100,12 +100,14 @@ EXERCISES = {
     9: Exercise('Experiment: how much memory does n=14 need?', 15, 60, '''
         Train an RNN (up to four layers, none of them attention) that solves IsTree with chain of thought,
         with at most 5,000 floats of memory. Hand in the folders of three seeds as out/9/...; each must
-        reach 75% on graphs that the grader draws. This one does not (three minutes a seed on one core):''', needs='exercises 1, 5, 6 and 8',
+        reach 75% on graphs that the grader draws. This one does not (three minutes a seed on one core):''',
+                needs='exercises 1, 5, 6 and 8',
                 command='python train.py --archs=mamba --d_state=1 --setups=cot --seeds=0,1,2'),
     10: Exercise('Experiment: where should the attention layer stand?', 15, 60, '''
         One Mamba layer with d_state=1 and one attention layer: which should be on top? Try both, and hand
         in the folders of three seeds of the better one as out/10/...; each must reach 90% on graphs that
-        the grader draws. This is one of the two (three to four minutes a seed on one core):''', needs='exercises 1, 5, 6, 7 and 8',
+        the grader draws. This is one of the two (three to four minutes a seed on one core):''',
+                needs='exercises 1, 5, 6, 7 and 8',
                 command='python train.py --archs=hybrid --layers=AM --setups=cot --seeds=0,1,2'),
     11: Exercise('A question', 10, 30, '''
         With chain of thought, the RNN falls behind as n grows; with a retriever, it does not, although its
