@@ -259,7 +259,8 @@ def token_kinds(tokens, loss_mask):
 # into a regex tester together with a sample; the answer is the group that matched.
 QUERIES = {
     'istree': {                                         # paper, section 5.1
-        # x in the latest record `V ~ x`; the space before V keeps 1 from matching in 11
+        # x in the latest record `V ~ x`; the space before V keeps 1 from matching in 11, the lookahead lets
+        # matches overlap, as in `4 ~ 4 ~ 0`
         r'(\d+) ~': r' V ~(?= (\d+))',
         # the other end of the prompt's first edge at V, or of its first after edge {V, W}; [^[]*? does not
         # leave the prompt, since [EOS] begins with a bracket

@@ -255,7 +255,7 @@ EXAMPLES = [
        'born in Salzburg in 1756.')]),
     ('Do the Nile and the Danube flow on the same continent?', 'no',
      'The Nile flows in Africa and the Danube flows in Europe, so they are on different continents.',
-     ['^(Nile|Danube):'],
+     [],
      [('Nile', 'The Nile is a long river in Africa. It flows north into the Mediterranean Sea.'),
       ('Amazon River', 'The Amazon River carries more water than any other river. It flows through South '
        'America.'),
@@ -272,7 +272,7 @@ EXAMPLES = [
     ('Who was born first, Charles Darwin or Albert Einstein?', 'Charles Darwin',
      'Charles Darwin was born in 1809 and Albert Einstein was born in 1879, so Charles Darwin was born '
      'first.',
-     ['(Darwin|Einstein).*born'],
+     [],
      [('Albert Einstein', 'Albert Einstein was a physicist, born in 1879 in Ulm. He is known for the theory '
        'of relativity.'),
       ('Galapagos Islands', 'The Galapagos Islands lie in the Pacific Ocean and belong to Ecuador.'),
@@ -284,9 +284,9 @@ def few_shot():
     """The four examples, worked out, the same for all conditions: two with searches and two without. That
     way the paragraphs of a question, which follow them, are read once for full and retrieval together."""
     text = 'Read the paragraphs and answer the question in a few words.\n\n'
-    for i, (question, answer, thought, queries, paragraphs) in enumerate(EXAMPLES):
+    for question, answer, thought, queries, paragraphs in EXAMPLES:
         text += data.hotpot_prompt(question, paragraphs)
-        for query in queries if i % 2 == 0 else ():
+        for query in queries:
             text += f'Search: {query}\nFound: {data.hotpot_lines(search(query, paragraphs))}'
         text += f'Thought: {thought}\nAnswer: {answer}\n\n'
     return text

@@ -2111,7 +2111,7 @@ def test_the_four_examples_are_short_and_strange_to_the_questions():
         for question, _, _, _, paragraphs in eval_hotpot.EXAMPLES:
             assert question != record['question']
             assert not {title for title, _ in paragraphs} & eval_hotpot.supporting(record)
-    for question, answer, thought, queries, paragraphs in eval_hotpot.EXAMPLES:
+    for question, answer, thought, queries, paragraphs in eval_hotpot.EXAMPLES[::2]:    # those with searches
         found = [hit for query in queries for hit in eval_hotpot.search(query, paragraphs)]
         titles = {title for title, _ in found}
         assert len(titles) == 2 and all(title in question + thought for title in titles)

@@ -134,7 +134,9 @@ def _fallback_backward(dy, dfinal, u, delta, A, B, C, D, initial_state, starts, 
     return du, ddelta, dA, dB, dC, dD, g
 
 
-class _Fallback(torch.autograd.Function):       # build.save keeps the inputs and starts for build.gradients
+# build.save keeps the inputs and starts; build.gradients hands them to the function, and adds None for chunk.
+# The kernels' operators get their backward passes in the same way, in build.py.
+class _Fallback(torch.autograd.Function):
     forward, setup_context = staticmethod(_fallback_forward), staticmethod(build.save)
     backward = staticmethod(lambda ctx, *grads: build.gradients(_fallback_backward, ctx, *grads))
 
