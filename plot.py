@@ -369,7 +369,7 @@ def hotpot(found):
 def attention(found):
     """What the mechanism looks like: where the top attention layer looks, a row for each token that was
     written, a column for each of the prompt; framed is the edge that leads from this token to the next."""
-    for r in [r for r in where(found['results'], task='istree', tuning=False) if r['attention']]:
+    for r in [r for r in alike(found, task='istree') if r['attention']]:
         prompt, wrote, share = [r['attention'][name] for name in ('prompt', 'trace', 'share')]
         figure, axes = plt.subplots(figsize=(8, 8 * (len(wrote) + 6) / (len(prompt) + 6)))
         weights = np.array(r['attention']['weights'])[:, :len(prompt)]
