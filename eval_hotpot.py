@@ -14,11 +14,12 @@ The paper compares an RNN, a Transformer and a hybrid. Such a comparison, on a G
       --models=state-spaces/mamba-1.4b-hf,HuggingFaceTB/SmolLM2-1.7B,Zyphra/Zamba2-1.2B
 
 Models are loaded one at a time. In float32 (bfloat16: half), a model takes 4 bytes of memory per parameter,
-twice that while it is loaded, plus its state: that of a Transformer grows with every token (SmolLM2-1.7B:
-0.4 MB each, up to 3,000 tokens), that of an RNN does not. Under all conditions together, a question is some
-4,200 tokens to read and 65 to write, and a token costs 2 operations per parameter: with 1.3 billion
-parameters 10^13 operations, a minute or two on two CPU cores, seconds on a GPU. (Zamba2 and other hybrids
-are run by `transformers`, which is many times slower unless the package mamba-ssm is installed.)
+twice that while it is loaded, plus two states for each of the --at_once questions: that of a Transformer
+grows with every token (SmolLM2-1.7B: 0.4 MB each, up to 3,000 tokens), that of an RNN does not. Under all
+conditions together, a question is some 2,400 tokens to read and 65 to write, and a token costs 2 operations
+per parameter: with 1.3 billion parameters 6 x 10^12 operations, a minute on two CPU cores, seconds on a GPU.
+(Zamba2 and other hybrids are run by `transformers`, which is many times slower unless the package mamba-ssm
+is installed.)
 
 Each question is asked under three conditions: gold (the model sees the two supporting paragraphs), full
 (all ten) and retrieval (all ten, then the model searches them). Pretrained models get four worked examples
