@@ -526,9 +526,11 @@ def evaluate(model, records, folder, shots=True, rounds=3, seconds=1.0, at_once=
                 for r in records[i:i + at_once]:
                     if (r['_id'], condition) not in results:
                         text = begin(r, condition)
-                        if text not in states:              # retrieval begins like full
+                        if text not in states:
                             states[text] = model.read(text, copy.deepcopy(prefix))
-                        after = copy.deepcopy(states[text])
+                        after = states.pop(text)
+                        if condition == 'full':             # retrieval begins like it
+                            states[text] = copy.deepcopy(after)
                         conversations.append(ask(model, r, condition, after, rounds, seconds))
                 for result in together(model, conversations):
                     result['seconds'] = (time.monotonic() - started) / len(conversations)

@@ -2122,11 +2122,11 @@ class Scripted:
     """Reads text, writes what its script says for the question: no neural network in it."""
 
     def __init__(self, records, write_line, name='scripted'):
-        self.name, self.write_line, self.reads, self.states = name, write_line, 0, []
+        self.name, self.write_line, self.reads, self.begun, self.states = name, write_line, 0, 0, []
         self.records = {record['question']: record for record in records}
 
     def read(self, text, after=None):
-        self.reads += 1
+        self.reads, self.begun = self.reads + 1, self.begun + ('Question: ' in text)
         return (after or '') + text
 
     def write(self, states):
@@ -2153,6 +2153,7 @@ def test_a_perfect_model_gets_everything_and_a_bad_one_nothing_under_all_conditi
     model = Scripted(records, perfect)
     good = eval_hotpot.evaluate(model, records, tmp_path)
     assert all(state.count('Question: ') == 5 for state in model.states)    # the four examples and this one
+    assert model.begun == 1 + 2 * len(records)              # the examples; full and retrieval begin together
     assert len(good) == 3 * len(records)
     for (id, condition), r in good.items():
         assert r['em'] == r['f1'] == 1 and r['recall'] == (1 if condition == 'retrieval' else None)
