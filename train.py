@@ -53,8 +53,8 @@ import data
 import models
 
 # LR and WARMUP come from `python train.py --sweep`, see results/README.md.
-# Samples of `retrieval` are eight times as long, hence the smaller batches. All architectures get as many
-# samples as the others.
+# Samples of `retrieval` are eight times as long, hence the smaller batches. Every architecture gets the same
+# number of samples.
 SAMPLES = {'direct': 40_000, 'cot': 200_000, 'retrieval': 12_000}
 BATCH_SIZE = {'direct': 32, 'cot': 32, 'retrieval': 8}
 LR = {'direct.transformer': 8e-3, 'direct.mamba': 1.6e-2, 'direct.hybrid': 1.6e-2,
