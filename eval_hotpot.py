@@ -14,7 +14,7 @@ The paper compares an RNN, a Transformer and a hybrid. Such a comparison, on a G
       --models=state-spaces/mamba-1.4b-hf,HuggingFaceTB/SmolLM2-1.7B,Zyphra/Zamba2-1.2B
 
 Models are loaded one at a time. In float32 (bfloat16: half), a model takes 4 bytes of memory per parameter,
-twice that while it is loaded, plus two states for each of the --at_once questions: that of a Transformer
+twice that while it is loaded, plus a state for each of the --at_once conversations: that of a Transformer
 grows with every token (SmolLM2-1.7B: 0.4 MB each, up to 3,000 tokens), that of an RNN does not. Under all
 conditions together, a question is some 2,400 tokens to read and 65 to write, and a token costs 2 operations
 per parameter: with 1.3 billion parameters 6 x 10^12 operations, a minute on two CPU cores, seconds on a GPU.
@@ -36,6 +36,7 @@ if __name__ == '__main__':      # before the imports that take seconds: Ctrl-C i
 import copy
 import importlib.util
 import io
+import itertools
 import json
 import math
 import re
@@ -78,7 +79,7 @@ class Constants:
     rounds: int = 3                         # maximum number of queries per question
     line_tokens: int = 64                   # maximum number of tokens of a line that the model writes
     query_seconds: float = 1.0              # time limit for a query
-    at_once: int = 8                        # number of questions that a model answers side by side
+    at_once: int = 16                       # number of conversations that a model holds side by side
     # running
     show: int = 0                           # number of questions whose transcripts are printed
     out: str = 'out'                        # folder of train.py's results; ours go to its subfolder hotpot
@@ -138,18 +139,22 @@ def ask(model, record, condition, after, rounds=3, seconds=1.0):
                 recall=len(gold & {*titles}) / len(gold) if condition == 'retrieval' else None, text=text)
 
 
-def together(model, conversations):
-    """Hold conversations, a list of what ask returned, side by side. model: write([state, ...]) -> [(line,
-    state), ...], where some lines may be None, not complete yet. Returns the results."""
-    results, states = [None] * len(conversations), {i: next(c) for i, c in enumerate(conversations)}
-    while states:
-        for i, (line, state) in zip([*states], model.write([*states.values()])):
+def together(model, conversations, at_once=16):
+    """Hold conversations, an iterator over what ask returns, at most at_once side by side; when one ends, the
+    next begins. model: write([state, ...]) -> [(line, state), ...], where a line may be None, not complete
+    yet. Yields the results as they are done."""
+    states = {}
+    while True:
+        for conversation in itertools.islice(conversations, at_once - len(states)):
+            states[conversation] = next(conversation)
+        if not states:
+            return
+        for conversation, (line, state) in zip([*states], model.write([*states.values()])):
             try:
-                states[i] = state if line is None else conversations[i].send((line, state))
+                states[conversation] = state if line is None else conversation.send((line, state))
             except StopIteration as end:
-                results[i] = end.value
-                del states[i]
-    return results
+                del states[conversation]
+                yield end.value
 
 
 def begin(record, condition):
@@ -298,6 +303,7 @@ def few_shot():
 class LanguageModel:
     """A model of models.py and a tokenizer. A state is (cache, logits of the next token, unread
     tokens, tokens of the line that is being written)."""
+    short = 4                                       # tokens, see read
 
     def __init__(self, name, model, tokenizer, line_tokens=64):
         self.name, self.model, self.tokenizer, self.line_tokens = name, model, tokenizer, line_tokens
@@ -313,17 +319,19 @@ class LanguageModel:
     def feed(self, tokens, cache):
         """Read more tokens, changing the cache. Returns the logits (V,) after the last, and the cache."""
         cache = cache or self.model.init_state(1)
-        for part in torch.tensor([tokens], device=self.device).split(256, 1):      # attention masks are small
+        for part in torch.tensor([tokens], device=self.device).split(512, 1):      # attention masks are small
             hidden = self.model.hidden(part, cache)
         return self.model.head(hidden[0, -1]), cache
 
     @torch.inference_mode()
     def read(self, text, after=None):
         """The state after a text. With `after`, a state, the text continues what that one has read, and the
-        state is changed."""
-        cache, _, unread, _ = after or (None, None, [], [])
-        logits, cache = self.feed(unread + self.encode(text, first=after is None), cache)
-        return cache, logits, [], []
+        state is changed. A short text is left to write: in a step that others share, a token costs little."""
+        cache, logits, unread, _ = after or (None, None, [], [])
+        unread = unread + self.encode(text, first=after is None)
+        if after is None or len(unread) > self.short:
+            (logits, cache), unread = self.feed(unread, cache), []
+        return cache, logits, unread, []
 
     stack, unstack = staticmethod(models.stack), staticmethod(models.unstack)
 
@@ -335,23 +343,26 @@ class LanguageModel:
     def write(self, states):
         """Go on with a line after each state, greedily: until a newline, a token that ends texts, or
         line_tokens. Returns as soon as one is complete: for each state (text or None, the state after it).
-        All go on together because a step then fetches the weights from memory once. (A newline is read
-        together with what follows: in a step of its own it would take as long as dozens read at once.)"""
-        caches, logits, _, lines = zip(*states)
-        cache, logits, written = self.stack(list(caches)), torch.stack(logits), {}
+        All go on together because a step then fetches the weights from memory once."""
+        caches, logits, unread, lines = zip(*states)
+        cache, written = self.stack(list(caches)), {}
         while True:
-            tokens = logits.argmax(-1).tolist()
+            tokens = [None if given else row.argmax().item() for given, row in zip(unread, logits)]
             for i, (line, token) in enumerate(zip(lines, tokens)):
-                full = token == self.tokenizer.eos_token_id or len(line) == self.line_tokens
-                text = self.tokenizer.decode(line if full else [*line, token])
-                if full or '\n' in text:
-                    unread = self.newline if full else [token]
-                    written[i] = text.split('\n')[0], (self.unstack(cache, i), None, unread, [])
+                if token is not None:
+                    full = token == self.tokenizer.eos_token_id or len(line) == self.line_tokens
+                    text = self.tokenizer.decode(line if full else [*line, token])
+                    if full or '\n' in text:
+                        given = self.newline if full else [token]       # read together with what follows
+                        written[i] = text.split('\n')[0], (self.unstack(cache, i), None, given, [])
             if written:
-                return [written.get(i, (None, (self.unstack(cache, i), logits[i], [], line)))
+                return [written.get(i, (None, (self.unstack(cache, i), logits[i], unread[i], line)))
                         for i, line in enumerate(lines)]
-            for line, token in zip(lines, tokens):
-                line.append(token)
+            for i, token in enumerate(tokens):
+                if token is None:
+                    tokens[i] = unread[i].pop(0)
+                else:
+                    lines[i].append(token)
             logits, cache = self.step(tokens, cache)
 
     def memory(self, state):
@@ -363,6 +374,7 @@ class HubModel(LanguageModel):
     """Any other causal language model, run by `transformers`. Some recurrent ones cannot continue a text by
     several tokens at once, or do so wrongly. The constructor tries which `stride` gives the right logits:
     any number of tokens at a time, one at a time, or 0, the whole text read again each time."""
+    short = 0
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
@@ -448,8 +460,7 @@ def table(results, subset):
     lines = [f'{"":39}  {f"{len(subset)} right under gold":^29}  {"all questions":^29}  {"supporting":>12}'
              f'  {"queries a question, % of them":^35}',
              f'{"model":28} {"condition":10}  {"EM":^13}   {"F1":^13}  {"EM":^13}   {"F1":^13}  '
-             f'{"found, %":>12}  {"number":>7} {"malformed":>9} {"no match":>8} {"too slow":>8}  '
-             f'{"s/question":>10}']
+             f'{"found, %":>12}  {"number":>7} {"malformed":>9} {"no match":>8} {"too slow":>8}']
     lines.append('-' * len(lines[1]))
     for name, of_model in results.items():
         for condition in CONDITIONS:
@@ -459,10 +470,9 @@ def table(results, subset):
             if condition == 'retrieval':
                 outcomes = [outcome for r in rows for _, outcome in r['queries']]
                 share = lambda outcome: 100 * outcomes.count(outcome) / max(1, len(outcomes))
-                searched = (f'{mean([r["recall"] for r in rows]):>12}  {len(outcomes) / len(rows):7.2f} '
+                searched = (f'  {mean([r["recall"] for r in rows]):>12}  {len(outcomes) / len(rows):7.2f} '
                             f'{share("malformed"):9.1f} {share("no match"):8.1f} {share("timed out"):8.1f}')
-            lines.append(f'{in_words(name)[-28:]:28} {condition:10}  {scores[0]}  {scores[1]}  {searched:49}'
-                         f'  {np.mean([r["seconds"] for r in rows]):10.3f}')
+            lines.append(f'{in_words(name)[-28:]:28} {condition:10}  {scores[0]}  {scores[1]}{searched}')
     return '\n'.join(lines)
 
 
@@ -500,10 +510,10 @@ def baselines(records):
 
 # --- asking everything, keeping the results ----------------------------------------------------------
 
-def evaluate(model, records, folder, shots=True, rounds=3, seconds=1.0, at_once=8):
+def evaluate(model, records, folder, shots=True, rounds=3, seconds=1.0, at_once=16):
     """Ask a model all questions under all conditions, at_once side by side, except those whose results are in
-    the folder already. model: as for ask and together, and with a name. Returns the results,
-    {(id, condition): dict}. Raises UserError if the file is damaged."""
+    the folder already. model: as for ask and together, and with a name. Returns the results, in the order of
+    the questions: {(id, condition): dict}. Raises UserError if the file is damaged."""
     # a file per configuration: other questions, examples or weights never continue an old one
     of_model = [getattr(model, name, '') for name in ('version', 'line_tokens')]
     settings = json.dumps([records, shots and few_shot(), rounds, seconds, of_model])
@@ -511,7 +521,7 @@ def evaluate(model, records, folder, shots=True, rounds=3, seconds=1.0, at_once=
     path = Path(folder) / f'{name}-{zlib.crc32(settings.encode()):08x}.jsonl'
     path.parent.mkdir(parents=True, exist_ok=True)
     results, prefix = kept(path), None
-    done, total = len(results), len(records) * len(CONDITIONS)
+    done, total, started = len(results), len(records) * len(CONDITIONS), time.monotonic()
     if shots and done < total:
         prefix = model.read(few_shot())
         if hasattr(model, 'memory'):
@@ -519,27 +529,24 @@ def evaluate(model, records, folder, shots=True, rounds=3, seconds=1.0, at_once=
                   f'their state is {model.memory(prefix) / 1e6:.2f} MB')
     with open(path, 'a', encoding='utf-8') as file, \
             tqdm(desc=model.name, total=total, initial=done, dynamic_ncols=True) as progress:
-        for i in range(0, len(records), at_once):
-            states = {}                                     # after the paragraphs and the question
-            for condition in CONDITIONS:
-                started, conversations = time.monotonic(), []
-                for r in records[i:i + at_once]:
+        def conversations():
+            for r in records:
+                states = {}                                     # after the paragraphs and the question
+                for condition in CONDITIONS:
                     if (r['_id'], condition) not in results:
                         text = begin(r, condition)
-                        if text not in states:
-                            states[text] = model.read(text, copy.deepcopy(prefix))
-                        after = states.pop(text)
-                        if condition == 'full':             # retrieval begins like it
+                        after = states.pop(text, None) or model.read(text, copy.deepcopy(prefix))
+                        if condition == 'full':                 # retrieval begins like it
                             states[text] = copy.deepcopy(after)
-                        conversations.append(ask(model, r, condition, after, rounds, seconds))
-                for result in together(model, conversations):
-                    result['seconds'] = (time.monotonic() - started) / len(conversations)
-                    results[result['id'], condition] = result
-                    file.write(json.dumps(result) + '\n')
-                    progress.update()
-                file.flush()
-    print(f'{model.name}: {path}')
-    return results
+                        yield ask(model, r, condition, after, rounds, seconds)
+
+        for result in together(model, conversations(), at_once):
+            results[result['id'], result['condition']] = result
+            print(json.dumps(result), file=file, flush=True)
+            progress.update()
+    per_question = (time.monotonic() - started) * len(CONDITIONS) / max(1, total - done)
+    print(f'{model.name}: {path}' + f', {per_question:.3g} s a question' * (done < total))
+    return {(r['_id'], condition): results[r['_id'], condition] for r in records for condition in CONDITIONS}
 
 
 def kept(path):
@@ -547,7 +554,7 @@ def kept(path):
     line is damaged, raises UserError and leaves the file alone."""
     *lines, torn = path.read_bytes().split(b'\n') if path.exists() else [b'']
     types = dict(id=str, condition=str, question=str, answer=str, prediction=str, em=float, f1=float,
-                 queries=list, titles=list, recall=(float, type(None)), seconds=float, text=str)
+                 queries=list, titles=list, recall=(float, type(None)), text=str)
     results = {}
     for i, line in enumerate(lines):
         try:

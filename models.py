@@ -253,7 +253,7 @@ class KVCache:
         """Add keys and values (B, n_kv_heads, L, d_head). Returns those of all tokens seen."""
         start, self.seen = self.seen, self.seen + k.shape[2]
         if self.seen > self.buffer.shape[3]:
-            self.buffer = F.pad(self.buffer, (0, 0, 0, k.shape[2] + 64))    # 64 more: not every time
+            self.buffer = F.pad(self.buffer, (0, 0, 0, k.shape[2] + 128))   # 128 more: not every time
         self.buffer[:, :, :, start:self.seen] = torch.stack((k, v))
         return self.buffer[:, :, :, :self.seen]
 

@@ -621,7 +621,8 @@ def test_reference_is_the_sum_over_all_earlier_tokens():
     (40, 67, 40, 10, 1.), (1, 2503, 64, 16, 1e-2), (2, 70, 40, 5, -1e-3)])  # the last: negative steps
 def test_scan_and_its_gradients_equal_float64(f, device, batch, L, d_inner, d_state, decay):
     inputs = scan_inputs(batch, L, d_inner, d_state, device=device, decay=decay, seed=L)
-    assert_close_to_float64(f, selective_scan_reference, inputs, 2e-6)
+    # each token rounds the state by up to 2^-24 of it: at most 1.5e-4 over 2,503 tokens that hardly decay
+    assert_close_to_float64(f, selective_scan_reference, inputs, 2e-6 if L < 1000 else L * 2**-24)
 
 
 @pytest.mark.parametrize('f, device', SCANS)
@@ -1659,6 +1660,84 @@ def test_evaluation_gives_a_perfect_model_everything_and_a_spoiled_one_nothing(s
             assert spoiled['well_formed_queries'] == 0 and spoiled['exact_trace'] == 0
 
 
+class Remembers:
+    """A recurrent model with a perfect memory for associative recall: a float for each key, its value."""
+
+    def __init__(self, numbers):
+        self.numbers = numbers                      # that many keys, then as many values
+
+    def prefill(self, sequences):
+        table = torch.zeros(len(sequences), self.numbers)
+        table.scatter_(1, sequences[:, 1:-1:2] - data.NODE, sequences[:, 2:-1:2].float())
+        return None, [dict(state=table)]
+
+    def step(self, keys, state):
+        table = state[0]['state']
+        value = table[range(len(keys)), keys - data.NODE].round().long()
+        return F.one_hot(value.clamp(0, data.NODE + 2 * self.numbers - 1), data.NODE + 2 * self.numbers).float()
+
+    def memory(self, seen):
+        return dict(state=self.numbers)
+
+
+def test_the_communication_game_is_that_of_a_loop_over_its_questions():
+    cell = dict(task='recall', n_nodes=8, setup='direct', seed=3)
+    numbers = (data.TASKS['recall'].vocab_size(8) - data.NODE) // 2
+    sequences = data.validation_set('recall', 70, 8, 'direct', n=4)[0][:, :10]
+    assert [data.decode(row).split()[0::9] for row in sequences] == 70 * [['[BOS]', '~']]
+    training = data.Batches('recall', 200, 8, 'direct', 3).samples(4, (0, 0))[0]
+    tables = np.zeros((200, numbers))
+    for row, table in zip(training, tables):
+        table[row[1:9:2] - data.NODE] = row[2:9:2]
+    low, high = tables.min(0), tables.max(0)
+    game = train.messages(Remembers(numbers), cell, 4, sequences, torch.device('cpu'), (1, 5, 32))
+    for bits, got in zip((1, 5, 32), game, strict=True):
+        right = []
+        for row in sequences:
+            right.append([])
+            for key, value in zip(row[1:9:2], row[2:9:2]):
+                at = key - data.NODE
+                width = (high[at] - low[at]) / 2 ** bits
+                middles = [low[at] + (i + 0.5) * width for i in range(2 ** bits)] if bits < 32 else [value]
+                sent = min(middles, key=lambda middle: abs(middle - value))
+                right[-1].append(round(sent) == value)
+        assert got['n'] == 4 and got['bits'] == bits * numbers
+        assert abs(got['accuracy'] - np.mean(right)) < 1e-6
+        assert abs(got['all_right'] - np.mean(np.all(right, 1))) < 1e-6
+    assert [r['accuracy'] == 1 for r in game] == [False, False, True] and game[1]['accuracy'] > 0.1
+
+
+def test_a_message_has_no_more_numbers_than_its_bits_allow():
+    x, low, high = torch.randn(1000, 3), torch.tensor([-1., 0, -2]), torch.tensor([1., 2, 2])
+    for bits in (1, 2, 4, 12):
+        rounded = train.round_to(x, low, high, bits)
+        assert all(len(column.unique()) <= 2 ** bits for column in rounded.T)
+        inside, half = (low <= x) & (x < high), (high - low) / 2 ** (bits + 1)
+        assert ((rounded - x).abs() <= half * (1 + 1e-5) + 1e-6)[inside].all()
+        assert (rounded >= low).all() and (rounded <= high).all()
+    constant = torch.full((5, 1), 3.)               # a float that never changes is sent for nothing
+    torch.testing.assert_close(train.round_to(constant, constant[0], constant[0], 1), constant)
+
+
+def test_a_cell_of_recall_reports_its_loss_over_all_lengths_and_the_game(tmp_path):
+    assert run('--preset=primitives', '--tasks=recall', '--setups=direct', '--archs=mamba', '--n_nodes=8',
+               '--samples=64', '--n_val=30', '--device=cpu', f'--out={tmp_path}').returncode == 0
+    path, = tmp_path.glob('*/result.json')
+    result = json.loads(path.read_text())
+    torch.manual_seed(0)
+    model = models.make_model('mamba', 'tiny', data.TASKS['recall'].vocab_size(8), 1, False)
+    model.load_state_dict(torch.load(path.with_name('checkpoint.pt'), weights_only=True)['model'])
+    losses = []
+    for n in (2, 4, 8):
+        tokens, loss_mask, _ = data.validation_set('recall', 30, 8, 'direct', n=n)
+        for row, mask in zip(torch.from_numpy(tokens), loss_mask):
+            probabilities = model(row[None, :-1])[0].softmax(-1)
+            losses.append([-probabilities[t - 1, row[t]].log().item() for t in np.flatnonzero(mask)])
+    assert abs(np.mean([np.mean(losses[i:i + 30]) for i in (0, 30, 60)]) - result['loss']) < 1e-4
+    assert [(r['n'], r['bits_per_float']) for r in result['messages']][::8] == [(2, 1), (4, 1), (8, 1)]
+    assert all(r['bits'] == r['bits_per_float'] * sum(result['memory'].values()) for r in result['messages'])
+
+
 def test_errors_by_kind_are_those_of_a_model_that_errs_where_we_know():
     tokens, loss_mask, _ = data.generate_istree(40, 9, 'retrieval', 6)
     spoiled, kinds = tokens.copy(), data.token_kinds(tokens, loss_mask)
@@ -2089,7 +2168,7 @@ def test_the_conversation_drawn_for_ask_is_one():
     drawn = [re.split(' {4,}', line)[0] for line in drawn]              # without the remarks on the right
     writes = iter([line.partition('> ')[2] for line in drawn if '> ' in line])
     model = SimpleNamespace(read=lambda text, after=None: None, write=lambda states: [(next(writes), None)])
-    r, = eval_hotpot.together(model, [eval_hotpot.ask(model, record, 'retrieval', None)])
+    r, = eval_hotpot.together(model, iter([eval_hotpot.ask(model, record, 'retrieval', None)]))
     assert r['em'] == r['recall'] == 1 and list(writes) == []
     real = r['text'].splitlines()
     real = real[1:2] + real[3:]                         # of the three paragraphs, one is drawn
@@ -2190,8 +2269,7 @@ def test_a_killed_evaluation_continues_and_a_torn_line_is_asked_again(tmp_path):
     done = file.read_bytes().count(b'\n')
     again = Scripted(records, perfect)
     results = eval_hotpot.evaluate(again, records, tmp_path)
-    strip = lambda results: {key: r | {'seconds': 0} for key, r in results.items()}
-    assert strip(results) == strip(whole) and 0 < done < 18
+    assert results == whole and 0 < done < 18
     assert len(file.read_text().splitlines()) == 18 and json.loads(file.read_text().splitlines()[-1])
     damaged = tmp_path / 'damaged'
     damaged.mkdir()
@@ -2199,7 +2277,7 @@ def test_a_killed_evaluation_continues_and_a_torn_line_is_asked_again(tmp_path):
     with pytest.raises(train.UserError, match='line 1 is damaged: delete'):
         eval_hotpot.evaluate(Scripted(records, perfect), records, damaged)
     lazy = Scripted(records, None)
-    assert strip(eval_hotpot.evaluate(lazy, records, tmp_path)) == strip(whole) and lazy.reads == 0
+    assert eval_hotpot.evaluate(lazy, records, tmp_path) == whole and lazy.reads == 0
     eval_hotpot.evaluate(Scripted(records, perfect), records, tmp_path, rounds=2)   # so another file
     assert len(list(tmp_path.glob('*.jsonl'))) == 2
 
@@ -2485,7 +2563,7 @@ def test_a_small_world_sample_is_the_conversation_that_the_evaluation_holds(cond
                 return [(line, f'{states[0]}{line}\n')]
 
         begin = eval_hotpot.begin(record, condition)
-        r, = eval_hotpot.together(Knows(), [eval_hotpot.ask(Knows(), record, condition, begin)])
+        r, = eval_hotpot.together(Knows(), iter([eval_hotpot.ask(Knows(), record, condition, begin)]))
         assert r['text'] == conversation + '\n' and r['em'] == 1
         searches = 0 if condition != 'retrieval' else 1 if record['type'] == 'comparison' else 2
         assert len(r['queries']) == searches

@@ -99,7 +99,7 @@ class Constants:
     eval_batch: int = 500                   # samples generated at a time
     checkpoint_seconds: int = 30            # time between two checkpoints
     workers: int = 0                        # processes that make batches; 0: this one does (right for a CPU)
-    compile: bool = False                   # train and generate through torch.compile(mode='reduce-overhead')
+    compile: bool = False                   # train and generate through torch.compile, for a GPU
     processes: int = 0                      # cells that run at once; 0: one per CPU core; GPUs: use torchrun
 
 
@@ -162,10 +162,10 @@ def train(c, cell, held_out, device, path):
                               cell['frozen_embedding'], cell['layers']).to(device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=cell['lr'], fused=device.type != 'mps')
-    forward = model
+    forward = model.hidden
     if c.compile:                                       # the step of training, and that of generation
-        forward = torch.compile(model, mode='reduce-overhead')
-        model.step = torch.compile(model.step, mode='reduce-overhead')
+        forward = torch.compile(model.hidden, mode='reduce-overhead')
+        model.step = torch.compile(model.step)          # (a CUDA graph would overwrite the last state)
 
     step, seconds, log = 0, 0.0, []
     if checkpoint := read_checkpoint(path / 'checkpoint.pt', cell, model, optimizer):
@@ -190,13 +190,14 @@ def train(c, cell, held_out, device, path):
               desc=path.name, dynamic_ncols=True, leave=False, position=RANK) as progress:
         for tokens, loss_mask in loader if not solved(cell, log) else ():
             # one step: predict every token that the model has to write from those before it
-            tokens, loss_mask = (t.to(device, non_blocking=True) for t in (tokens, loss_mask))  # (B, L) each
+            wanted = loss_mask[:, 1:].flatten().nonzero()[:, 0]             # (T,), before the GPU gets busy
+            tokens, wanted = (t.to(device, non_blocking=True) for t in (tokens, wanted))    # tokens (B, L)
             for group in optimizer.param_groups:
                 group['lr'] = learning_rate(cell, (step + 1) * batch_size)
             with torch.autocast(device.type, torch.bfloat16, enabled=cell['dtype'] == 'bfloat16'):
-                logits = forward(tokens[:, :-1])                            # (B, L-1, vocab_size)
-            targets = tokens.masked_fill(~loss_mask, -100)[:, 1:]           # (B, L-1), -100: no target
-            loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+                hidden = forward(tokens[:, :-1]).flatten(0, 1)[wanted]      # (T, d_model)
+                logits = model.head(hidden)                                 # (T, vocab_size)
+            loss = F.cross_entropy(logits.float(), tokens[:, 1:].flatten()[wanted])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             if cell['grad_clip']:
@@ -333,6 +334,42 @@ def teacher_forced(model, tokens, loss_mask, batch_size, device):
     return wrong, float(np.concatenate(losses).mean())
 
 
+@torch.no_grad()
+def messages(model, cell, n, sequences, device, bits_per_float=(1, 2, 3, 4, 6, 8, 12, 32)):
+    """The communication game behind the paper's lower bound, played with a recurrent model on associative
+    recall. One player reads a sequence [BOS] key value ... ~ and sends the model's state: each of its floats,
+    those of the convolutions' windows too, as one of 2^k numbers, evenly spaced over the range that it has on
+    training samples. The other goes on from what arrives and is asked for the value of each of the n keys,
+    every one as the first question. sequences (N, 2n+2): token ids of the held-out ones.
+
+    Returns a list of dicts: n, bits_per_float k, the bits of the message, accuracy over all questions, and
+    all_right, the share of sequences of which every value was right. With 32 bits nothing is rounded."""
+    batches = data.Batches(cell['task'], 200, cell['n_nodes'], cell['setup'], cell['seed'])
+    training = batches.samples(n, (0, 0))[0][:, :2 * n + 2]
+    _, state = model.prefill(torch.from_numpy(training).to(device))
+    ranges = [{name: (t.amin(0), t.amax(0)) for name, t in carried.items()} for carried in state]
+    right = {k: [] for k in bits_per_float}
+    for some in torch.from_numpy(sequences).to(device).split(max(1, 2000 // n)):
+        keys, values = some[:, 1:-1:2], some[:, 2:-1:2]                     # (B, n) each
+        _, state = model.prefill(some)
+        for k in bits_per_float:
+            arrived = [{name: round_to(t, *low_high[name], k).repeat_interleave(n, 0)
+                        for name, t in carried.items()} for carried, low_high in zip(state, ranges)]
+            guesses = model.step(keys.flatten(), arrived).argmax(-1).view_as(values)
+            right[k].append(guesses == values)
+    floats = sum(model.memory(0).values())
+    return [dict(n=n, bits_per_float=k, bits=k * floats, accuracy=torch.cat(r).float().mean().item(),
+                 all_right=torch.cat(r).all(1).float().mean().item()) for k, r in right.items()]
+
+
+def round_to(x, low, high, bits):
+    """The floats of x as one of 2^bits numbers each, the middles of as many equal parts of low to high."""
+    if bits == 32:
+        return x
+    part = (high - low).clamp(min=1e-9) / 2 ** bits
+    return low + part * (((x - low) / part).floor().clamp(0, 2 ** bits - 1) + 0.5)
+
+
 def errors_by_kind(wrong, tokens, loss_mask):
     """Share of wrong tokens of each of data.KINDS, on IsTree samples: where does a model go wrong?"""
     kinds = data.token_kinds(tokens, loss_mask)
@@ -373,14 +410,19 @@ def run_cell(c, cell, device):
     for left_by_a_kill in path.glob('checkpoint.pt.*.tmp'):     # (a config's may be another process's)
         left_by_a_kill.unlink()
     model, samples_trained, seconds = train(c, cell, held_out, device, path)
-    started, by_length = time.monotonic(), []
+    started, by_length, losses, game = time.monotonic(), [], [], []
+    plays = (cell['task'], cell['setup']) == ('recall', 'direct') and not cell['tuning'] \
+        and 'cache' not in model.memory(0)
     for n, tokens, loss_mask in held_out:
         measured, samples = evaluate(model, cell, n, tokens, loss_mask, c.eval_batch, device)
         by_length.append(dict(n=n, chance=task.chance(n), **measured))
         if len(held_out) > 1:                               # a primitive
             by_length[-1]['best_guess'] = data.best_guess(cell['task'], cell['n_nodes'], n, cell['setup'])
-    # (the rest is about the last, largest n)
-    wrong, loss = teacher_forced(model, tokens, loss_mask, c.eval_batch, device)
+        if plays:
+            game += messages(model, cell, n, tokens[:200, :2 * n + 2], device)
+        wrong, loss = teacher_forced(model, tokens, loss_mask, c.eval_batch, device)
+        losses.append(loss)
+    # (accuracy, exact_trace and errors: those of the last, largest n)
     if cell['task'] == 'istree':
         measured['errors'] = errors_by_kind(wrong, tokens, loss_mask)
         looks = cell['setup'] == 'cot' and attention_to_edges(model, tokens[:200], loss_mask[:200], device)
@@ -388,8 +430,11 @@ def run_cell(c, cell, device):
             write_json(path / 'attention.json', looks)
             measured['attention_on_edge'] = looks['share']
     write_json(path / 'samples.json', samples)
+    if game:
+        measured['messages'] = game
     write_json(path / 'result.json', cell | measured | dict(
-        by_length=by_length, chance=by_length[-1].get('best_guess', by_length[-1]['chance']), loss=loss,
+        by_length=by_length, chance=by_length[-1].get('best_guess', by_length[-1]['chance']),
+        loss=float(np.mean(losses)),
         samples_trained=samples_trained,
         memory=model.memory(task.prompt_length(cell['n_nodes'])), params=model.n_params(),
         seconds=seconds, samples_per_second=samples_trained / max(seconds, 1e-9),
