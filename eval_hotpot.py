@@ -472,7 +472,7 @@ def table(results, subset):
                 share = lambda outcome: 100 * outcomes.count(outcome) / max(1, len(outcomes))
                 searched = (f'  {mean([r["recall"] for r in rows]):>12}  {len(outcomes) / len(rows):7.2f} '
                             f'{share("malformed"):9.1f} {share("no match"):8.1f} {share("timed out"):8.1f}')
-            lines.append(f'{in_words(name)[-28:]:28} {condition:10}  {scores[0]}  {scores[1]}{searched}')
+            lines.append(f'{in_words(name)[-28:]:28} {condition:10}  {scores[0]}  {scores[1]}{searched:51}')
     return '\n'.join(lines)
 
 

@@ -1674,7 +1674,7 @@ class Remembers:
     def step(self, keys, state):
         table = state[0]['state']
         value = table[range(len(keys)), keys - data.NODE].round().long()
-        return F.one_hot(value.clamp(0, data.NODE + 2 * self.numbers - 1), data.NODE + 2 * self.numbers).float()
+        return F.one_hot(value, data.NODE + 2 * self.numbers).float()
 
     def memory(self, seen):
         return dict(state=self.numbers)
