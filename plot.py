@@ -256,6 +256,130 @@ def learning(found):
         yield f'learning-{size}-n{n}', finish(figure)
 
 
+# --- how much a memory holds -------------------------------------------------------------------------------
+
+KINDS = {'M': 'RNN (Mamba)', 'D': 'RNN (DeltaNet)', 'G': 'RNN (GRU)'}
+
+
+def recalls(found):
+    """Associative recall: (name, [(floats carried, results of all seeds), ...]) for each kind of recurrent
+    model that was run with several sizes of memory, and the other results."""
+    results = [r for r in where(found['results'], task='recall') if not r.get('tuning')]
+    for r in results:
+        letters = {*(r.get('layers') or {'mamba': 'M'}.get(r['arch'], r['arch']))}
+        r['kind'] = KINDS.get(*letters) if len(letters) == 1 and r['setup'] == 'direct' else None
+        r['floats'] = sum(r['memory'].values())
+    kinds = [(kind, [(floats, rows) for (floats,), rows in groups(same, 'floats')])
+             for (kind,), same in groups([r for r in results if r['kind']], 'kind')]
+    several = [(kind, rows) for kind, rows in kinds if len(rows) > 1]
+    return several, [r for r in results if r['kind'] not in dict(several)]
+
+
+def lengths(results):
+    """A result for each length that the runs were evaluated on."""
+    return [r | row | dict(n_nodes=row['n']) for r in results for row in r['by_length']]
+
+
+def shade(i, of):
+    """The look of the i-th of several sizes."""
+    return dict(color=plt.get_cmap('viridis')(0.92 * i / max(1, of - 1)), marker='osD^v'[i % 5], markersize=4,
+                linewidth=1.3)
+
+
+def largest_n(result, accuracy=0.95):
+    """Up to which n a run is that accurate, between two lengths by interpolation over log n; None if it is
+    not even at the smallest, or still is at the largest."""
+    points = [(row['n'], row['accuracy']) for row in result['by_length']]
+    for (n, a), (m, b) in zip(points, points[1:]):
+        if a >= accuracy > b:
+            return n * (m / n) ** ((a - accuracy) / (a - b))
+
+
+def capacity(found):
+    """How much a memory holds: accuracy of associative recall against the number of pairs, a panel for each
+    kind of recurrent model, a line for each size of its memory; and, against that size, the largest n of
+    which 95% is recalled, with the slope of a line through all runs (over logarithms)."""
+    kinds, others = recalls(found)
+    if not kinds:
+        return
+    figure, parts = panels([((name,), rows) for name, rows in kinds]
+                           + [(('attention, or a retriever',), others)] * bool(others))
+    for panel, (name,), rows in parts:
+        if name in dict(kinds):
+            for i, (floats, same) in enumerate(rows):
+                curve(panel, lengths(same), 'n_nodes', label=f'{floats:,} floats', **shade(i, len(rows)))
+            panel.legend(fontsize=6.5, loc='upper right')
+            rows = [r for _, same in rows for r in same]
+        for (arch, setup), same in groups(rows, 'arch', 'setup') if name not in dict(kinds) else ():
+            style = look(arch)
+            curve(panel, lengths(same), 'n_nodes',
+                  **style | dict(label=style['label'] + f', {NAMES[setup]}' * (setup != 'direct')))
+        chance(panel, lengths(rows), 'n_nodes')
+        log_axis(panel, lengths(rows), 'n_nodes', 'n, pairs in the context')
+    yield 'capacity', finish(figure)
+
+    figure, axes = plt.subplots(figsize=(4, 3.2))
+    for i, (name, rows) in enumerate(kinds):
+        points = [(floats, n) for floats, same in rows for n in map(largest_n, same) if n]
+        if points:
+            floats, largest = np.array(points).T
+            label, colour = name, ['#D55E00', '#0072B2', '#009E73'][i]
+            if len({*floats}) > 1:
+                slope, offset = np.polyfit(np.log(floats), np.log(largest), 1)
+                label += f', slope {slope:.2f}'
+                ends = np.array([floats.min(), floats.max()])
+                axes.plot(ends, np.exp(offset) * ends ** slope, color=colour, linewidth=1)
+            axes.plot(floats, largest, 'osD'[i], color=colour, markersize=5, fillstyle='none', label=label)
+    axes.set(xscale='log', yscale='log', xlabel='floats carried', ylabel='largest n with 95% right')
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter('{x:g}')
+    yield 'capacity-law', finish(figure)
+
+
+def best_possible(bits, n, values):
+    """The largest accuracy that anyone, however trained, can reach on average with a message of so many bits
+    about n values, each one of `values` at random, by rate-distortion theory (Cover & Thomas 2006, chapter
+    10): accuracy a takes n (log2(values) - h(a) - (1 - a) log2(values - 1)) bits, with
+    h(a) = -a log2(a) - (1 - a) log2(1 - a)."""
+    def needed(a):
+        wrong = 1 - a
+        h = -sum(p * math.log2(p) for p in (a, wrong) if p > 0)
+        return n * (math.log2(values) - h - wrong * math.log2(values - 1))
+
+    low, high = 1 / values, 1.0
+    if needed(high) <= bits:
+        return 1.0
+    for _ in range(60):
+        low, high = ((low + high) / 2, high) if needed((low + high) / 2) <= bits else (low, (low + high) / 2)
+    return low
+
+
+def bits(found):
+    """The communication game (train.messages): accuracy of recall against the bits of the message that one
+    player sends the other, a panel for each n, a line for each size of the memory; and the theorem's side of
+    it, what is possible with so many bits. One picture for each kind of recurrent model."""
+    for name, rows in recalls(found)[0]:
+        rows = [(floats, [r for r in same if r.get('messages')]) for floats, same in rows]
+        rows = [(floats, same) for floats, same in rows if same]
+        played = sorted({m['n'] for _, same in rows for r in same for m in r['messages']} & {8, 16, 32, 64})
+        if not played:
+            continue
+        figure, parts = panels([((n,), n) for n in played])
+        for panel, _, n in parts:
+            for i, (floats, same) in enumerate(rows):
+                games = [m for r in same for m in r['messages'] if m['n'] == n]
+                points = [(b, 100 * np.mean([m['accuracy'] for m in same])) for (b,), same in groups(games, 'bits')]
+                panel.plot(*zip(*points), label=f'{floats:,} floats', **shade(i, len(rows)))
+            values = data.numbers_for(rows[0][1][0]['n_nodes'])
+            enough = n * math.log2(values)
+            x = np.geomspace(enough / 30, enough, 100)
+            panel.plot(x, [100 * best_possible(b, n, values) for b in x], color='black',
+                       label='what is possible (theorem)')
+            panel.axvline(enough, color='black', linestyle=':', label='all n values: $H = n\\,\\log_2 |V|$')
+            panel.set(xscale='log', xlabel='bits of the message')
+        yield f'bits-{re.sub("[^a-z]", "", name.lower().removeprefix("rnn"))}', finish(figure)
+
+
 # --- what it costs, what goes wrong ------------------------------------------------------------------------
 
 def memory(found):
@@ -664,15 +788,17 @@ def idea(found):
     yield 'idea', figure
 
 
-FIGURES = [idea, accuracy, sizes, primitives, sweep, learning, memory, errors, generation, hotpot, attention,
-           sample, walk]
+FIGURES = [idea, accuracy, sizes, primitives, sweep, learning, capacity, bits, memory, errors, generation,
+           hotpot, attention, sample, walk]
 
 
 # --- reading the results -----------------------------------------------------------------------------------
 
 # What a file must hold, see train.fits.
 LENGTH = {'n': int, 'accuracy': float, 'accuracy_se': float, 'best_guess?': float, 'chance': float}
-CELL_RESULT = RESULT | {'distribution': str, 'errors?': {str: float}, 'by_length': [LENGTH]}
+MESSAGE = {'n': int, 'bits': int, 'accuracy': float}
+CELL_RESULT = RESULT | {'distribution': str, 'errors?': {str: float}, 'by_length': [LENGTH],
+                        'messages?': [MESSAGE]}
 LOG = {'samples': int, 'accuracy': float}
 ATTENTION = {'prompt': [str], 'trace': [str], 'weights': [[float]]}
 HOTPOT = {'condition': str, 'em': float}

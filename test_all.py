@@ -14,6 +14,7 @@ import functools
 import inspect
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -2753,6 +2754,53 @@ def test_each_size_is_a_line_and_each_length_of_a_primitive_a_point(tmp_path):
     assert lines_of(figure.axes[0]) == {'RNN (Mamba)': [(4, 100, 1), (16, 50, 1)]}
     lines = {line.get_label(): [*line.get_ydata()] for line in figure.axes[0].lines}
     assert (lines['chance'], lines['best guess without look-up']) == ([25, 6.25], [50, 12.5])
+
+
+@pytest.mark.parametrize('n, values', [(1, 2), (1, 5), (2, 2), (2, 3), (3, 2)])
+def test_nobody_recalls_more_than_the_bound_of_the_communication_game(n, values):
+    """All ways to send one of few messages about n values, with the best answers to each: brute force."""
+    inputs = [*itertools.product(range(values), repeat=n)]
+    for messages in (1, 2, 3):
+        if messages ** len(inputs) > 20_000:
+            continue
+        best = 0
+        for sent in itertools.product(range(messages), repeat=len(inputs)):
+            right = 0
+            for message in {*sent}:
+                told = [x for x, m in zip(inputs, sent) if m == message]
+                right += sum(max(collections.Counter(x[i] for x in told).values()) for i in range(n))
+            best = max(best, right / (n * len(inputs)))
+        bound = plot.best_possible(math.log2(messages), n, values)
+        assert best <= bound + 1e-9
+        if messages == 1 or messages >= len(inputs):        # nothing known, all known
+            assert abs(best - bound) < 1e-6
+    assert plot.best_possible(n * math.log2(values), n, values) == 1
+
+
+def test_the_capacity_of_a_memory_is_drawn_from_the_runs_of_each_size(tmp_path):
+    lengths = lambda *accuracies: [dict(n=2 ** k, accuracy=a, accuracy_se=0.01, chance=2.0 ** -k)
+                                   for k, a in enumerate(accuracies, 1)]
+    game = [dict(n=8, bits=b, accuracy=a) for b, a in ((100, 0.3), (200, 0.6))]
+    common = dict(task='recall', setup='direct', n_nodes=32, layers='DD', accuracy=0.9)
+    for floats, largest in ((100, 4), (400, 16)):           # slope 1
+        for seed in (0, 1):
+            accuracies = [1 if 2 ** k <= largest else 0.9 for k in range(1, 6)]
+            written_results(tmp_path, **common, d_state=floats, seed=seed, memory=dict(state=floats),
+                            by_length=lengths(*accuracies), messages=game)
+    written_results(tmp_path, **common | dict(layers=''), arch='transformer', by_length=lengths(1, 1, 1, 1, 1))
+    found = plot.load(tmp_path)
+    figures = dict([*plot.capacity(found), *plot.bits(found)])
+    assert [*figures] == ['capacity', 'capacity-law', 'bits-deltanet']
+    panel, other = figures['capacity'].axes
+    assert lines_of(panel)['400 floats'] == [(2, 100, 0), (4, 100, 0), (8, 100, 0), (16, 100, 0), (32, 90, 0)]
+    assert [*lines_of(other)] == ['Transformer']
+    law, = figures['capacity-law'].axes
+    assert law.get_legend_handles_labels()[1] == ['RNN (DeltaNet), slope 1.00']
+    middle = 2 ** 0.5               # half of the way from 100 to 90%, over log n
+    np.testing.assert_allclose(law.lines[1].get_ydata(), [4 * middle, 4 * middle, 16 * middle, 16 * middle])
+    bits, = figures['bits-deltanet'].axes
+    assert [*zip(*bits.lines[0].get_data())] == [(100, 30), (200, 60)]
+    assert bits.lines[-1].get_xdata()[0] == 8 * math.log2(data.numbers_for(32))
 
 
 def test_the_sweep_circles_the_best_of_the_longest_runs_and_crosses_out_the_shorter_ones(tmp_path):
