@@ -214,7 +214,7 @@ def chosen(results):
 def sweep(found):
     """How the constants were found, and who is picky: accuracy against the learning rate, a panel for each
     task and setup, a line for each architecture and warm-up, each point after its longest run."""
-    for (size,), results in groups(where(found['results'], tuning=True), 'size'):
+    for (size,), results in groups(where(found['results'], tuning=True, layers=''), 'size'):
         figure, parts = panels(groups(results, 'task', 'setup', 'n_nodes'))
         for panel, _, rows in parts:
             chance(panel, rows)
@@ -309,6 +309,8 @@ def capacity(found):
             for i, (floats, same) in enumerate(rows):
                 curve(panel, lengths(same), 'n_nodes', label=f'{floats:,} floats', **shade(i, len(rows)))
             panel.legend(fontsize=6.5, loc='upper right')
+            for line in panel.containers:
+                line.set_label('_')                         # not once more beside all panels
             rows = [r for _, same in rows for r in same]
         for (arch, setup), same in groups(rows, 'arch', 'setup') if name not in dict(kinds) else ():
             style = look(arch)
