@@ -122,8 +122,10 @@ def panels(found, width=2.7, columns=4):
 
 
 def finish(figure, unfinished=(), note=''):
-    """The legend of all panels, each label once, at the right; a note and the unfinished cells below."""
-    labels = {text: handle for axes in figure.axes for handle, text in zip(*axes.get_legend_handles_labels())}
+    """The legend of all panels that have none of their own, each label once, at the right; a note and the
+    unfinished cells below."""
+    labels = {text: handle for axes in figure.axes if not axes.get_legend()
+              for handle, text in zip(*axes.get_legend_handles_labels())}
     figure.tight_layout()
     figure.legend(labels.values(), labels.keys(), loc='center left', bbox_to_anchor=(1, 0.5))
     names = ['{task} {arch} {setup} {size} n={n_nodes} seed {seed}'.format(**c) for c in unfinished]
@@ -308,10 +310,8 @@ def capacity(found):
         if name in dict(kinds):
             for i, (floats, same) in enumerate(rows):
                 curve(panel, lengths(same), 'n_nodes', label=f'{floats:,} floats', **shade(i, len(rows)))
-            panel.legend(fontsize=6.5, loc='upper right')
-            for line in panel.containers:
-                line.set_label('_')                         # not once more beside all panels
             rows = [r for _, same in rows for r in same]
+            panel.legend(fontsize=6.5, loc='upper right')
         for (arch, setup), same in groups(rows, 'arch', 'setup') if name not in dict(kinds) else ():
             style = look(arch)
             curve(panel, lengths(same), 'n_nodes',
