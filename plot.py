@@ -311,7 +311,7 @@ def capacity(found):
             for i, (floats, same) in enumerate(rows):
                 curve(panel, lengths(same), 'n_nodes', label=f'{floats:,} floats', **shade(i, len(rows)))
             rows = [r for _, same in rows for r in same]
-            panel.legend(fontsize=6.5, loc='upper right')
+            panel.legend(fontsize=6.5, ncol=2, loc='upper center', bbox_to_anchor=(0.5, -0.27))
         for (arch, setup), same in groups(rows, 'arch', 'setup') if name not in dict(kinds) else ():
             style = look(arch)
             curve(panel, lengths(same), 'n_nodes',
@@ -333,8 +333,11 @@ def capacity(found):
                 axes.plot(ends, np.exp(offset) * ends ** slope, color=colour, linewidth=1)
             axes.plot(floats, largest, 'osD'[i], color=colour, markersize=5, fillstyle='none', label=label)
     axes.set(xscale='log', yscale='log', xlabel='floats carried', ylabel='largest n with 95% right')
+    axes.set_xticks([floats for _, rows in kinds for floats, same in rows if any(map(largest_n, same))])
+    axes.set_yticks([row['n'] for row in kinds[0][1][0][1][0]['by_length']])
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter('{x:g}')
+        axis.set_minor_locator(NullLocator())
     yield 'capacity-law', finish(figure)
 
 
