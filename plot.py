@@ -311,7 +311,8 @@ def capacity(found):
             for i, (floats, same) in enumerate(rows):
                 curve(panel, lengths(same), 'n_nodes', label=f'{floats:,} floats', **shade(i, len(rows)))
             rows = [r for _, same in rows for r in same]
-            panel.legend(fontsize=6.5, ncol=2, loc='upper center', bbox_to_anchor=(0.5, -0.27))
+            panel.legend(fontsize=6.5, ncol=3, columnspacing=0.8, handlelength=1.2, loc='upper center',
+                         bbox_to_anchor=(0.5, -0.25))
         for (arch, setup), same in groups(rows, 'arch', 'setup') if name not in dict(kinds) else ():
             style = look(arch)
             curve(panel, lengths(same), 'n_nodes',
