@@ -374,7 +374,8 @@ def bits(found):
         for panel, _, n in parts:
             for i, (floats, same) in enumerate(rows):
                 games = [m for r in same for m in r['messages'] if m['n'] == n]
-                points = [(b, 100 * np.mean([m['accuracy'] for m in same])) for (b,), same in groups(games, 'bits')]
+                points = [(b, 100 * np.mean([m['accuracy'] for m in same]))
+                          for (b,), same in groups(games, 'bits')]
                 panel.plot(*zip(*points), label=f'{floats:,} floats', **shade(i, len(rows)))
             values = data.numbers_for(rows[0][1][0]['n_nodes'])
             enough = n * math.log2(values)
