@@ -2998,6 +2998,18 @@ def test_the_handout_holds_no_line_of_a_solution(handed_out):
     assert grade.MODEL_ANSWER[:40] not in theirs and "exercise 1: about 15 lines" in theirs
 
 
+def test_a_layer_of_two_dozen_lines_gets_full_points_and_faulty_ones_do_not(handed_out, tmp_path):
+    assert set('MADG') == set(models.LAYERS)                    # those that the grader knows
+    source, path = (HERE / 'models.py').read_text(), tmp_path / 'models.py'
+    extended = source.replace('\nLAYERS = {', grade.LINEAR_ATTENTION + "\n\nLAYERS = {'L': LinearAttention, ")
+    assert graded(handed_out, 12) == (0, 'not written yet')
+    for right, wrong, points in (('', '', 15), ("carried['state'] = S + k.mT @ v", "carried['state'] = S", 9),
+                                 ('(q @ k.mT).tril()', '(q @ k.mT)', 6), (' + self.out_proj(q', ' + (q', 0),
+                                 ('c.d_state, c.d_state)', 'c.d_state, c.d_state + seen)', 12)):
+        path.write_text(extended.replace(right, wrong))
+        assert graded(tmp_path, 12)[0] == points, (wrong, graded(tmp_path, 12))
+
+
 def test_the_reference_gets_full_points():
     results = grade.grade(HERE, CODED, 'tests')
     assert [r['score'] for r in results] == [r['max_score'] for r in results], [r['output'] for r in results]

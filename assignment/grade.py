@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import data
-from assignment.tests import answer, difference, table
+from assignment.tests import LAYER_CLAIMS, answer, difference, table
 
 PROJECT = Path(__file__).parent.parent
 FILES = ('*.py', 'scan_cuda/*', 'requirements.txt', 'LICENSE', '.gitignore')
@@ -49,6 +49,7 @@ class Exercise(NamedTuple):
     left_out: tuple = ()            # functions in it, or files, that hold the solution: not in the handout
     needs: str = 'nothing'
     command: str = ''
+    adds: tuple = ()                # what in the file is to be extended by a class that is added to it
 
 
 EXERCISES = {
@@ -113,6 +114,15 @@ EXERCISES = {
         With chain of thought, the RNN falls behind as n grows; with a retriever, it does not, although its
         memory is the same. Why? And why does one attention layer suffice, and why in only one of the two
         places? Write half a page, answers.md, with numbers of your own.''', needs='exercises 9 and 10'),
+    12: Exercise('A layer of your own', 15, 60, '''
+        Write a recurrent layer that is not there yet, for example linear attention: its memory is a matrix to
+        which k^T v is added for every token. Add a class to models.py and its letter to `LAYERS`. The header
+        of models.py says what a layer must have, `short_convolution` joins a key with the value behind it,
+        and `GRULayer` is the shortest example; two dozen lines suffice. Then let two of them learn
+        associative recall. With the letter L and linear attention (result.json has the accuracy at every n):''',
+                 'models.py', adds=('LAYERS',), needs='reading models.py', command=
+                 'python train.py --preset=primitives --tasks=recall --setups=direct --archs=mamba '
+                 '--layers=LL --d_state=32 --lr=8e-3 --warmup=0.25'),
 }
 # what a checkpoint must reach, and what it may be
 EXPERIMENTS = {9: (0.75, lambda found: 'A' not in found['layers'] and found['memory'] <= 5000),
@@ -127,6 +137,32 @@ the look-up. On top, it reads what the Mamba layer has prepared, tokens mixed wi
 three tokens, becomes one key. Below, it sees bare tokens, and "the token two places after this one" would
 take a second attention layer. Full marks: fixed against growing memory; what has to be looked up; retrieval
 makes it local; composition of edges; numbers of three seeds.'''
+LINEAR_ATTENTION = '''
+class LinearAttention(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.config, width = c, 3 * c.d_state
+        self.norm = nn.RMSNorm(c.d_model, c.norm_eps)
+        self.qkv_proj = Linear(c.d_model, width, bias=False)
+        self.conv_weight = nn.Parameter(torch.empty(width, c.d_conv))
+        self.conv_bias = nn.Parameter(torch.empty(width))
+        self.out_proj = Linear(c.d_state, c.d_model, bias=False)
+
+    def init_weights(self):
+        init_convolution(self)
+
+    def init_state(self, batch_size, seen=0):
+        c, zeros = self.config, self.norm.weight.new_zeros
+        return {'window': zeros(batch_size, c.d_conv - 1, 3 * c.d_state),
+                'state': zeros(batch_size, c.d_state, c.d_state)}
+
+    def forward(self, x, carried):
+        q, k, v = short_convolution(self, self.qkv_proj(self.norm(x)), carried).chunk(3, -1)
+        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)               # (B, L, d_state)
+        S = carried.get('state', 0 * k.mT @ v)                              # (B, d_state, d_state)
+        carried['state'] = S + k.mT @ v
+        return x + self.out_proj(q @ S + (q @ k.mT).tril() @ v)             # (B, L, d_model)
+'''
 README = '''# Assignment: RNNs are not Transformers (yet)
 
 The paper: [*RNNs are not Transformers (Yet)*](https://arxiv.org/abs/2402.18510) (Wen, Dang, Lyu, ICLR 2025).
@@ -209,6 +245,10 @@ def attention(rng, batch, tokens, n_heads, n_kv_heads, blocks):
                 weights=[numbers(rng, d + 8 * n_kv_heads, d), numbers(rng, d, d)])
 
 
+def sequences(rng, claim, tokens):
+    return dict(claim=claim, ids=[[rng.randrange(30) for _ in range(tokens)] for _ in range(2)])
+
+
 def dialogue(rng, n, samples, setup='retrieval', edit=lambda tokens: tokens):
     """Samples for a model to read from tapes (tests.Tape), with nonsense where the retriever is to write."""
     trace, prompts, tapes = data.cot_trace if setup == 'cot' else data.retrieval_trace, [], []
@@ -263,7 +303,13 @@ def examples(number, seed):
             ('queries', [talk(4, 1), talk(5, 1)]), ('several samples', [talk(4, 2), talk(5, 4)]),
             ('malformed queries', [talk(4, 2, edit=malformed)]),
             ('no end', [talk(4, 2, edit=endless), talk(4, 2, 'cot', endless)])],
+        12: [(claim, [sequences(rng, claim, tokens) for tokens in (2, 9, 80)]) for claim in LAYER_CLAIMS],
     }.get(number, [])
+
+
+def right_answer(number, example):
+    """The right answer: of our code, where there is such code."""
+    return {example['claim']: True} if number == 12 else answer(number, example)
 
 
 # --- source code ------------------------------------------------------------------------------------------
@@ -367,7 +413,7 @@ def handout(folder, chosen, seed):
             bodies |= {name: todo if k == 3 else f'raise NotImplementedError({todo!r})' for name in e.targets}
             source = blank((folder / e.file).read_text(encoding='utf-8'), bodies)
             (folder / e.file).write_text(source, encoding='utf-8')
-        tests = [(k, name, [(example, answer(k, example)) for example in group])
+        tests = [(k, name, [(example, right_answer(k, example)) for example in group])
                  for name, group in examples(k, f'handout {seed}')]
         text += f'\n## Exercise {k}: {e.title} ({e.points} points)\n\n{where}About {e.minutes} minutes. '
         text += f'Prerequisites: {e.needs}.\n\n'
@@ -443,13 +489,13 @@ def grade_exercise(folder, number, seed):
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as copy:
         copy_project(Path(copy), KERNELS)
         path = Path(copy, e.file)
-        code = transplant(path.read_text(encoding='utf-8'), read(folder, e.file), e.targets)
+        code = transplant(path.read_text(encoding='utf-8'), read(folder, e.file), e.targets + e.adds)
         path.write_text(blank(code, {
             name: f"raise RuntimeError('{name} may not be called in exercise {number}')"
             for name in (*e.siblings, *e.left_out) if '.' not in name}), encoding='utf-8')
         found = iter(run(copy, number, [example for _, group in tests for example in group]))
     for name, group in tests:
-        drawings = [difference(example, next(found), answer(number, example)) for example in group]
+        drawings = [difference(example, next(found), right_answer(number, example)) for example in group]
         smallest = next(filter(None, drawings), '')
         passed, drawn = passed + (not smallest), drawn or smallest
         told.append(f'{"failed" if smallest else "passed"}  {name}')
@@ -492,7 +538,7 @@ def grade(folder, chosen, seed):
     """The tests of Gradescope's results.json, one per exercise. Raises nothing, whatever was handed in."""
     results = []
     for k in chosen:
-        automatic = k in EXPERIMENTS or EXERCISES[k].targets
+        automatic = k in EXPERIMENTS or EXERCISES[k].file
         grader = grade_experiment if k in EXPERIMENTS else grade_exercise if automatic else grade_question
         try:
             share, told = grader(folder, k, seed)

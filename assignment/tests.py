@@ -157,10 +157,43 @@ def trained(task, n, setup, seed, samples):
             'weights': float(model.embedding.weight.double().sum())}
 
 
+LAYER_CLAIMS = ('one pass gives what single steps give', 'so do two passes', 'no token sees the future',
+                'gradients reach every parameter', 'the memory does not grow')
+
+
+def new_layer(claim, ids):
+    """Whether a claim holds for the layer whose letter is new."""
+    import models
+    import torch
+    letters = [letter for letter in models.LAYERS if letter not in 'MADG']
+    if not letters:
+        raise NotImplementedError
+    torch.manual_seed(0)
+    model, tokens = models.make_model('mamba', 'tiny', 30, 16, layers=letters[0]), torch.tensor(ids)
+    one_pass, last = model(tokens), tokens.shape[1] - 1
+    close = lambda logits, others: bool((logits - others).abs().max() < 1e-4)
+    if claim == LAYER_CLAIMS[0]:
+        state = model.init_state(len(tokens))
+        holds = close(torch.stack([model.step(token, state) for token in tokens.T], 1), one_pass)
+    elif claim == LAYER_CLAIMS[1]:
+        state = model.init_state(len(tokens))
+        holds = close(torch.cat([model(part, state) for part in tokens.split((last, 1), 1)], 1), one_pass)
+    elif claim == LAYER_CLAIMS[2]:
+        changed = torch.cat((tokens[:, :-1], (tokens[:, -1:] + 1) % 30), 1)
+        holds = close(model(changed)[:, :last], one_pass[:, :last])
+    elif claim == LAYER_CLAIMS[3]:
+        one_pass.logsumexp(-1).sum().backward()
+        trained = [p.grad for p in model.parameters() if p.requires_grad]
+        holds = all(grad is not None and bool(grad.abs().max() > 0) for grad in trained)
+    else:
+        holds = model.memory(last) == model.memory(last + 1000)
+    return {claim: holds}
+
+
 ANSWER = {1: lambda edges: {'tour': data.cot_trace(data.adjacency(edges, len(edges) + 1))},
           2: lambda edges: {'trace': data.retrieval_trace(data.adjacency(edges, len(edges) + 1))},
           3: retrieve, 4: scan_loop, 5: scan_pairs, 6: scan_gradients, 7: attend, 8: generate, 9: trained,
-          10: trained}
+          10: trained, 12: new_layer}
 
 
 def tensors(value):
