@@ -440,14 +440,15 @@ def best_guess(task, n_nodes, n, setup='direct', samples=1000):
 class Batches:
     """The training stream, for torch's DataLoader: batches[i] is batch number i, tokens (batch_size, L) and
     loss_mask (batch_size, L), made when asked for and always the same, whichever process makes it. The n of
-    its samples is one of the task's lengths, each in turn.
+    its samples is one of the task's lengths, each in turn; with `growing`, a number of batches, it is the
+    smallest at first, and the others join one by one until then.
 
     held_out: a list of validation tokens (N, L). A training sample with one of their prompts is replaced by
     another one of its batch. Raises ValueError if everything is held out."""
 
-    def __init__(self, task, batch_size, n_nodes, setup, seed, distribution=None, held_out=()):
+    def __init__(self, task, batch_size, n_nodes, setup, seed, distribution=None, held_out=(), growing=0):
         self.task, self.batch_size, self.n_nodes = task, batch_size, n_nodes
-        self.setup, self.seed = setup, seed
+        self.setup, self.seed, self.growing = setup, seed, growing
         self.distribution = distribution or TASKS[task].distributions[0]
         self.lengths = TASKS[task].lengths(n_nodes)
         # (cut to the prompt of every n: a row is then in it with its own, and the others do no harm)
@@ -455,7 +456,9 @@ class Batches:
                          for tokens in held_out for row in tokens for n in self.lengths}
 
     def __getitem__(self, i):
-        tokens, loss_mask, _ = self.samples(self.lengths[i % len(self.lengths)], (self.seed, i))
+        of = len(self.lengths)
+        joined = of if i >= self.growing else 1 + i * of // self.growing
+        tokens, loss_mask, _ = self.samples(self.lengths[i % joined], (self.seed, i))
         length = np.flatnonzero(loss_mask.any(0))[-1] + 1
         return tokens[:, :length], loss_mask[:, :length]
 
@@ -699,7 +702,7 @@ def primitive(task, sequence, query, trace, chance, vocabularies=1, step=1):
         after_prompt = trace + 2 if setup == 'retrieval' else 1 + (query + 1) * (n_questions(n, setup) - 1)
         return prompt_length(n) + after_prompt
 
-    def lengths(n_nodes):                               # in turn; small ones are learned first
+    def lengths(n_nodes):                               # (small ones are learned first)
         return *[2 ** i for i in range(1, 10) if 2 ** i < n_nodes], n_nodes
 
     return Task(partial(generate_primitive, task), lambda n_nodes: NODE + vocabularies * numbers_for(n_nodes),

@@ -325,6 +325,13 @@ def test_training_stream_is_the_same_whoever_makes_its_batches_and_from_wherever
             assert np.array_equal(tokens, expected) and np.array_equal(loss_mask, expected_mask)
 
 
+def test_with_a_curriculum_larger_n_join_the_training_stream_one_by_one():
+    n_of = {data.TASKS['recall'].max_length(n, 'direct'): n for n in (2, 4, 8)}
+    growing = data.Batches('recall', 2, 8, 'direct', 9, growing=9)
+    assert [n_of[growing[i][0].shape[1]] for i in range(14)] == [2, 2, 2, 4, 2, 4, 2, 4, 8, 2, 4, 8, 2, 4]
+    assert np.array_equal(growing[9][0], data.Batches('recall', 2, 8, 'direct', 9)[9][0])   # as without one
+
+
 def test_a_random_graph_is_as_likely_as_its_definition_makes_it():
     def exact(n):                                       # by listing all choices, which are equally likely
         share, names = collections.Counter(), [*itertools.permutations(range(n))]
