@@ -116,8 +116,9 @@ def panels(found, width=2.7, columns=4):
     for panel in axes.flat[len(found):]:
         panel.set_axis_off()
     for panel, (key, _) in zip(axes.flat, found):
-        title = ', '.join(f'n={part}' if isinstance(part, int) else NAMES.get(part, part) for part in key)
-        panel.set_title(title, fontsize=9)
+        words = [f'n={part}' if isinstance(part, int) else NAMES.get(part, part) for part in key]
+        title = ', '.join(words)
+        panel.set_title(title if len(title) < 32 else title.replace(', ', ',\n', 1), fontsize=9)
     return figure, [(panel, key, rows) for panel, (key, rows) in zip(axes.flat, found)]
 
 
@@ -195,17 +196,19 @@ def sizes(found):
 def primitives(found):
     """The bottleneck in its purest form (paper, section 4): accuracy of the retrieval primitives against the
     length of the context, a panel for each setup and task. One run has learned all lengths of a line."""
-    all_results = [r | row | dict(n_nodes=row['n']) for r in alike(found) if len(r['by_length']) > 1
-                   for row in r['by_length']]
-    for (size,), results in groups(all_results, 'size'):
+    several = [r for r in found['results'] if len(r['by_length']) > 1]
+    for (size, n), results in groups(several, 'size', 'n_nodes'):
+        results = lengths(alike(dict(results=results)))
+        if not results:                                         # (sweeps, other layers)
+            continue
         figure, parts = panels(groups(results, 'setup', 'task'), columns=len(groups(results, 'task')))
         for panel, _, rows in parts:
             for (arch,), line in groups(rows, 'arch'):
                 curve(panel, line, 'n_nodes', **look(arch))
             chance(panel, rows, 'n_nodes')
             log_axis(panel, rows, 'n_nodes', 'n, pairs or tokens in the context')
-        tasks = {r['task'] for r in results}
-        yield f'primitives-{size}', finish(figure, [c for c in found['unfinished'] if c['task'] in tasks])
+        unfinished = [c for c in where(found['unfinished'], n_nodes=n) if c['task'] in data.PRIMITIVES]
+        yield f'primitives-{size}-n{n}', finish(figure, unfinished)
 
 
 def chosen(results):
@@ -216,7 +219,9 @@ def chosen(results):
 def sweep(found):
     """How the constants were found, and who is picky: accuracy against the learning rate, a panel for each
     task and setup, a line for each architecture and warm-up, each point after its longest run."""
-    for (size,), results in groups(where(found['results'], tuning=True, layers=''), 'size'):
+    swept = [r | dict(name='primitives-' * (r['task'] in data.PRIMITIVES) + r['size'])
+             for r in where(found['results'], tuning=True, layers='')]
+    for (name,), results in groups(swept, 'name'):
         figure, parts = panels(groups(results, 'task', 'setup', 'n_nodes'))
         for panel, _, rows in parts:
             chance(panel, rows)
@@ -231,10 +236,10 @@ def sweep(found):
                         panel.plot(r['lr'], 100 * r['accuracy'], 'kx', zorder=9,
                                    label='given up after a shorter run')
                 panel.plot(best['lr'], 100 * best['accuracy'], 'o', color=look(arch)['color'], clip_on=False,
-                           fillstyle='none', markersize=13, markeredgewidth=1.8, label='chosen')
+                           fillstyle='none', markersize=13, markeredgewidth=1.8, label='best')
             log_axis(panel, rows, 'lr', 'learning rate')
             panel.tick_params(axis='x', labelrotation=60)
-        yield f'sweep-{size}', finish(figure)
+        yield f'sweep-{name}', finish(figure)
 
 
 def learning(found):
@@ -267,7 +272,9 @@ def recalls(found):
     """Associative recall: (name, [(floats carried, results of all seeds), ...]) for each kind of recurrent
     model that was run with several sizes of memory, and the other results."""
     results = [r for r in where(found['results'], task='recall') if not r.get('tuning')]
+    results = where(results, n_nodes=max([r['n_nodes'] for r in results], default=0))
     for r in results:
+        r['curriculum'] = r.get('curriculum', 0)
         letters = {*(r.get('layers') or {'mamba': 'M'}.get(r['arch'], r['arch']))}
         r['kind'] = KINDS.get(*letters) if len(letters) == 1 and r['setup'] == 'direct' else None
         r['floats'] = sum(r['memory'].values())
@@ -313,10 +320,12 @@ def capacity(found):
             rows = [r for _, same in rows for r in same]
             panel.legend(fontsize=6.5, ncol=3, columnspacing=0.8, handlelength=1.2, loc='upper center',
                          bbox_to_anchor=(0.5, -0.25))
-        for (arch, setup), same in groups(rows, 'arch', 'setup') if name not in dict(kinds) else ():
+        other = groups(rows, 'arch', 'setup', 'curriculum') if name not in dict(kinds) else ()
+        for (arch, setup, curriculum), same in other:
             style = look(arch)
-            curve(panel, lengths(same), 'n_nodes',
-                  **style | dict(label=style['label'] + f', {NAMES[setup]}' * (setup != 'direct')))
+            label = style['label'] + f', {NAMES[setup]}' * (setup != 'direct')
+            curve(panel, lengths(same), 'n_nodes', **style | dict(
+                label=label + ', with a curriculum' * (curriculum > 0), linestyle='-:'[curriculum > 0]))
         chance(panel, lengths(rows), 'n_nodes')
         log_axis(panel, lengths(rows), 'n_nodes', 'n, pairs in the context')
     yield 'capacity', finish(figure)

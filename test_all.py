@@ -2819,7 +2819,7 @@ def test_the_sweep_circles_the_best_of_the_longest_runs_and_crosses_out_the_shor
     assert lines_of(figure.axes[0]) == {'RNN (Mamba), warm-up 10%': [(0.001, 90, 5), (0.002, 70, 5)],
                                         'RNN (Mamba), warm-up 20%': [(0.001, 80, 5), (0.002, 60, 5)]}
     marked = {line.get_label(): (*line.get_xdata(), *line.get_ydata()) for line in figure.axes[0].lines}
-    assert marked['chosen'] == (0.001, 80) and marked['given up after a shorter run'] == (0.001, 90)
+    assert marked['best'] == (0.001, 80) and marked['given up after a shorter run'] == (0.001, 90)
 
 
 def kept_samples(setup, spoil=None):

@@ -64,6 +64,10 @@ WARMUP = {'direct.transformer': 0.05, 'direct.mamba': 0.05, 'direct.hybrid': 0.0
           'cot.transformer': 0.05, 'cot.mamba': 0.05, 'cot.hybrid': 0.25,
           'retrieval.transformer': 0.25, 'retrieval.mamba': 0.25, 'retrieval.hybrid': 0.25}
 
+# A run of a primitive mixes several n: from the start on (0), or the smallest at first, and the others join
+# over this share of the run. Without that, the Transformer does not learn recall; with it, not index.
+CURRICULUM = {'index': 0.0, 'recall': 0.5, 'cgram': 0.0, 'counting': 0.0}
+
 
 @dataclass
 class Constants:
@@ -81,12 +85,12 @@ class Constants:
     n_val: int = 1000                       # held-out samples for the result
     # the model
     frozen_embedding: bool = False          # fixed sinusoids (the paper) instead of a learned embedding
-    # training; where setups and architectures differ: one value for all, or name:value,...
+    # training; where tasks, setups or architectures differ: one value for all, or name:value,...
     samples: dict = field(default_factory=SAMPLES.copy)         # training samples
     batch_size: dict = field(default_factory=BATCH_SIZE.copy)   # samples per step
     lr: dict = field(default_factory=LR.copy)                   # peak learning rate
     warmup: dict = field(default_factory=WARMUP.copy)           # share of the run during which it rises
-    curriculum: float = 0.5                 # share of the run over which larger n join, in a primitive
+    curriculum: dict = field(default_factory=CURRICULUM.copy)   # share of the run over which larger n join
     grad_clip: float = 1.0                  # largest norm of the gradient; 0 means no limit (the paper)
     dtype: str = 'float32'                  # float32, or bfloat16 through autocast
     evaluations: int = 8                    # evaluations during a run, each on 200 held-out samples
@@ -512,8 +516,8 @@ def cells(c):
             frozen_embedding=c.frozen_embedding, samples=c.samples[setup], batch_size=c.batch_size[setup],
             lr=c.lr[constants], warmup=c.warmup[constants], grad_clip=c.grad_clip, dtype=c.dtype,
             evaluations=c.evaluations, solved=c.solved))
-        if len(known.lengths(n)) > 1:                                   # a primitive
-            grid[-1]['curriculum'] = c.curriculum
+        if task in c.curriculum:
+            grid[-1]['curriculum'] = c.curriculum[task]
     return grid
 
 
