@@ -50,8 +50,8 @@ NAMES = {'istree': 'IsTree', 'index': 'index', 'recall': 'associative recall', '
          'counting': 'counting', 'hotpot': 'two-hop questions', 'direct': 'answer at once',
          'cot': 'chain of thought', 'retrieval': 'with a retriever'} | {a: LOOKS[a]['label'] for a in LOOKS}
 CELL = ('task', 'arch', 'setup', 'size', 'n_nodes', 'seed')
-CONSTANTS = ('distribution', 'd_state', 'frozen_embedding', 'samples', 'batch_size', 'grad_clip',
-             'dtype')
+CONSTANTS = ('distribution', 'd_state', 'frozen_embedding', 'samples', 'batch_size', 'curriculum',
+             'grad_clip', 'dtype')
 
 plt.rcParams |= {'font.size': 9, 'axes.spines.top': False, 'axes.spines.right': False, 'savefig.dpi': 200,
                  'savefig.bbox': 'tight', 'legend.frameon': False, 'pdf.fonttype': 42, 'hatch.linewidth': 0.6}
