@@ -456,8 +456,9 @@ class Batches:
                          for tokens in held_out for row in tokens for n in self.lengths}
 
     def __getitem__(self, i):
-        of = len(self.lengths)
-        joined = of if i >= self.growing else 1 + i * of // self.growing
+        joined = len(self.lengths)
+        if i < self.growing:
+            joined = 1 + i * joined // self.growing
         tokens, loss_mask, _ = self.samples(self.lengths[i % joined], (self.seed, i))
         length = np.flatnonzero(loss_mask.any(0))[-1] + 1
         return tokens[:, :length], loss_mask[:, :length]
@@ -702,7 +703,7 @@ def primitive(task, sequence, query, trace, chance, vocabularies=1, step=1):
         after_prompt = trace + 2 if setup == 'retrieval' else 1 + (query + 1) * (n_questions(n, setup) - 1)
         return prompt_length(n) + after_prompt
 
-    def lengths(n_nodes):                               # (small ones are learned first)
+    def lengths(n_nodes):
         return *[2 ** i for i in range(1, 10) if 2 ** i < n_nodes], n_nodes
 
     return Task(partial(generate_primitive, task), lambda n_nodes: NODE + vocabularies * numbers_for(n_nodes),

@@ -2794,7 +2794,8 @@ def test_the_capacity_of_a_memory_is_drawn_from_the_runs_of_each_size(tmp_path):
             accuracies = [1 if 2 ** k <= largest else 0.9 for k in range(1, 6)]
             written_results(tmp_path, **common, d_state=floats, seed=seed, memory=dict(state=floats),
                             by_length=lengths(*accuracies), messages=game)
-    written_results(tmp_path, **common | dict(layers=''), arch='transformer', by_length=lengths(1, 1, 1, 1, 1))
+    written_results(tmp_path, **common | dict(layers=''), arch='transformer',
+                    by_length=lengths(1, 1, 1, 1, 1))
     found = plot.load(tmp_path)
     figures = dict([*plot.capacity(found), *plot.bits(found)])
     assert [*figures] == ['capacity', 'capacity-law', 'bits-deltanet']

@@ -309,7 +309,7 @@ def examples(number, seed):
 
 
 def right_answer(number, example):
-    """The right answer: of our code, where there is such code."""
+    """What our code answers; of a new layer, which we do not have, each claim must hold."""
     return {example['claim']: True} if number == 12 else answer(number, example)
 
 
