@@ -344,8 +344,8 @@ def recall(rng, n, numbers):
 def cgram(rng, n, numbers):
     """c-gram retrieval (paper, section 4; here c=2): the number after the two query numbers, in that order,
     in a sequence of n+2. Each number occurs twice (for odd n, one of them once), shuffled until the n pairs
-    of neighbours that can be asked for differ (n < 4: not at all). Looking up only the second number of a
-    query leaves two answers. n=4:
+    of neighbours that can be asked for differ. Looking up only the second number of a query leaves two
+    answers. n=4:
 
         direct     inputs   [BOS] 7 1 7 5 1 5 ~ 7 5 1 1 7
                    targets                        1     5
@@ -379,9 +379,10 @@ def counting(rng, n, numbers):
 PRIMITIVES = {'index': index, 'recall': recall, 'cgram': cgram, 'counting': counting}
 
 
-def numbers_for(n_nodes):
-    """How many numbers there are: so many that values rarely repeat, and that small n have enough prompts."""
-    return max(64, 4 * n_nodes)
+def numbers_for(task, n_nodes):
+    """How many numbers there are: so many that values rarely repeat, and that small n have enough prompts. In
+    c-grams they repeat anyway; with 64, the Transformer did not learn to look them up."""
+    return n_nodes + 4 if task == 'cgram' else max(64, 4 * n_nodes)
 
 
 def n_questions(n, setup):
@@ -404,7 +405,7 @@ def generate_primitive(task, batch_size, n_nodes, setup, seed, distribution='uni
     batch_size, n_nodes, n = check(task, batch_size, n_nodes, n, setup, distribution)
     rng, samples, answers = generator(seed), [], []
     for _ in range(batch_size):
-        sequence, questions = PRIMITIVES[task](rng, n, numbers_for(n_nodes))
+        sequence, questions = PRIMITIVES[task](rng, n, numbers_for(task, n_nodes))
         text = f'[BOS] {" ".join(map(str, sequence))} ~'
         asked = rng.sample(questions, n_questions(n, setup))
         for query, answer in asked:
@@ -427,7 +428,7 @@ def best_guess(task, n_nodes, n, setup='direct', samples=1000):
         return TASKS[task].chance(n)
     rng, accuracies = random.Random(0), []
     for _ in range(samples):
-        _, questions = PRIMITIVES[task](rng, n, numbers_for(n_nodes))
+        _, questions = PRIMITIVES[task](rng, n, numbers_for(task, n_nodes))
         answers = [answer for _, answer in rng.sample(questions, n)]
         for i in range(n_questions(n, setup)):
             (_, count), = Counter(answers[i:]).most_common(1)
@@ -440,15 +441,15 @@ def best_guess(task, n_nodes, n, setup='direct', samples=1000):
 class Batches:
     """The training stream, for torch's DataLoader: batches[i] is batch number i, tokens (batch_size, L) and
     loss_mask (batch_size, L), made when asked for and always the same, whichever process makes it. The n of
-    its samples is one of the task's lengths, each in turn; with `growing`, a number of batches, it is the
-    smallest at first, and the others join one by one until then.
+    its samples is one of the task's lengths, each in turn. With `joining`, a number of batches, it is the
+    smallest at first, and the larger ones join one by one until then; if negative, the other way round.
 
     held_out: a list of validation tokens (N, L). A training sample with one of their prompts is replaced by
     another one of its batch. Raises ValueError if everything is held out."""
 
-    def __init__(self, task, batch_size, n_nodes, setup, seed, distribution=None, held_out=(), growing=0):
+    def __init__(self, task, batch_size, n_nodes, setup, seed, distribution=None, held_out=(), joining=0):
         self.task, self.batch_size, self.n_nodes = task, batch_size, n_nodes
-        self.setup, self.seed, self.growing = setup, seed, growing
+        self.setup, self.seed, self.joining = setup, seed, joining
         self.distribution = distribution or TASKS[task].distributions[0]
         self.lengths = TASKS[task].lengths(n_nodes)
         # (cut to the prompt of every n: a row is then in it with its own, and the others do no harm)
@@ -456,10 +457,10 @@ class Batches:
                          for tokens in held_out for row in tokens for n in self.lengths}
 
     def __getitem__(self, i):
-        joined = len(self.lengths)
-        if i < self.growing:
-            joined = 1 + i * joined // self.growing
-        tokens, loss_mask, _ = self.samples(self.lengths[i % joined], (self.seed, i))
+        lengths = sorted(self.lengths, reverse=self.joining < 0)
+        if i < abs(self.joining):
+            lengths = lengths[:1 + i * len(lengths) // abs(self.joining)]
+        tokens, loss_mask, _ = self.samples(lengths[i % len(lengths)], (self.seed, i))
         length = np.flatnonzero(loss_mask.any(0))[-1] + 1
         return tokens[:, :length], loss_mask[:, :length]
 
@@ -693,9 +694,10 @@ class Task(NamedTuple):
     words: tuple = WORDS    # token id -> word
 
 
-def primitive(task, sequence, query, trace, chance, vocabularies=1, step=1):
+def primitive(task, sequence, query, trace, chance, vocabularies=1, smallest=2, step=1):
     """The Task of a retrieval primitive. sequence: n -> its length; query: the length of a query;
-    trace: that of the longest trace. vocabularies: ranges of numbers used; step: 2 if n must be even."""
+    trace: that of the longest trace. vocabularies: ranges of numbers used. smallest: n; step: 2 if it must be
+    even."""
     def prompt_length(n):
         return 1 + sequence(n) + 1 + query
 
@@ -704,11 +706,12 @@ def primitive(task, sequence, query, trace, chance, vocabularies=1, step=1):
         return prompt_length(n) + after_prompt
 
     def lengths(n_nodes):
-        return *[2 ** i for i in range(1, 10) if 2 ** i < n_nodes], n_nodes
+        return *[2 ** i for i in range(1, 10) if smallest <= 2 ** i < n_nodes], n_nodes
 
-    return Task(partial(generate_primitive, task), lambda n_nodes: NODE + vocabularies * numbers_for(n_nodes),
-                prompt_length, max_length, chance, range(2, MAX_NODES // 8 + 1, step),
-                partial(retrieve, kind='primitive'), lengths, ('uniform',), ('direct', 'retrieval'))
+    return Task(partial(generate_primitive, task),
+                lambda n_nodes: NODE + vocabularies * numbers_for(task, n_nodes), prompt_length, max_length,
+                chance, range(smallest, MAX_NODES // 8 + 1, step), partial(retrieve, kind='primitive'),
+                lengths, ('uniform',), ('direct', 'retrieval'))
 
 
 TASKS = {
@@ -716,7 +719,7 @@ TASKS = {
                    lambda n: 1 / 2, range(4, MAX_NODES + 1)),
     'index': primitive('index', lambda n: n, query=1, trace=5, chance=lambda n: 1 / n),
     'recall': primitive('recall', lambda n: 2 * n, query=1, trace=4, chance=lambda n: 1 / n, vocabularies=2),
-    'cgram': primitive('cgram', lambda n: n + 2, query=2, trace=5, chance=lambda n: 2 / (n + 2)),
+    'cgram': primitive('cgram', lambda n: n + 2, query=2, trace=5, chance=lambda n: 2 / (n + 2), smallest=4),
     'counting': primitive('counting', lambda n: MAX_COUNT * n // 2, query=1, trace=6 * (MAX_COUNT + 1),
                           chance=lambda n: 1 / (MAX_COUNT + 1), step=2),
     # hotpot's chance: guess yes or no, or one of the towns of the paragraphs shown (3 under gold,

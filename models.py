@@ -22,6 +22,7 @@ Symbols (in brackets: the letters of the Mamba paper, Gu & Dao 2023, arXiv 2312.
 
 `linear` and `Linear` are a faster F.linear and nn.Linear (end of this file). The scan comes from scan_cuda/.
 """
+import functools
 import json
 import math
 import re
@@ -208,7 +209,7 @@ class Attention(nn.Module):
         if cache:
             k, v = cache.append(k, v)                                       # (B, heads, seen + L, d_head)
             if seen and L > 1:
-                mask = torch.ones(L, seen + L, dtype=torch.bool, device=q.device).tril(seen)
+                mask = causal_mask(L, seen, q.dtype, q.device)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=L > 1 and mask is None,
                                               enable_gqa=self.n_kv_heads < self.n_heads)
 
@@ -230,6 +231,13 @@ class Attention(nn.Module):
         scores = q @ k.mT / math.sqrt(self.d_head)                          # (B, n_heads, L, L)
         future = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1)    # (L, L)
         return scores.masked_fill(future, -math.inf).softmax(-1)
+
+
+@functools.lru_cache(maxsize=1)                         # made once for all layers
+@torch.inference_mode(False)                            # so that it may be used with gradients, too
+def causal_mask(L, seen, dtype, device):
+    """For L tokens after those seen: (L, seen + L), 0 where a token may look and -inf where not."""
+    return torch.full((L, seen + L), -math.inf, dtype=dtype, device=device).triu(seen + 1)
 
 
 def rotate(x, positions, theta):

@@ -386,7 +386,7 @@ def bits(found):
                 points = [(b, 100 * np.mean([m['accuracy'] for m in same]))
                           for (b,), same in groups(games, 'bits')]
                 panel.plot(*zip(*points), label=f'{floats:,} floats', **shade(i, len(rows)))
-            values = data.numbers_for(rows[0][1][0]['n_nodes'])
+            values = data.numbers_for('recall', rows[0][1][0]['n_nodes'])
             enough = n * math.log2(values)
             x = np.geomspace(enough / 30, enough, 100)
             panel.plot(x, [100 * best_possible(b, n, values) for b in x], color='black',

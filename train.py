@@ -64,9 +64,10 @@ WARMUP = {'direct.transformer': 0.05, 'direct.mamba': 0.05, 'direct.hybrid': 0.0
           'cot.transformer': 0.05, 'cot.mamba': 0.05, 'cot.hybrid': 0.25,
           'retrieval.transformer': 0.25, 'retrieval.mamba': 0.25, 'retrieval.hybrid': 0.25}
 
-# A run of a primitive mixes several n: from the start on (0), or the smallest at first, and the others join
-# over this share of the run. Without that, the Transformer does not learn recall; with it, not index.
-CURRICULUM = {'index': 0.0, 'recall': 0.5, 'cgram': 0.0, 'counting': 0.0}
+# A run of a primitive mixes several n: from the start on (0), or the smallest at first, and larger ones join
+# over this share of the run, or, if it is negative, the largest at first, and smaller ones join. The order
+# decides whether the Transformer learns a task: recall from the smallest, c-grams from the largest.
+CURRICULUM = {'index': 0.0, 'recall': 0.5, 'cgram': -0.5, 'counting': 0.0}
 
 
 @dataclass
@@ -90,7 +91,7 @@ class Constants:
     batch_size: dict = field(default_factory=BATCH_SIZE.copy)   # samples per step
     lr: dict = field(default_factory=LR.copy)                   # peak learning rate
     warmup: dict = field(default_factory=WARMUP.copy)           # share of the run during which it rises
-    curriculum: dict = field(default_factory=CURRICULUM.copy)   # share of the run over which larger n join
+    curriculum: dict = field(default_factory=CURRICULUM.copy)   # share of the run over which other n join
     grad_clip: float = 1.0                  # largest norm of the gradient; 0 means no limit (the paper)
     dtype: str = 'float32'                  # float32, or bfloat16 through autocast
     evaluations: int = 8                    # evaluations during a run, each on 200 held-out samples
@@ -514,8 +515,8 @@ def cells(c):
             task=task, arch=arch, setup=setup, size=size, layers=layers, d_state=d_state, n_nodes=n,
             seed=seed + SWEEP_SEED * c.sweep, distribution=distribution, n_val=c.n_val, tuning=c.sweep,
             frozen_embedding=c.frozen_embedding, samples=c.samples[setup], batch_size=c.batch_size[setup],
-            lr=c.lr[constants], warmup=c.warmup[constants], grad_clip=c.grad_clip, dtype=c.dtype,
-            evaluations=c.evaluations, solved=c.solved))
+            lr=c.lr.get(f'{task}.{constants}', c.lr[constants]), warmup=c.warmup[constants],
+            grad_clip=c.grad_clip, dtype=c.dtype, evaluations=c.evaluations, solved=c.solved))
         if task in c.curriculum:
             grid[-1]['curriculum'] = c.curriculum[task]
     return grid
@@ -677,8 +678,9 @@ CHOICES = dict(tasks=data.TASKS, archs=models.ARCHS, setups=data.SETUPS, sizes=m
                distribution=[*data.DISTRIBUTIONS, *data.HOTPOT_DISTRIBUTIONS],
                dtype=('float32', 'bfloat16'), device=('auto', 'cpu', 'cuda', 'mps'))
 LIMITS = dict(batch_size=(1, 65_536), eval_batch=(1, 65_536), n_val=(1, 1_000_000), d_state=(1, 1024),
-              samples=(0, 10 ** 12), evaluations=(1, 10_000), warmup=(0, 1), curriculum=(0, 1), solved=(0, 1),
-              show=(0, 1000), processes=(0, 1024), workers=(0, 1024), lr=(0, 1e38), grad_clip=(0, 1e30))
+              samples=(0, 10 ** 12), evaluations=(1, 10_000), warmup=(0, 1), curriculum=(-1, 1),
+              solved=(0, 1), show=(0, 1000), processes=(0, 1024), workers=(0, 1024), lr=(0, 1e38),
+              grad_clip=(0, 1e30))
 
 
 def read_value(name, text, default):
