@@ -1750,6 +1750,18 @@ def test_a_cell_of_recall_reports_its_loss_over_all_lengths_and_the_game(tmp_pat
     assert all(r['bits'] == r['bits_per_float'] * sum(result['memory'].values()) for r in result['messages'])
 
 
+@pytest.mark.parametrize('curriculum, joins_last', [(0.5, 8), (0, 8), (-0.5, 4)])
+def test_a_run_is_watched_on_the_n_that_joins_last(curriculum, joins_last, tmp_path, monkeypatch):
+    evaluate, watched = train.evaluate, []
+    monkeypatch.setattr(train, 'evaluate', lambda model, cell, n, samples, *rest:
+                        watched.append((n, samples.shape)) or evaluate(model, cell, n, samples, *rest))
+    c = train.parse(['--preset=primitives', '--tasks=cgram', '--setups=direct', '--archs=hybrid', '--n_val=9',
+                     '--n_nodes=8', '--samples=64', '--evaluations=2', f'--curriculum={curriculum}'])
+    cell, = train.cells(c)
+    train.train(c, cell, train.held_out_samples(cell), torch.device('cpu'), tmp_path)
+    assert watched == [(joins_last, (9, data.TASKS['cgram'].max_length(joins_last, 'direct')))]
+
+
 def test_errors_by_kind_are_those_of_a_model_that_errs_where_we_know():
     tokens, loss_mask, _ = data.generate_istree(40, 9, 'retrieval', 6)
     spoiled, kinds = tokens.copy(), data.token_kinds(tokens, loss_mask)
