@@ -1750,6 +1750,18 @@ def test_a_cell_of_recall_reports_its_loss_over_all_lengths_and_the_game(tmp_pat
     assert all(r['bits'] == r['bits_per_float'] * sum(result['memory'].values()) for r in result['messages'])
 
 
+def test_a_constant_may_be_that_of_a_task_a_setup_or_an_architecture():
+    grid = lambda *arguments: train.cells(train.parse(['--preset=primitives', *arguments]))
+    for cell in grid('--lr=direct.transformer:1,retrieval:2'):
+        direct, task = cell['setup'] == 'direct', cell['task']
+        own = {'transformer': 1, 'mamba': 8e-3 if task in ('index', 'recall') else 4e-3,
+               'hybrid': 8e-3 if task == 'index' else 4e-3}[cell['arch']]
+        assert cell['lr'] == (own if direct else 2)
+        assert cell['samples'] == (8_000 if not direct else 512_000 if task == 'counting' else 256_000)
+    assert {cell['samples'] for cell in grid('--samples=direct:3', '--setups=direct')} == {3}
+    assert {cell['lr'] for cell in grid('--lr=cgram:5', '--tasks=cgram', '--setups=direct')} == {5}
+
+
 @pytest.mark.parametrize('curriculum, joins_last', [(0.5, 8), (0, 8), (-0.5, 4)])
 def test_a_run_is_watched_on_the_n_that_joins_last(curriculum, joins_last, tmp_path, monkeypatch):
     evaluate, watched = train.evaluate, []
