@@ -123,13 +123,13 @@ HOTPOT = dict(tasks=('hotpot',), setups=('retrieval',), n_nodes=(data.HOTPOT_PAR
 PRIMITIVES = dict(tasks=('index', 'recall', 'cgram', 'counting'), setups=('direct', 'retrieval'),
                   n_nodes=(16,), samples=SAMPLES | {'direct': 256_000, 'retrieval': 8_000},
                   batch_size=dict.fromkeys(SAMPLES, 16), warmup=dict.fromkeys(LR, 0.25), evaluations=16,
-                  lr=LR | {'retrieval.transformer': 8e-3, 'retrieval.hybrid': 8e-3} | {
-                      'index.direct.transformer': 4e-3, 'index.direct.mamba': 8e-3, 'index.direct.hybrid': 8e-3,
-                      'recall.direct.transformer': 4e-3, 'recall.direct.mamba': 8e-3,
-                      'recall.direct.hybrid': 4e-3, 'cgram.direct.transformer': 2e-3,
-                      'cgram.direct.mamba': 4e-3, 'cgram.direct.hybrid': 4e-3,
-                      'counting.direct.transformer': 2e-3, 'counting.direct.mamba': 4e-3,
-                      'counting.direct.hybrid': 4e-3})
+                  lr=LR | {'retrieval.transformer': 8e-3, 'retrieval.hybrid': 8e-3,
+                           'index.direct.transformer': 4e-3, 'index.direct.mamba': 8e-3,
+                           'index.direct.hybrid': 8e-3, 'recall.direct.transformer': 4e-3,
+                           'recall.direct.mamba': 8e-3, 'recall.direct.hybrid': 4e-3,
+                           'cgram.direct.transformer': 2e-3, 'cgram.direct.mamba': 4e-3,
+                           'cgram.direct.hybrid': 4e-3, 'counting.direct.transformer': 2e-3,
+                           'counting.direct.mamba': 4e-3, 'counting.direct.hybrid': 4e-3})
 PRESETS = {'default': {}, 'paper': PAPER, 'hotpot': HOTPOT, 'primitives': PRIMITIVES}
 
 # The grid of a sweep: the same for every task, setup and architecture. All of it is run with an eighth of the
