@@ -1760,16 +1760,16 @@ def test_a_constant_may_be_that_of_a_task_a_setup_or_an_architecture():
     assert {cell['lr'] for cell in grid('--lr=cgram:5', '--tasks=cgram', '--setups=direct')} == {5}
 
 
-@pytest.mark.parametrize('curriculum, joins_last', [(0.5, 8), (0, 8), (-0.5, 4)])
-def test_a_run_is_watched_on_the_n_that_joins_last(curriculum, joins_last, tmp_path, monkeypatch):
-    evaluate, watched = train.evaluate, []
-    monkeypatch.setattr(train, 'evaluate', lambda model, cell, n, samples, *rest:
-                        watched.append((n, samples.shape)) or evaluate(model, cell, n, samples, *rest))
+def test_a_run_is_solved_when_every_n_is(tmp_path, monkeypatch):
+    exact = {4: [1, 1, 1, 1], 8: [0.5, 1, 0.995, 0.2]}                      # at four evaluations
+    monkeypatch.setattr(train, 'evaluate', lambda model, cell, n, *rest:
+                        (dict(accuracy=1, exact_trace=exact[n].pop(0)), []))
     c = train.parse(['--preset=primitives', '--tasks=cgram', '--setups=direct', '--archs=hybrid', '--n_val=9',
-                     '--n_nodes=8', '--samples=64', '--evaluations=2', f'--curriculum={curriculum}'])
+                     '--n_nodes=8', '--samples=80', '--evaluations=5'])
     cell, = train.cells(c)
-    train.train(c, cell, train.held_out_samples(cell), torch.device('cpu'), tmp_path)
-    assert watched == [(joins_last, (9, data.TASKS['cgram'].max_length(joins_last, 'direct')))]
+    _, samples, _ = train.train(c, cell, train.held_out_samples(cell), torch.device('cpu'), tmp_path)
+    log = [json.loads(line) for line in (tmp_path / 'log.jsonl').read_text().splitlines()]
+    assert samples == 48 and [line['exact_trace'] for line in log] == [0.5, 1, 0.995]
 
 
 def test_errors_by_kind_are_those_of_a_model_that_errs_where_we_know():

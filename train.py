@@ -192,14 +192,11 @@ def train(c, cell, held_out, device, path):
             seconds=seconds + time.monotonic() - started, log=log), file))
 
     tuning = held_out_samples(cell | dict(tuning=True))
-    curriculum = cell.get('curriculum', 0)
-    n, watched, watched_mask = tuning[0 if curriculum < 0 else -1]         # of the n that joins last
-    watched, watched_mask = watched[:200], watched_mask[:200]
     steps = -(-cell['samples'] // batch_size)
     eval_steps = max(1, steps // cell['evaluations'])
     batches = data.Batches(cell['task'], batch_size, cell['n_nodes'], cell['setup'], cell['seed'],
                            cell['distribution'], [tokens for _, tokens, _ in held_out + tuning],
-                           int(curriculum * steps))
+                           int(cell.get('curriculum', 0) * steps))
     loader = DataLoader(batches, batch_size=None, sampler=range(step, steps), num_workers=c.workers,
                         pin_memory=device.type == 'cuda')
     started = saved = time.monotonic()
@@ -232,7 +229,9 @@ def train(c, cell, held_out, device, path):
                                     f'samples, try a learning rate below {cell["lr"]}')
                 progress.set_postfix_str(f'loss {loss.item():.3f}')
             if evaluating and not last:
-                measured, _ = evaluate(model, cell, n, watched, watched_mask, c.eval_batch, device)
+                each = [evaluate(model, cell, n, tokens[:200], loss_mask[:200], c.eval_batch, device)[0]
+                        for n, tokens, loss_mask in tuning]
+                measured = min(each, key=lambda m: m['exact_trace'])        # solved: every n is
                 log.append(dict(samples=step * batch_size, loss=loss.item(),
                                 seconds=seconds + time.monotonic() - started,
                                 accuracy=measured['accuracy'], exact_trace=measured['exact_trace']))
