@@ -65,8 +65,8 @@ WARMUP = {'direct.transformer': 0.05, 'direct.mamba': 0.05, 'direct.hybrid': 0.0
           'retrieval.transformer': 0.25, 'retrieval.mamba': 0.25, 'retrieval.hybrid': 0.25}
 
 # A run of a primitive mixes several n: from the start on (0), or the smallest at first, and larger ones join
-# over this share of the run; if it is negative, the largest at first, and smaller ones join. On that order it
-# depends whether the Transformer learns a task: recall from the smallest, c-grams from the largest.
+# over this share of the run; if it is negative, the largest at first, and smaller ones join. The order decides
+# whether the Transformer learns a task: recall from the smallest, c-grams from the largest.
 CURRICULUM = {'index': 0.0, 'recall': 0.5, 'cgram': -0.75, 'counting': -0.75}
 
 
@@ -119,7 +119,7 @@ HOTPOT = dict(tasks=('hotpot',), setups=('retrieval',), n_nodes=(data.HOTPOT_PAR
               distribution='mixed', d_state=(16,), samples=dict.fromkeys(SAMPLES, 80_000),
               batch_size=dict.fromkeys(SAMPLES, 16), warmup=dict.fromkeys(LR, 0.025), evaluations=4,
               lr=LR | {'retrieval.transformer': 1e-3, 'retrieval.mamba': 4e-3, 'retrieval.hybrid': 3e-3})
-# (from a sweep of all four tasks; with a retriever, a learning rate has to do for all of them)
+# (from a sweep of all four tasks; with a retriever, one learning rate serves them all)
 PRIMITIVES = dict(tasks=('index', 'recall', 'cgram', 'counting'), setups=('direct', 'retrieval'),
                   n_nodes=(16,), samples=SAMPLES | {'direct': 256_000, 'retrieval': 8_000},
                   batch_size=dict.fromkeys(SAMPLES, 16), warmup=dict.fromkeys(LR, 0.25), evaluations=16,
@@ -229,9 +229,9 @@ def train(c, cell, held_out, device, path):
                                     f'samples, try a learning rate below {cell["lr"]}')
                 progress.set_postfix_str(f'loss {loss.item():.3f}')
             if evaluating and not last:
-                each = [evaluate(model, cell, n, tokens[:200], loss_mask[:200], c.eval_batch, device)[0]
-                        for n, tokens, loss_mask in tuning]
-                measured = min(each, key=lambda m: m['exact_trace'])        # solved: every n is
+                each = (evaluate(model, cell, n, tokens[:200], loss_mask[:200], c.eval_batch, device)[0]
+                        for n, tokens, loss_mask in tuning)
+                measured = min(each, key=lambda m: m['exact_trace'])        # of the n that it does worst
                 log.append(dict(samples=step * batch_size, loss=loss.item(),
                                 seconds=seconds + time.monotonic() - started,
                                 accuracy=measured['accuracy'], exact_trace=measured['exact_trace']))
