@@ -696,8 +696,8 @@ class Task(NamedTuple):
 
 def primitive(task, sequence, query, trace, chance, vocabularies=1, smallest=2, step=1):
     """The Task of a retrieval primitive. sequence: n -> its length; query: the length of a query;
-    trace: that of the longest trace. vocabularies: ranges of numbers used. smallest: the smallest n; step: 2 if
-    n must be even."""
+    trace: that of the longest trace. vocabularies: ranges of numbers used. smallest: the smallest n; step: 2
+    if n must be even."""
     def prompt_length(n):
         return 1 + sequence(n) + 1 + query
 

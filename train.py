@@ -65,8 +65,8 @@ WARMUP = {'direct.transformer': 0.05, 'direct.mamba': 0.05, 'direct.hybrid': 0.0
           'retrieval.transformer': 0.25, 'retrieval.mamba': 0.25, 'retrieval.hybrid': 0.25}
 
 # A run of a primitive mixes several n: from the start on (0), or the smallest at first, and larger ones join
-# over this share of the run; if it is negative, the largest at first, and smaller ones join. The order decides
-# whether the Transformer learns a task: recall from the smallest, c-grams from the largest.
+# over this share of the run; if it is negative, the largest at first, and smaller ones join. The order
+# decides whether the Transformer learns a task: recall from the smallest, c-grams from the largest.
 CURRICULUM = {'index': 0.0, 'recall': 0.5, 'cgram': -0.75, 'counting': -0.75}
 
 
