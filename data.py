@@ -361,7 +361,8 @@ def counting(rng, n, numbers):
     """Counting (paper, section 4): how often the query occurs in a sequence. n numbers, n even, form secret
     pairs: one occurs c times and the other 3-c, for a uniform c from 0 to MAX_COUNT=3, so that all counts are
     equally likely and the sequence has 3n/2 numbers. In retrieval the model asks for a first, second, ...
-    occurrence until there is none. n=4; the pairs are 4 (twice) and 2 (once), 5 (three times) and 9 (never):
+    occurrence until there is none. n begins at 4: with n=2, the answer 3 has only 64 prompts, and all of them
+    would be held out. n=4; the pairs are 4 (twice) and 2 (once), 5 (three times) and 9 (never):
 
         direct     inputs   [BOS] 4 5 2 5 4 5 ~ 9 0 4
                    targets                      0   2
@@ -721,7 +722,7 @@ TASKS = {
     'recall': primitive('recall', lambda n: 2 * n, query=1, trace=4, chance=lambda n: 1 / n, vocabularies=2),
     'cgram': primitive('cgram', lambda n: n + 2, query=2, trace=5, chance=lambda n: 2 / (n + 2), smallest=4),
     'counting': primitive('counting', lambda n: MAX_COUNT * n // 2, query=1, trace=6 * (MAX_COUNT + 1),
-                          chance=lambda n: 1 / (MAX_COUNT + 1), step=2),
+                          chance=lambda n: 1 / (MAX_COUNT + 1), smallest=4, step=2),
     # hotpot's chance: guess yes or no, or one of the towns of the paragraphs shown (3 under gold,
     # else 3 n / 2), mixed
     'hotpot': Task(generate_hotpot, lambda n: len(HOTPOT_WORDS), hotpot_prompt_length,

@@ -32,7 +32,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 from PIL import Image
 
 import data
-from train import RESULT, SAMPLE, UserError, cli, parse, rank, read_json
+from train import PRESETS, RESULT, SAMPLE, UserError, cli, parse, rank, read_json
 
 
 @dataclass
@@ -177,19 +177,27 @@ def accuracy(found):
 
 def sizes(found):
     """The paper's grid: accuracy on IsTree against n, a panel for each setup and architecture, a line for
-    each size."""
-    results = alike(found, task='istree')
-    names = [size for (size,), _ in groups(results, 'size')]
-    if len(names) < 2:
+    each size, dashed where the constants were swept. Runs that were given fewer samples than the paper's say
+    how many."""
+    results = [r | dict(constants=constants) for constants, clip in (("the paper's constants", 0), ('swept', 1))
+               for r in alike(found, ['samples'], task='istree', frozen_embedding=True, grad_clip=clip)]
+    if not results:
         return
+    names = [size for (size,), _ in groups(results, 'size')]
     figure, parts = panels(groups(results, 'setup', 'arch'), columns=3)
     for panel, _, rows in parts:
         chance(panel, rows)
-        for (size,), line in groups(rows, 'size'):
-            i = names.index(size)
-            curve(panel, line, 'n_nodes', label=size, color=plt.get_cmap('viridis')(0.9 * i / len(names)),
-                  marker='sD^o'[i % 4], markersize=9 / (1 + i / 2), linewidth=3.5 / (1 + i / 2))
-        log_axis(panel, rows, 'n_nodes', 'n, nodes of the graph')
+        for (size, constants), line in groups(rows, 'size', 'constants'):
+            style = dict(linestyle='--', fillstyle='none') if constants == 'swept' else {}
+            curve(panel, line, 'n_nodes', label=f'{size}, {constants}', **style,
+                  **shade(names.index(size), len(names)))
+            for r in line:
+                if r['samples'] < PRESETS['paper']['samples'][r['setup']]:
+                    panel.annotate(f'{r["samples"] / 1000:g}K', (r['n_nodes'], 100 * r['accuracy']), (2, 4),
+                                   textcoords='offset points', fontsize=7, color='grey')
+        log_axis(panel, results, 'n_nodes', 'n, nodes of the graph')
+        ends = [n for (n,), _ in groups(results, 'n_nodes')]
+        panel.set_xlim(0.9 * ends[0], 1.1 * ends[-1])
     yield 'sizes', finish(figure)
 
 

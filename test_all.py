@@ -549,7 +549,7 @@ def test_primitives_are_deterministic_and_refuse_what_they_do_not_have(task):
     generate = data.TASKS[task].generate
     one, two, other = (generate(64, 10, 'retrieval', (3, 1, seed)) for seed in (4, 4, 5))
     assert all((a == b).all() for a, b in zip(one, two)) and one[0].tolist() != other[0].tolist()
-    smallest = 4 if task == 'cgram' else 2
+    smallest = 4 if task in ('cgram', 'counting') else 2
     for arguments, word in (((8, 10, 'cot', 0), 'direct, retrieval'), ((8, 1, 'direct', 0), 'n_nodes=1'),
                             ((8, 514, 'direct', 0), '512'), ((0, 10, 'direct', 0), 'batch_size'),
                             ((8, 10, 'direct', 0, 'two_star'), 'uniform'),
@@ -560,6 +560,16 @@ def test_primitives_are_deterministic_and_refuse_what_they_do_not_have(task):
     small = generate(50, 64, 'direct', 0, n=4)[0]
     assert small.shape[1] == data.TASKS[task].max_length(4, 'direct')
     assert small.max() > data.NODE + dict(cgram=60).get(task, 100)          # the vocabulary is that of n=64
+
+
+@pytest.mark.parametrize('task', data.PRIMITIVES)
+def test_what_is_held_out_takes_no_answer_from_training(task):
+    for n in data.TASKS[task].lengths(16):
+        held_out = [data.validation_set(task, 1000, 16, 'direct', n=n, tuning=tuning) for tuning in (False, True)]
+        trained = data.Batches(task, 2000, 16, 'direct', 0, held_out=[tokens for tokens, _, _ in held_out])
+        share = [np.bincount(answers.ravel(), minlength=300) / answers.size
+                 for answers in (trained.samples(n, (0, 0))[2], held_out[0][2])]
+        assert abs(share[0] - share[1]).sum() / 2 < 0.2, n
 
 
 def test_counting_refuses_an_odd_n():
@@ -2775,14 +2785,19 @@ def test_figures_show_the_means_the_errors_between_seeds_and_what_is_missing(tmp
 
 
 def test_each_size_is_a_line_and_each_length_of_a_primitive_a_point(tmp_path):
+    paper = dict(frozen_embedding=True, grad_clip=0.0)
     for size, accuracy in (('0.5M', 0.6), ('1M', 0.7)):
-        written_results(tmp_path, size=size, frozen_embedding=size == '1M', accuracy=accuracy)
+        written_results(tmp_path, size=size, **paper, samples=1_000_000, accuracy=accuracy)
+    written_results(tmp_path, size='1M', **paper | dict(grad_clip=1.0), samples=300_000, accuracy=0.8)
+    written_results(tmp_path, accuracy=0.9)                                         # the default, tiny
     lengths = [dict(n=n, accuracy=a, accuracy_se=0.01, chance=1 / n, best_guess=2 / n)
                for n, a in ((4, 1), (16, 0.5))]
     written_results(tmp_path, task='recall', setup='direct', accuracy=0.6, by_length=lengths)
     found = plot.load(tmp_path)
     (_, figure), = plot.sizes(found)
-    assert lines_of(figure.axes[0]) == {'0.5M': [(8, 60, 5)], '1M': [(8, 70, 5)]}
+    assert lines_of(figure.axes[0]) == {"0.5M, the paper's constants": [(8, 60, 5)],
+                                        "1M, the paper's constants": [(8, 70, 5)], '1M, swept': [(8, 80, 5)]}
+    assert [text.get_text() for text in figure.axes[0].texts] == ['300K']
     (_, figure), = plot.primitives(found)
     assert lines_of(figure.axes[0]) == {'RNN (Mamba)': [(4, 100, 1), (16, 50, 1)]}
     lines = {line.get_label(): [*line.get_ydata()] for line in figure.axes[0].lines}
