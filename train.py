@@ -55,11 +55,11 @@ import models
 # LR and WARMUP come from `python train.py --sweep`, see results/README.md. Every architecture gets the same
 # number of samples, in batches of the same size. Samples of `retrieval` are eight times as long as those of
 # `cot`, hence the smaller batches.
-SAMPLES = {'direct': 40_000, 'cot': 200_000, 'retrieval': 12_000}
-BATCH_SIZE = {'direct': 32, 'cot': 16, 'retrieval': 4}
+SAMPLES = {'direct': 40_000, 'cot': 200_000, 'retrieval': 24_000}
+BATCH_SIZE = {'direct': 32, 'cot': 16, 'retrieval': 8}
 LR = {'direct.transformer': 1e-3, 'direct.mamba': 1e-3, 'direct.hybrid': 1e-3,
       'cot.transformer': 4e-3, 'cot.mamba': 8e-3, 'cot.hybrid': 8e-3,
-      'retrieval.transformer': 2e-3, 'retrieval.mamba': 1.6e-2, 'retrieval.hybrid': 8e-3}
+      'retrieval.transformer': 2e-3, 'retrieval.mamba': 1.6e-2, 'retrieval.hybrid': 1.6e-2}
 WARMUP = {'direct.transformer': 0.25, 'direct.mamba': 0.05, 'direct.hybrid': 0.05,
           'cot.transformer': 0.05, 'cot.mamba': 0.25, 'cot.hybrid': 0.25,
           'retrieval.transformer': 0.25, 'retrieval.mamba': 0.25, 'retrieval.hybrid': 0.05}
