@@ -179,7 +179,8 @@ def sizes(found):
     """The paper's grid: accuracy on IsTree against n, a panel for each setup and architecture, a line for
     each size, dashed where the constants were swept. Runs that were given fewer samples than the paper's say
     how many."""
-    results = [r | dict(constants=constants) for constants, clip in (("the paper's constants", 0), ('swept', 1))
+    results = [r | dict(constants=constants)                    # gradient clipping tells them apart
+               for constants, clip in (("the paper's constants", 0), ('swept', 1))
                for r in alike(found, ['samples'], task='istree', frozen_embedding=True, grad_clip=clip)]
     if not results:
         return

@@ -565,7 +565,8 @@ def test_primitives_are_deterministic_and_refuse_what_they_do_not_have(task):
 @pytest.mark.parametrize('task', data.PRIMITIVES)
 def test_what_is_held_out_takes_no_answer_from_training(task):
     for n in data.TASKS[task].lengths(16):
-        held_out = [data.validation_set(task, 1000, 16, 'direct', n=n, tuning=tuning) for tuning in (False, True)]
+        held_out = [data.validation_set(task, 1000, 16, 'direct', n=n, tuning=tuning)
+                    for tuning in (False, True)]
         trained = data.Batches(task, 2000, 16, 'direct', 0, held_out=[tokens for tokens, _, _ in held_out])
         share = [np.bincount(answers.ravel(), minlength=300) / answers.size
                  for answers in (trained.samples(n, (0, 0))[2], held_out[0][2])]
