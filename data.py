@@ -175,6 +175,11 @@ def retrieval_trace(neighbours):
 
 # --- samples ----------------------------------------------------------------------------------------
 
+def istree_lengths(n_nodes):
+    """The n of a run that mixes several: half as many nodes (but 6, smaller graphs are too few), and all."""
+    return tuple(sorted({max(n_nodes // 2, min(6, n_nodes)), n_nodes}))
+
+
 def istree_prompt_length(n_nodes):
     """Tokens of the prompt, [BOS] and [EOS] included."""
     return 3 * (n_nodes - 1) + 2
@@ -213,18 +218,18 @@ def sample(edges, is_tree, setup):
 def generate_istree(batch_size, n_nodes, setup, seed, distribution='two_star', n=None):
     """A batch of IsTree samples, drawn as in the header of this file. Deterministic in its arguments.
 
-    seed: an int, or a tuple or string. n: the size of these samples, for this task always n_nodes (see Task).
+    seed: an int, or a tuple or string. n: nodes of these graphs, by default n_nodes (see Task).
     Returns tokens (B, L) int64, right-padded with [PAD] to the longest sample of the batch; loss_mask (B, L)
     bool, True where a token is to be predicted: after the prompt, except padding and what the retriever
     writes (paper, section 6); is_tree (B,) bool. Raises ValueError if arguments are unknown or impossible."""
-    batch_size, n_nodes, _ = check('istree', batch_size, n_nodes, n, setup, distribution)
+    batch_size, n_nodes, n = check('istree', batch_size, n_nodes, n, setup, distribution)
     rng, samples, labels = generator(seed), [], []
     for _ in range(batch_size):
-        edges, is_tree = DISTRIBUTIONS[distribution](rng, n_nodes)
+        edges, is_tree = DISTRIBUTIONS[distribution](rng, n)
         rng.shuffle(edges)
         samples.append(sample(edges, is_tree, setup))
         labels.append(is_tree)
-    return *assemble(samples, istree_prompt_length(n_nodes)), np.array(labels)
+    return *assemble(samples, istree_prompt_length(n)), np.array(labels)
 
 
 KINDS = ('next neighbour', 'return to the parent', 'query', 'record', 'answer')
@@ -442,20 +447,20 @@ def best_guess(task, n_nodes, n, setup='direct', samples=1000):
 class Batches:
     """The training stream, for torch's DataLoader: batches[i] is batch number i, tokens (batch_size, L) and
     loss_mask (batch_size, L), made when asked for and always the same, whichever process makes it. The n of
-    its samples is one of the task's lengths, each in turn. With `joining`, a number of batches, it is the
-    smallest at first, and the larger ones join one by one until then; if negative, the other way round.
+    its samples is n_nodes or, if `joining` is a number of batches, one of the task's lengths, each in turn:
+    the smallest at first, and the larger ones join one by one until then; if negative, the other way round.
 
     held_out: a list of validation tokens (N, L). A training sample with one of their prompts is replaced by
     another one of its batch. Raises ValueError if everything is held out."""
 
-    def __init__(self, task, batch_size, n_nodes, setup, seed, distribution=None, held_out=(), joining=0):
+    def __init__(self, task, batch_size, n_nodes, setup, seed, distribution=None, held_out=(), joining=None):
         self.task, self.batch_size, self.n_nodes = task, batch_size, n_nodes
-        self.setup, self.seed, self.joining = setup, seed, joining
+        self.setup, self.seed, self.joining = setup, seed, joining or 0
         self.distribution = distribution or TASKS[task].distributions[0]
-        self.lengths = TASKS[task].lengths(n_nodes)
+        self.lengths = (n_nodes,) if joining is None else TASKS[task].lengths(n_nodes)
         # (cut to the prompt of every n: a row is then in it with its own, and the others do no harm)
         self.held_out = {row[:TASKS[task].prompt_length(n)].tobytes()
-                         for tokens in held_out for row in tokens for n in self.lengths}
+                         for tokens in held_out for row in tokens for n in TASKS[task].lengths(n_nodes)}
 
     def __getitem__(self, i):
         lengths = sorted(self.lengths, reverse=self.joining < 0)
@@ -689,7 +694,7 @@ class Task(NamedTuple):
     chance: Callable        # n -> accuracy of a random one of the possible answers
     sizes: range            # the possible n_nodes
     retrieve: Callable = retrieve                       # text that ends in a query -> token ids, well-formed?
-    lengths: Callable = lambda n_nodes: (n_nodes,)      # n_nodes -> the n that a training run mixes
+    lengths: Callable = lambda n_nodes: (n_nodes,)      # n_nodes -> the n of a run that mixes several
     distributions: tuple = tuple(DISTRIBUTIONS)
     setups: tuple = SETUPS
     words: tuple = WORDS    # token id -> word
@@ -717,7 +722,7 @@ def primitive(task, sequence, query, trace, chance, vocabularies=1, smallest=2, 
 
 TASKS = {
     'istree': Task(generate_istree, lambda n: NODE + n, istree_prompt_length, istree_max_length,
-                   lambda n: 1 / 2, range(4, MAX_NODES + 1)),
+                   lambda n: 1 / 2, range(4, MAX_NODES + 1), lengths=istree_lengths),
     'index': primitive('index', lambda n: n, query=1, trace=5, chance=lambda n: 1 / n),
     'recall': primitive('recall', lambda n: 2 * n, query=1, trace=4, chance=lambda n: 1 / n, vocabularies=2),
     'cgram': primitive('cgram', lambda n: n + 2, query=2, trace=5, chance=lambda n: 2 / (n + 2), smallest=4),

@@ -205,7 +205,7 @@ def sizes(found):
 def primitives(found):
     """The bottleneck in its purest form (paper, section 4): accuracy of the retrieval primitives against the
     length of the context, a panel for each setup and task. One run has learned all lengths of a line."""
-    several = [r for r in found['results'] if len(r['by_length']) > 1]
+    several = [r for r in found['results'] if r['task'] in data.PRIMITIVES]
     for (size, n), results in groups(several, 'size', 'n_nodes'):
         results = lengths(alike(dict(results=results)))
         if not results:                                         # (sweeps, other layers)
