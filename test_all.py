@@ -310,7 +310,7 @@ def test_a_task_of_which_everything_is_held_out_is_refused():
 
 def test_training_stream_is_the_same_whoever_makes_its_batches_and_from_wherever_it_starts():
     task, batch_size, n = 'recall', 16, 6
-    stream = data.Batches(task, batch_size, n, 'direct', 9)
+    stream = data.Batches(task, batch_size, n, 'direct', 9, joining=0)
     whole = [stream[i] for i in range(12)]
     lengths = data.TASKS[task].lengths(n)
     for i, (tokens, loss_mask) in enumerate(whole):
@@ -319,8 +319,9 @@ def test_training_stream_is_the_same_whoever_makes_its_batches_and_from_wherever
         assert np.array_equal(tokens, alone[0]) and np.array_equal(loss_mask, alone[1])
         assert tokens.shape[1] == data.TASKS[task].max_length(here, 'direct')
     for first, workers in ((0, 2), (5, 0), (7, 1)):
-        resumed = torch.utils.data.DataLoader(data.Batches(task, batch_size, n, 'direct', 9), batch_size=None,
-                                              sampler=range(first, 12), num_workers=workers)
+        again = data.Batches(task, batch_size, n, 'direct', 9, joining=0)
+        resumed = torch.utils.data.DataLoader(again, batch_size=None, sampler=range(first, 12),
+                                              num_workers=workers)
         for (tokens, loss_mask), (expected, expected_mask) in zip(resumed, whole[first:], strict=True):
             assert np.array_equal(tokens, expected) and np.array_equal(loss_mask, expected_mask)
 
@@ -329,9 +330,25 @@ def test_with_a_curriculum_other_n_join_the_training_stream_one_by_one():
     n_of = {data.TASKS['recall'].max_length(n, 'direct'): n for n in (2, 4, 8)}
     growing = data.Batches('recall', 2, 8, 'direct', 9, joining=9)
     assert [n_of[growing[i][0].shape[1]] for i in range(14)] == [2, 2, 2, 4, 2, 4, 2, 4, 8, 2, 4, 8, 2, 4]
-    assert np.array_equal(growing[9][0], data.Batches('recall', 2, 8, 'direct', 9)[9][0])   # as without one
+    assert np.array_equal(growing[9][0], data.Batches('recall', 2, 8, 'direct', 9, joining=0)[9][0])
     falling = data.Batches('recall', 2, 8, 'direct', 9, joining=-9)
     assert [n_of[falling[i][0].shape[1]] for i in range(14)] == [8, 8, 8, 4, 8, 4, 8, 4, 2, 8, 4, 2, 8, 4]
+    alone = data.Batches('recall', 2, 8, 'direct', 9)
+    assert {n_of[alone[i][0].shape[1]] for i in range(14)} == {8}
+
+
+def test_istree_with_a_retriever_begins_with_half_as_many_nodes_none_of_them_held_out():
+    retrieval, cot = train.cells(train.parse(['--archs=mamba', '--setups=retrieval,cot', '--n_nodes=12']))
+    assert [n for n, _, _ in train.held_out_samples(retrieval)] == [6, 12] and 'curriculum' not in cot
+    assert [n for n, _, _ in train.held_out_samples(cot)] == [12]
+    held_out = {n: data.generate_istree(400, 12, 'retrieval', (5, batch, 0), n=n)[0]
+                for batch, n in ((0, 6), (3, 12))}      # which the stream would have for its batches 0 and 3
+    stream = data.Batches('istree', 400, 12, 'retrieval', 5, held_out=[*held_out.values()], joining=3)
+    for i, n in enumerate((6, 6, 6, 12, 6)):
+        tokens, loss_mask = stream[i]
+        edges = (tokens[0] == data.EDGE)[:tokens[0].tolist().index(data.EOS)].sum()
+        assert edges == n - 1 and tokens.max() == data.NODE + n - 1
+        assert not prompts('istree', n, tokens) & prompts('istree', n, held_out[n])
 
 
 def test_a_random_graph_is_as_likely_as_its_definition_makes_it():
@@ -581,7 +598,8 @@ def test_counting_refuses_an_odd_n():
 def test_a_run_mixes_doubling_n_up_to_its_own():
     lengths = {n: data.TASKS['recall'].lengths(n) for n in (2, 8, 12)}
     assert lengths == {2: (2,), 8: (2, 4, 8), 12: (2, 4, 8, 12)}
-    assert data.TASKS['istree'].lengths(12) == (12,) and data.TASKS['hotpot'].lengths(10) == (10,)
+    assert [data.TASKS['istree'].lengths(n) for n in (5, 8, 14)] == [(5,), (6, 8), (7, 14)]
+    assert data.TASKS['hotpot'].lengths(10) == (10,)
 
 
 # --- scan_cuda/ --------------------------------------------------------------------------------------
