@@ -1638,6 +1638,7 @@ def test_help_lists_every_constant_with_its_comment():
 def test_the_papers_preset_is_the_papers_grid():
     grid = train.cells(train.parse(['--preset=paper']))
     assert len(grid) == 81 and {cell['n_nodes'] for cell in grid} == {16, 32, 64}
+    assert not any('curriculum' in cell for cell in grid)                   # each n is trained on alone
     rates = {('transformer', 1e-3), ('mamba', 3e-4), ('hybrid', 3e-4)}
     assert {(cell['arch'], cell['lr']) for cell in grid} == rates
     cell = grid[0]
