@@ -377,7 +377,7 @@ def test_a_random_graph_is_as_likely_as_its_definition_makes_it():
 @pytest.mark.parametrize('arguments, word', [
     ((8, 3, 'cot', 0), 'n_nodes'), ((8, 8, 'chain', 0), 'direct, cot, retrieval'),
     ((0, 8, 'cot', 0), 'batch_size'), ((8, 8, 'cot', 0, 'star'), 'two_star'),
-    ((8, 8.5, 'cot', 0), 'n_nodes'), ((8, 8, 'cot', 0, 'random', 6), 'n=6')])
+    ((8, 8.5, 'cot', 0), 'n_nodes'), ((8, 8, 'cot', 0, 'random', 5), 'n=5')])
 def test_impossible_arguments_are_named(arguments, word):
     with pytest.raises(ValueError, match=word):
         data.generate_istree(*arguments)
