@@ -435,6 +435,12 @@ def unstack(state, i):
             for carried in state]
 
 
+def select(state, rows):
+    """The state of some sequences of a batch. rows: their numbers (N,)."""
+    of = lambda kept: kept[rows] if torch.is_tensor(kept) else KVCache(kept.buffer[:, rows, :, :kept.seen])
+    return [{name: of(kept) for name, kept in carried.items()} for carried in state]
+
+
 def sinusoids(n, d):
     """(n, d) with E[j,2i] = sin(j / 10000^(2i/d)), E[j,2i+1] = cos(j / 10000^(2i/d))."""
     angles = torch.arange(n)[:, None] / 10000 ** (torch.arange(0, d, 2) / d)

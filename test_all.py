@@ -1654,10 +1654,11 @@ class Recites:
     def __init__(self, tokens, spoil=None):
         self.tokens, self.spoil = tokens, spoil
 
-    def logits(self, t):
-        logits = torch.zeros(len(self.tokens), data.NODE + 16)
-        wanted = self.tokens[:, min(t, self.tokens.shape[1] - 1)].copy()
-        wanted[self.tokens[:, t - 1] == data.END] = data.PAD
+    def logits(self, t, rows=slice(None)):
+        tokens = self.tokens[rows]
+        logits = torch.zeros(len(tokens), data.NODE + 16)
+        wanted = tokens[:, min(t, tokens.shape[1] - 1)].copy()
+        wanted[tokens[:, t - 1] == data.END] = data.PAD
         if self.spoil:
             wanted[wanted == self.spoil[0]] = self.spoil[1]
         logits[range(len(wanted)), wanted] = 1
@@ -1672,11 +1673,12 @@ class Recites:
         return torch.stack([self.logits(t) for t in range(1, tokens.shape[1] + 1)], 1)
 
     def prefill(self, prompts):
-        return self.logits(prompts.shape[1]), SimpleNamespace(t=prompts.shape[1])
+        self.t = prompts.shape[1]
+        return self.logits(self.t), [dict(rows=torch.arange(len(prompts)))]
 
     def step(self, token, state):
-        state.t += 1
-        return self.logits(state.t)
+        self.t += 1
+        return self.logits(self.t, state[0]['rows'])
 
 
 @pytest.mark.parametrize('setup', data.SETUPS)
@@ -1700,6 +1702,36 @@ def test_evaluation_gives_a_perfect_model_everything_and_a_spoiled_one_nothing(s
             assert spoiled['accuracy'] == spoiled['exact_trace'] == 0
         elif setup == 'retrieval':
             assert spoiled['well_formed_queries'] == 0 and spoiled['exact_trace'] == 0
+
+
+def test_generation_leaves_out_only_samples_that_have_ended():
+    tokens, loss_mask, _ = data.validation_set('istree', 60, 16, 'cot')
+    read, step = [], Recites.step
+
+    class Counts(Recites):
+        def step(self, token, state):
+            assert (token.numpy() == self.tokens[state[0]['rows'], self.t]).all()
+            read.append(len(token))
+            return step(self, token, state)
+
+    cell, cpu = dict(task='istree', setup='cot'), torch.device('cpu')
+    train.evaluate(Counts(tokens), cell, 16, tokens, loss_mask, 60, cpu)
+    lengths = (tokens != data.PAD).sum(1)
+    start = data.istree_prompt_length(16)
+    for t, batch in enumerate(read, start):             # those that have more tokens to come are read
+        assert (lengths > t + 1).sum() <= batch <= max(60 * (t == start), (lengths > t + 1).sum() / 0.8)
+
+
+@pytest.mark.parametrize('layers', ['GDAM', 'MA'])
+def test_selected_sequences_go_on_as_in_their_batch(layers):
+    torch.manual_seed(0)
+    model = models.Model(models.Config(20, layers, 16, 32, 2, d_state=4))
+    prompts, token, rows = torch.randint(20, (5, 7)), torch.randint(20, (5,)), np.array([3, 1])
+    state = model.prefill(prompts)[1]
+    some = models.select(state, rows)
+    for _ in range(3):                                  # (more than the room that is left in a cache)
+        together, alone = model.step(token, state), model.step(token[rows], some)
+        torch.testing.assert_close(alone, together[rows])
 
 
 class Remembers:

@@ -55,7 +55,7 @@ import models
 # LR and WARMUP come from `python train.py --sweep`, see results/README.md. Every architecture gets the same
 # number of samples, in batches of the same size. Samples of `retrieval` are eight times as long as those of
 # `cot`, hence the smaller batches.
-SAMPLES = {'direct': 20_000, 'cot': 200_000, 'retrieval': 24_000}
+SAMPLES = {'direct': 10_000, 'cot': 200_000, 'retrieval': 24_000}
 BATCH_SIZE = {'direct': 32, 'cot': 16, 'retrieval': 8}
 LR = {'direct.transformer': 1e-3, 'direct.mamba': 1e-3, 'direct.hybrid': 1e-3,
       'cot.transformer': 4e-3, 'cot.mamba': 8e-3, 'cot.hybrid': 8e-3,
@@ -264,11 +264,11 @@ def generate(model, task, n, setup, prompts, device):
     retrieved = np.zeros(tokens.shape, bool)
     texts = [data.decode(prompt, task.words) for prompt in prompts]     # what the retriever searches
     answers = [[] for _ in prompts]                                     # tokens that it has still to write
-    alive = range(len(prompts))
+    alive = batch = range(len(prompts))                                 # batch: those that the model reads
     queries = well_formed = 0
     logits, state = model.prefill(torch.from_numpy(prompts).to(device))
     for t in range(start, longest):
-        predicted = logits.argmax(-1).tolist()
+        predicted = dict(zip(batch, logits.argmax(-1).tolist()))
         for b in alive:
             token = predicted[b]
             if setup == 'retrieval':
@@ -282,7 +282,9 @@ def generate(model, task, n, setup, prompts, device):
         alive = [b for b in alive if t == start or tokens[b, t - 1] != data.EOS]    # an answer follows [EOS]
         if t + 1 == longest or not alive:
             break
-        logits = model.step(torch.from_numpy(tokens[:, t]).to(device), state)
+        if len(alive) < 0.8 * len(batch):                               # leave out those that have ended
+            state, batch = models.select(state, np.flatnonzero(np.isin(batch, alive))), alive
+        logits = model.step(torch.from_numpy(tokens[batch, t]).to(device), state)
     return tokens, retrieved, queries, well_formed
 
 
@@ -801,9 +803,8 @@ def main(argv):
     c = parse(argv)
     device = pick_device(c.device)
     grid = cells(c)
-    # of equally many tokens, attention takes longer
-    cost = lambda cell: (cell['samples'] * data.TASKS[cell['task']].max_length(cell['n_nodes'], cell['setup']),
-                         cell['arch'] != 'mamba')
+    length = lambda cell: data.TASKS[cell['task']].max_length(cell['n_nodes'], cell['setup'])
+    cost = lambda cell: (cell['samples'] * length(cell), cell['arch'] != 'mamba')   # attention takes longer
     # (of a sweep, more follow)
     left = sum(not (folder(c, cell) / 'result.json').exists() for cell in grid) if not c.sweep else 1024
     processes = min(c.processes or (os.cpu_count() if device.type == 'cpu' else 1), left)
