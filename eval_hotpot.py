@@ -745,7 +745,7 @@ def trained(out, device):
         found.append((place, name, model))
     if not found:
         raise UserError(f'no model trained on the small world under {out}/: first run  python train.py '
-                      '--tasks=hotpot  (about 5 minutes a model), or name pretrained ones, see --help')
+                      '--tasks=hotpot  (about 8 minutes a model), or name pretrained ones, see --help')
     return [LanguageModel(name, model.to(device).eval(), Words())
             for _, name, model in sorted(found, key=lambda f: f[:2])]
 
