@@ -2743,8 +2743,8 @@ def test_train_py_writes_what_a_search_finds_whole():
     tokens, loss_mask, _ = data.validation_set('hotpot', 60, 10, 'retrieval', 'mixed')
 
     class RecitesWords(Recites):                                    # ... but never what the retriever writes
-        def logits(self, t):
-            wanted = np.where(loss_mask, self.tokens, data.PAD)[:, min(t, self.tokens.shape[1] - 1)]
+        def logits(self, t, rows=slice(None)):
+            wanted = np.where(loss_mask, self.tokens, data.PAD)[rows, min(t, self.tokens.shape[1] - 1)]
             return torch.nn.functional.one_hot(torch.from_numpy(wanted), len(data.HOTPOT_WORDS)).float()
 
     cell = dict(task='hotpot', n_nodes=10, setup='retrieval')
