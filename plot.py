@@ -496,7 +496,8 @@ def hotpot(found):
     if not models:
         return
     figure, axes = plt.subplots(figsize=(1.5 + 1.6 * len(models), 2.9))
-    conditions = dict.fromkeys(r['condition'] for _, rows in found['hotpot'] for r in rows)
+    conditions = {r['condition'] for _, rows in found['hotpot'] for r in rows}
+    conditions = sorted(conditions, key='gold full retrieval'.find)
     looks = zip(conditions, (GREY, '#E69F00', '#56B4E9'), ('', '///', '...'))
     for i, (condition, colour, hatch) in enumerate(looks):
         scores = []
