@@ -1729,7 +1729,7 @@ def test_selected_sequences_go_on_as_in_their_batch(layers):
     prompts, token, rows = torch.randint(20, (5, 7)), torch.randint(20, (5,)), np.array([3, 1])
     state = model.prefill(prompts)[1]
     some = models.select(state, rows)
-    for _ in range(3):                                  # (more than the room that is left in a cache)
+    for _ in range(3):                                  # (the selected cache has no room left, and grows)
         together, alone = model.step(token, state), model.step(token[rows], some)
         torch.testing.assert_close(alone, together[rows])
 

@@ -116,6 +116,7 @@ PAPER = dict(sizes=('0.5M', '1M', '2M'), n_nodes=(16, 32, 64), n_val=5000, d_sta
              lr={name: 1e-3 if name.endswith('transformer') else 3e-4 for name in LR},
              warmup=dict.fromkeys(LR, 0.01), grad_clip=0.0, evaluations=10, solved=0.0,
              curriculum={name: share for name, share in CURRICULUM.items() if name != 'istree.retrieval'})
+# (from a sweep, too)
 HOTPOT = dict(tasks=('hotpot',), setups=('retrieval',), n_nodes=(data.HOTPOT_PARAGRAPHS,), n_val=1500,
               distribution='mixed', d_state=(16,), samples=dict.fromkeys(SAMPLES, 160_000),
               batch_size=dict.fromkeys(SAMPLES, 16), warmup=dict.fromkeys(LR, 0.25), evaluations=4,
