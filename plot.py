@@ -279,7 +279,7 @@ KINDS = {'M': 'RNN (Mamba)', 'D': 'RNN (DeltaNet)', 'G': 'RNN (GRU)'}
 
 def recalls(found):
     """Associative recall: (name, [(floats carried, results of all seeds), ...]) for each kind of recurrent
-    model that was run with several sizes of memory, and the other results."""
+    model that was run with several sizes of memory, and the others with an architecture's own layers."""
     results = [r for r in where(found['results'], task='recall') if not r.get('tuning')]
     results = where(results, n_nodes=max([r['n_nodes'] for r in results], default=0))
     for r in results:
@@ -290,7 +290,7 @@ def recalls(found):
     kinds = [(kind, [(floats, rows) for (floats,), rows in groups(same, 'floats')])
              for (kind,), same in groups([r for r in results if r['kind']], 'kind')]
     several = [(kind, rows) for kind, rows in kinds if len(rows) > 1]
-    return several, [r for r in results if r['kind'] not in dict(several)]
+    return several, [r for r in results if r['kind'] not in dict(several) and not r.get('layers')]
 
 
 def lengths(results):

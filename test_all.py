@@ -2887,14 +2887,15 @@ def test_the_capacity_of_a_memory_is_drawn_from_the_runs_of_each_size(tmp_path):
             accuracies = [1 if 2 ** k <= largest else 0.9 for k in range(1, 6)]
             written_results(tmp_path, **common, d_state=floats, seed=seed, memory=dict(state=floats),
                             by_length=lengths(*accuracies), messages=game)
-    written_results(tmp_path, **common | dict(layers=''), arch='transformer',
-                    by_length=lengths(1, 1, 1, 1, 1))
+    for layers, right in (('', 1), ('GA', 0)):              # an experiment with other layers stays out
+        written_results(tmp_path, **common | dict(layers=layers), arch='transformer',
+                        by_length=lengths(*5 * [right]))
     found = plot.load(tmp_path)
     figures = dict([*plot.capacity(found), *plot.bits(found)])
     assert [*figures] == ['capacity', 'capacity-law', 'bits-deltanet']
     panel, other = figures['capacity'].axes
     assert lines_of(panel)['400 floats'] == [(2, 100, 0), (4, 100, 0), (8, 100, 0), (16, 100, 0), (32, 90, 0)]
-    assert [*lines_of(other)] == ['Transformer']
+    assert lines_of(other) == {'Transformer': [(2 ** k, 100, 1) for k in range(1, 6)]}
     law, = figures['capacity-law'].axes
     assert law.get_legend_handles_labels()[1] == ['RNN (DeltaNet), slope 1.00']
     middle = 2 ** 0.5               # half of the way from 100 to 90%, over log n
