@@ -32,6 +32,7 @@ invented world.
 
 Try it:  python data.py          prints a sample of each task in each of its setups
 """
+import math
 import random
 import re
 from collections import Counter
@@ -449,23 +450,33 @@ class Batches:
     loss_mask (batch_size, L), made when asked for and always the same, whichever process makes it. The n of
     its samples is n_nodes or, if `joining` is a number of batches, one of the task's lengths, each in turn:
     the smallest at first, and the larger ones join one by one until then; if negative, the other way round.
+    mix: a tuple of n in place of the task's lengths. largest: once all have joined, the share of the batches
+    that the largest n gets (0: each n in turn), spread evenly; the others share the rest in turn.
 
     held_out: a list of validation tokens (N, L). A training sample with one of their prompts is replaced by
     another one of its batch. Raises ValueError if everything is held out."""
 
-    def __init__(self, task, batch_size, n_nodes, setup, seed, distribution=None, held_out=(), joining=None):
+    def __init__(self, task, batch_size, n_nodes, setup, seed, distribution=None, held_out=(), joining=None,
+                 mix=(), largest=0.0):
         self.task, self.batch_size, self.n_nodes = task, batch_size, n_nodes
         self.setup, self.seed, self.joining = setup, seed, joining or 0
         self.distribution = distribution or TASKS[task].distributions[0]
-        self.lengths = (n_nodes,) if joining is None else TASKS[task].lengths(n_nodes)
+        self.lengths = (n_nodes,) if joining is None else tuple(mix) or TASKS[task].lengths(n_nodes)
+        self.largest = largest
         # (cut to the prompt of every n: a row is then in it with its own, and the others do no harm)
         self.held_out = {row[:TASKS[task].prompt_length(n)].tobytes()
-                         for tokens in held_out for row in tokens for n in TASKS[task].lengths(n_nodes)}
+                         for tokens in held_out for row in tokens
+                         for n in {*TASKS[task].lengths(n_nodes), *self.lengths}}
 
     def __getitem__(self, i):
         lengths = sorted(self.lengths, reverse=self.joining < 0)
         if i < abs(self.joining):
             lengths = lengths[:1 + i * len(lengths) // abs(self.joining)]
+        elif self.largest and len(lengths) > 1:
+            *others, largest = sorted(lengths)
+            done = math.ceil(i * self.largest)          # batches of the largest before this one
+            n = largest if i * self.largest % 1 < self.largest else others[(i - done) % len(others)]
+            lengths = [n]
         tokens, loss_mask, _ = self.samples(lengths[i % len(lengths)], (self.seed, i))
         length = np.flatnonzero(loss_mask.any(0))[-1] + 1
         return tokens[:, :length], loss_mask[:, :length]
@@ -754,7 +765,7 @@ def check(task, batch_size, n_nodes, n, setup, distribution):
             raise ValueError(f'unknown {name} {value!r:.40}: choose one of {", ".join(known)}')
     batch_size = whole('batch_size', batch_size, range(1, 10**9))
     n_nodes = whole('n_nodes', n_nodes, made.sizes)
-    sizes = range(made.lengths(n_nodes)[0], n_nodes + 1, made.sizes.step)
+    sizes = range(made.sizes[0], n_nodes + 1, made.sizes.step)
     return batch_size, n_nodes, n_nodes if n is None else whole('n', n, sizes)
 
 

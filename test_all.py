@@ -337,6 +337,14 @@ def test_with_a_curriculum_other_n_join_the_training_stream_one_by_one():
     assert {n_of[alone[i][0].shape[1]] for i in range(14)} == {8}
 
 
+def test_a_run_may_mix_any_n_and_give_the_largest_every_second_batch():
+    batches = data.Batches('istree', 4, 16, 'cot', seed=0, joining=40, mix=(6, 8, 11, 16), largest=0.5)
+    n = [(row.tolist().index(data.EOS) - 1) // 3 + 1 for row in (batches[i][0][0] for i in range(60))]
+    assert set(n[:10]) == {6} and set(n[10:20]) == {6, 8} and set(n[30:40]) == {6, 8, 11, 16}
+    assert n[40::2] == [16] * 10
+    assert sorted({*n[41::2]}) == [6, 8, 11]
+
+
 def test_istree_with_a_retriever_begins_with_half_as_many_nodes_none_of_them_held_out():
     retrieval, cot = train.cells(train.parse(['--archs=mamba', '--setups=retrieval,cot', '--n_nodes=12']))
     assert [n for n, _, _ in train.held_out_samples(retrieval)] == [6, 12] and 'curriculum' not in cot
@@ -377,7 +385,7 @@ def test_a_random_graph_is_as_likely_as_its_definition_makes_it():
 @pytest.mark.parametrize('arguments, word', [
     ((8, 3, 'cot', 0), 'n_nodes'), ((8, 8, 'chain', 0), 'direct, cot, retrieval'),
     ((0, 8, 'cot', 0), 'batch_size'), ((8, 8, 'cot', 0, 'star'), 'two_star'),
-    ((8, 8.5, 'cot', 0), 'n_nodes'), ((8, 8, 'cot', 0, 'random', 5), 'n=5')])
+    ((8, 8.5, 'cot', 0), 'n_nodes'), ((8, 8, 'cot', 0, 'random', 3), 'n=3')])
 def test_impossible_arguments_are_named(arguments, word):
     with pytest.raises(ValueError, match=word):
         data.generate_istree(*arguments)

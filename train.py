@@ -93,6 +93,8 @@ class Constants:
     lr: dict = field(default_factory=LR.copy)                   # peak learning rate
     warmup: dict = field(default_factory=WARMUP.copy)           # share of the run during which it rises
     curriculum: dict = field(default_factory=CURRICULUM.copy)   # share of the run over which other n join
+    mix: str = ''                           # the n of a run that mixes several, such as 6+8+11+16
+    mix_largest: float = 0.0                # share of batches of the largest n once all have joined
     grad_clip: float = 1.0                  # largest norm of the gradient; 0 means no limit (the paper)
     dtype: str = 'float32'                  # float32, or bfloat16 through autocast
     evaluations: int = 8                    # evaluations during a run, each on 200 held-out samples
@@ -198,7 +200,8 @@ def train(c, cell, held_out, device, path):
     eval_steps = max(1, steps // cell['evaluations'])
     batches = data.Batches(cell['task'], batch_size, cell['n_nodes'], cell['setup'], cell['seed'],
                            cell['distribution'], [tokens for _, tokens, _ in held_out + tuning],
-                           int(cell['curriculum'] * steps) if 'curriculum' in cell else None)
+                           int(cell['curriculum'] * steps) if 'curriculum' in cell else None,
+                           mixed(cell), cell.get('mix_largest', 0.0))
     loader = DataLoader(batches, batch_size=None, sampler=range(step, steps), num_workers=c.workers,
                         pin_memory=device.type == 'cuda')
     started = saved = time.monotonic()
@@ -295,8 +298,14 @@ def held_out_samples(cell):
     (n, tokens (N, L), loss_mask (N, L)), one for each n that its training mixes, the largest last."""
     draw = lambda n: data.validation_set(cell['task'], cell['n_val'], cell['n_nodes'], cell['setup'],
                                          cell['distribution'], n, cell['tuning'])
-    mixed = data.TASKS[cell['task']].lengths(cell['n_nodes'])
-    return [(n, *draw(n)[:2]) for n in (mixed if 'curriculum' in cell else (cell['n_nodes'],))]
+    return [(n, *draw(n)[:2]) for n in mixed(cell)]
+
+
+def mixed(cell):
+    """The n that the training of a cell mixes, ascending."""
+    if 'mix' in cell:
+        return tuple(map(int, cell['mix'].split('+')))
+    return data.TASKS[cell['task']].lengths(cell['n_nodes']) if 'curriculum' in cell else (cell['n_nodes'],)
 
 
 @torch.no_grad()
@@ -530,6 +539,9 @@ def cells(c):
             grad_clip=c.grad_clip, dtype=c.dtype, evaluations=c.evaluations, solved=c.solved))
         for name in {task, f'{task}.{setup}'} & {*c.curriculum}:
             grid[-1]['curriculum'] = c.curriculum[name]
+        if c.mix:
+            grid[-1] |= dict(mix=c.mix, mix_largest=c.mix_largest)
+            grid[-1].setdefault('curriculum', 0.5)
     return grid
 
 
