@@ -61,7 +61,7 @@ LR = {'direct.transformer': 1e-3, 'direct.mamba': 1e-3, 'direct.hybrid': 1e-3,
       'cot.transformer': 4e-3, 'cot.mamba': 8e-3, 'cot.hybrid': 8e-3,
       'retrieval.transformer': 4e-3, 'retrieval.mamba': 1.6e-2, 'retrieval.hybrid': 8e-3}
 WARMUP = {'direct.transformer': 0.25, 'direct.mamba': 0.05, 'direct.hybrid': 0.05,
-          'cot.transformer': 0.05, 'cot.mamba': 0.25, 'cot.hybrid': 0.25,
+          'cot.transformer': 0.25, 'cot.mamba': 0.25, 'cot.hybrid': 0.25,
           'retrieval.transformer': 0.25, 'retrieval.mamba': 0.05, 'retrieval.hybrid': 0.05}
 
 # These runs mix several n: from the start on (0), or the smallest at first, and larger ones join over this
