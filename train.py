@@ -58,7 +58,7 @@ import models
 SAMPLES = {'direct': 10_000, 'cot': 200_000, 'retrieval': 24_000}
 BATCH_SIZE = {'direct': 32, 'cot': 16, 'retrieval': 8}
 LR = {'direct.transformer': 1e-3, 'direct.mamba': 1e-3, 'direct.hybrid': 1e-3,
-      'cot.transformer': 4e-3, 'cot.mamba': 8e-3, 'cot.hybrid': 8e-3,
+      'cot.transformer': 4e-3, 'cot.mamba': 4e-3, 'cot.hybrid': 8e-3,
       'retrieval.transformer': 4e-3, 'retrieval.mamba': 1.6e-2, 'retrieval.hybrid': 8e-3}
 WARMUP = {'direct.transformer': 0.25, 'direct.mamba': 0.05, 'direct.hybrid': 0.05,
           'cot.transformer': 0.25, 'cot.mamba': 0.25, 'cot.hybrid': 0.25,
