@@ -285,16 +285,19 @@ def runs_of_the_paper():
             for setup, arch, size, n in grid]
 
 
-@pytest.mark.parametrize('preset, expected', [
-    ('default', rows_of_runs(DEFAULT, 'istree')),
-    ('paper', runs_of_the_paper()),
-    ('hotpot', rows_of_runs(HOTPOT, 'hotpot')),
-    ('primitives', rows_of_runs(PRIMITIVES, 'index', 'recall', 'cgram', 'counting'))])
-def test_every_run_of_a_preset_is_the_committed_one_in_all_fields(preset, expected):
+RUNS_OF = {
+    'default': rows_of_runs(DEFAULT, 'istree'),
+    'paper': runs_of_the_paper(),
+    'hotpot': rows_of_runs(HOTPOT, 'hotpot'),
+    'primitives': rows_of_runs(PRIMITIVES, 'index', 'recall', 'cgram', 'counting')}
+
+
+@pytest.mark.parametrize('preset', RUNS_OF)
+def test_every_run_of_a_preset_is_the_committed_one_in_all_fields(preset):
     def name(run):
         return run['task'], run['setup'], run['arch'], run['size'], run['n']
 
-    assert sorted(runs_of(preset), key=name) == sorted(expected, key=name)
+    assert sorted(runs_of(preset), key=name) == sorted(RUNS_OF[preset], key=name)
 
 
 # layers: a hash of the names and shapes of the tensors; then, of all their floats, the number, the
