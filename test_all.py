@@ -340,7 +340,7 @@ def test_the_losses_of_a_whole_short_run_stay_those_of_the_committed_code(arch, 
 # PLACEHOLDERS: measure once the weights are there:
 #   python -c "import test_all as t; [print(k, t.right_of_100(t.weights_of(*k))) for k in t.RIGHT]"
 RIGHT = {('transformer', 'direct'): None, ('mamba', 'direct'): None, ('hybrid', 'direct'): None,
-         ('transformer', 'cot'): None, ('mamba', 'cot'): None, ('hybrid', 'cot'): None,
+         ('transformer', 'cot'): None, ('mamba', 'cot'): None, ('hybrid', 'cot'): (99, 98),
          ('transformer', 'retrieval'): None, ('mamba', 'retrieval'): None,
          ('hybrid', 'retrieval'): None}
 
