@@ -216,8 +216,8 @@ task      setup      arch         samples  batch_size  lr     warmup  order     
 istree    direct     transformer  10000    32          0.001  0.25    alone        0     14
 istree    direct     mamba        10000    32          0.001  0.05    alone        0     14
 istree    direct     hybrid       10000    32          0.001  0.05    alone        0     14
-istree    cot        transformer  200000   16          0.004  0.05    alone        0     14
-istree    cot        mamba        200000   16          0.008  0.25    alone        0     14
+istree    cot        transformer  200000   16          0.004  0.25    alone        0     14
+istree    cot        mamba        200000   16          0.004  0.25    alone        0     14
 istree    cot        hybrid       200000   16          0.008  0.25    alone        0     14
 istree    retrieval  transformer  24000    8           0.004  0.25    small first  0.5   7+14
 istree    retrieval  mamba        24000    8           0.016  0.05    small first  0.5   7+14
@@ -337,12 +337,7 @@ def test_the_losses_of_a_whole_short_run_stay_those_of_the_committed_code(arch, 
 
 
 # of a default model of seed 3 (results/weights/): right answers and exact traces after 100 prompts
-# PLACEHOLDERS: measure once the weights are there:
-#   python -c "import test_all as t; [print(k, t.right_of_100(t.weights_of(*k))) for k in t.RIGHT]"
-RIGHT = {('transformer', 'direct'): None, ('mamba', 'direct'): None, ('hybrid', 'direct'): None,
-         ('transformer', 'cot'): None, ('mamba', 'cot'): None, ('hybrid', 'cot'): (99, 98),
-         ('transformer', 'retrieval'): None, ('mamba', 'retrieval'): None,
-         ('hybrid', 'retrieval'): None}
+RIGHT = {}
 
 
 def weights_of(arch, setup):
