@@ -1,45 +1,38 @@
-"""Train and evaluate the grid: tasks x architectures x setups x sizes x n x seeds, one cell at a time.
+"""Trains models and lets them write, with the retriever running live.
 
-  python train.py                                             the main job, for a 2-core laptop
-  python train.py --archs=mamba --setups=cot,retrieval --n_nodes=16 --out=out/mine
-  python train.py --show=1                                    ... and print a sample of every cell
-  python train.py --sweep                                     how the learning rates below were chosen
-  python train.py --preset=paper                              the paper's grid: needs a GPU
-  python train.py --help                                      every constant
+  python train.py                                        the main job, for a 2-core laptop
+  python train.py --demo                                 trained models on a fresh graph
+  python train.py --arch=mamba,hybrid --setup=cot --n=16 --lr=4e-3,8e-3 --seed=3,4 --out=out/mine
+  python train.py --sweep                                how the learning rates below were chosen
+  python train.py --preset=primitives                    the four retrieval primitives
+  torchrun --nproc_per_node=8 train.py --preset=paper    the paper's grid, on GPUs
+  python train.py --help                                 every constant
 
-A cell trains one model on samples made on the fly, then generates on held-out prompts with the retriever
-running live, and writes its folder under out/: config.json, log.jsonl (a line per evaluation), checkpoint.pt,
-samples.json (what it wrote for three held-out prompts) and result.json. Run the same command again after an
-interruption: finished cells are skipped, the others continue from their checkpoints. Run it several times at
-once, or under torchrun, and the processes share the cells.
+Every field of a run takes one value or several, separated by commas, and all combinations are run.
+A run trains one model on samples made on the fly, then generates on held-out prompts. It writes a
+folder under out/ with checkpoint.pt and result.json. Run the same command again after an
+interruption: finished runs are skipped, the others continue from their checkpoints. Start the
+command several times, and the processes share the runs.
 
-In this file: constants, training, generation, evaluation, the table; then the plumbing. It imports data.py
-(the tasks) and models.py.
+In this file: the constants, the training of one model, generation, evaluation, files. Below the
+line: many runs, what looks inside a model, the demo, the command line. A trained model elsewhere:
+
+  from train import load
+  model, run = load('results/weights/istree-hybrid-cot-tiny-d1-n14-s3.pt')
 """
-import os
-import signal
-import sys
-
-if __name__ == '__main__':      # before the imports that take seconds: Ctrl-C is one line at any moment
-    def interrupted(*_):        # files are always whole, see write; the other processes end too
-        if os.environ.get('RANK', '0') == '0':
-            os.write(2, b'\ntrain.py: interrupted, run the same command again to continue\n')
-        os._exit(130)
-    signal.signal(signal.SIGINT, interrupted)
-    sys.stdout.reconfigure(line_buffering=True)                 # nothing that was printed is lost
-
 import argparse
-import inspect
 import itertools
 import json
 import math
-import re
-import subprocess
+import multiprocessing
+import os
+import random
+import sys
 import textwrap
 import threading
 import time
 import zipfile
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import filelock
@@ -52,823 +45,1088 @@ from tqdm import tqdm
 import data
 import models
 
-# LR and WARMUP come from `python train.py --sweep`, see results/README.md. Every architecture gets the same
-# number of samples, in batches of the same size. Samples of `retrieval` are eight times as long as those of
-# `cot`, hence the smaller batches.
-SAMPLES = {'direct': 10_000, 'cot': 200_000, 'retrieval': 24_000}
-BATCH_SIZE = {'direct': 32, 'cot': 16, 'retrieval': 8}
-LR = {'direct.transformer': 1e-3, 'direct.mamba': 1e-3, 'direct.hybrid': 1e-3,
-      'cot.transformer': 4e-3, 'cot.mamba': 4e-3, 'cot.hybrid': 8e-3,
-      'retrieval.transformer': 4e-3, 'retrieval.mamba': 1.6e-2, 'retrieval.hybrid': 8e-3}
-WARMUP = {'direct.transformer': 0.25, 'direct.mamba': 0.05, 'direct.hybrid': 0.05,
-          'cot.transformer': 0.25, 'cot.mamba': 0.25, 'cot.hybrid': 0.25,
-          'retrieval.transformer': 0.25, 'retrieval.mamba': 0.05, 'retrieval.hybrid': 0.05}
+# What a run needs, unless the command line says otherwise.
+#   batch_size   samples per step
+#   lr           peak learning rate
+#   warmup       share of the run during which the learning rate rises
+#   evaluations  during the run, each on 200 held-out samples
+#   order        alone: all samples have size n. together: several n are mixed. small-first: the
+#                smallest n at first, larger ones join one by one over the share `join` of the run.
+#                large-first: the other way round.
+# Learning rates and warm-ups come from --sweep, the same grid for every architecture. Without chain
+# of thought nothing is learned at n=14, so the rates of `direct` were chosen at n=6.
+TABLE = '''
+task   setup     arch        n  d_state samples batch_size lr    warmup evaluations order       join
+istree direct    transformer 14 1       10_000  32         1e-3  0.25   8           alone       0
+istree direct    mamba       14 1       10_000  32         1e-3  0.05   8           alone       0
+istree direct    hybrid      14 1       10_000  32         1e-3  0.05   8           alone       0
+istree cot       transformer 14 1       200_000 16         4e-3  0.25   8           alone       0
+istree cot       mamba       14 1       200_000 16         4e-3  0.25   8           alone       0
+istree cot       hybrid      14 1       200_000 16         8e-3  0.25   8           alone       0
+istree retrieval transformer 14 1       24_000  8          4e-3  0.25   8           small-first 0.5
+istree retrieval mamba       14 1       24_000  8          16e-3 0.05   8           small-first 0.5
+istree retrieval hybrid      14 1       24_000  8          8e-3  0.05   8           small-first 0.5
+'''
 
-# These runs mix several n: from the start on (0), or the smallest at first, and larger ones join over this
-# share of the run; if it is negative, the largest at first, and smaller ones join. The order decides whether
-# the Transformer learns a primitive: recall from the smallest, c-grams from the largest. On IsTree with a
-# retriever it learns short cuts that fit a single n, so half the nodes come first.
-CURRICULUM = {'istree.retrieval': 0.5, 'index': 0.0, 'recall': 0.5, 'cgram': -0.75, 'counting': -0.75}
+
+def read_recipes(table, columns=TABLE.split()[3:12]):
+    """The rows of a table as {(task, setup, arch): {field of a Run: its value as text}}."""
+    recipes = {}
+    for line in table.strip().splitlines():
+        task, setup, arch, *values = line.split()
+        recipes[task, setup, arch] = dict(zip(columns, values))
+    return recipes
+
+
+RECIPES = read_recipes(TABLE)
+
+
+def constant(default, meaning, low=0, high=math.inf, choices=None):
+    """A field of Run or Options, with what the command line says and checks about it."""
+    about = dict(meaning=meaning, low=low, high=high, choices=choices)
+    return field(default=default, metadata=about)
 
 
 @dataclass
-class Constants:
-    # the grid, each one value or several separated by commas
-    tasks: tuple = ('istree',)              # what is learned: istree, index, recall, cgram, counting, hotpot
-    archs: tuple = ('transformer', 'mamba', 'hybrid')   # the architectures
-    setups: tuple = ('direct', 'cot', 'retrieval')      # answer at once, after thinking, or with a retriever
-    sizes: tuple = ('tiny',)                # of the models: tiny, 0.5M, 1M, 2M
-    layers: tuple = ('',)                   # instead of the architecture's own: AMM, say (models.LAYERS)
-    d_state: tuple = (1,)                   # memory of recurrent layers: Mamba's state per channel (paper 16)
-    n_nodes: tuple = (14,)                  # size of the task: nodes of the graph, length of the sequence
-    seeds: tuple = (0,)                     # for the initial weights and the training data
-    # the task
-    distribution: str = 'two_star'          # how istree draws its graphs: two_star or random
-    n_val: int = 1000                       # held-out samples for the result
-    # the model
-    frozen_embedding: bool = False          # fixed sinusoids (the paper) instead of a learned embedding
-    # training; where tasks, setups or architectures differ: one value for all, or name:value,...
-    samples: dict = field(default_factory=SAMPLES.copy)         # training samples
-    batch_size: dict = field(default_factory=BATCH_SIZE.copy)   # samples per step
-    lr: dict = field(default_factory=LR.copy)                   # peak learning rate
-    warmup: dict = field(default_factory=WARMUP.copy)           # share of the run during which it rises
-    curriculum: dict = field(default_factory=CURRICULUM.copy)   # share of the run over which other n join
-    mix: str = ''                           # the n of a run that mixes several, such as 6+8+11+16
-    mix_largest: float = 0.0                # share of batches of the largest n once all have joined
-    grad_clip: float = 1.0                  # largest norm of the gradient; 0 means no limit (the paper)
-    dtype: str = 'float32'                  # float32, or bfloat16 through autocast
-    evaluations: int = 8                    # evaluations during a run, each on 200 held-out samples
-    solved: float = 0.995                   # stop after two evaluations in a row as exact as this; 0: never
-    # choosing constants
-    sweep: bool = False                     # try all learning rates and warm-ups, on other seeds and prompts
-    # running
-    out: str = 'out'                        # folder for the results
-    show: int = 0                           # samples printed per cell, at most 3
-    device: str = 'auto'                    # auto, cpu, cuda or mps
-    eval_batch: int = 500                   # samples generated at a time
-    checkpoint_seconds: int = 30            # time between two checkpoints
-    workers: int = 0                        # processes that make batches; 0: this one does (right for a CPU)
-    compile: bool = False                   # train and generate through torch.compile, for a GPU
-    processes: int = 0                      # cells that run at once; 0: one per CPU core; GPUs: use torchrun
+class Run:
+    """Everything that the result of a run depends on: a flat record of plain values. A field that
+    is None is filled from the recipe, so Run(arch='mamba', setup='cot') is complete. Add a field
+    here, and the command line has it, the run's folder is named after it, and result.json holds it.
+
+    Raises ValueError if a value is missing and there is no recipe."""
+    task: str = constant('istree', 'what is learned', choices=data.TASKS)
+    setup: str = constant('cot', 'answer at once, after thinking, or with a retriever',
+                          choices=data.SETUPS)
+    arch: str = constant('transformer', 'the architecture', choices=models.SIZES['tiny'])
+    size: str = constant('tiny', 'of the model', choices=models.SIZES)
+    layers: str = constant('', 'in place of the architecture\'s own, bottom to top, such as AMM')
+    n: int = constant(None, 'size of the task: nodes of the graph, length of the sequence', low=1)
+    d_state: int = constant(None, 'memory of recurrent layers, see models.py (paper: 16)', low=1)
+    seed: int = constant(3, 'of the initial weights and the training samples')
+    distribution: str = constant('', 'how samples are drawn, if the task has several ways')
+    n_val: int = constant(1000, 'held-out samples for the result', low=1)
+    tuning: bool = constant(False, 'measure on the held-out samples for choosing constants')
+    frozen_embedding: bool = constant(False, 'fixed sinusoids (the paper), not a learned embedding')
+    samples: int = constant(None, 'training samples')
+    batch_size: int = constant(None, 'samples per step', low=1)
+    lr: float = constant(None, 'peak learning rate')
+    warmup: float = constant(None, 'share of the run during which it rises', high=1)
+    order: str = constant(None, 'in which order several n join, see the recipes',
+                          choices=('alone', 'together', 'small-first', 'large-first'))
+    join: float = constant(None, 'share of the run over which they join', high=1)
+    mix: str = constant('', 'the n that are mixed, such as 6+8+11+16, if not the task\'s own')
+    mix_largest: float = constant(0.0, 'share of batches for the largest n once all have joined',
+                                  high=1)
+    grad_clip: float = constant(1.0, 'largest norm of the gradient (the paper: 0, no limit)')
+    dtype: str = constant('float32', 'bfloat16: through autocast', choices=('float32', 'bfloat16'))
+    evaluations: int = constant(None, 'evaluations during the run, on 200 held-out samples', low=1)
+    solved: float = constant(0.995, 'stop after two evaluations as exact as this; 0: never', high=1)
+
+    def __post_init__(self):
+        recipe = RECIPES.get((self.task, self.setup, self.arch), {})
+        for f in fields(self):
+            if getattr(self, f.name) is None:
+                if f.name not in recipe:
+                    which = f'--task={self.task} --setup={self.setup} --arch={self.arch}'
+                    raise ValueError(f'no recipe for {which}: give --{f.name} and the others, too')
+                setattr(self, f.name, f.type(recipe[f.name]))
+
+    def name(self):
+        """The name of the run's folder: what it is, and each value that is neither the recipe's nor
+        the default, so that two different runs never share a folder."""
+        arch = f'{self.arch}-{self.layers}' if self.layers else self.arch
+        name = f'{self.task}-{arch}-{self.setup}-{self.size}-d{self.d_state}-n{self.n}-s{self.seed}'
+        recipe = RECIPES.get((self.task, self.setup, self.arch), {})
+        for f in fields(self)[8:]:              # those after the seed
+            value = getattr(self, f.name)
+            usual = f.type(recipe[f.name]) if f.name in recipe else f.default
+            if value != usual:
+                name += f'-{f.name}{value}'
+        return name
 
 
-PAPER = dict(sizes=('0.5M', '1M', '2M'), n_nodes=(16, 32, 64), n_val=5000, d_state=(16,),
-             frozen_embedding=True,
-             samples=dict.fromkeys(SAMPLES, 1_000_000), batch_size=dict.fromkeys(SAMPLES, 64),
-             lr={name: 1e-3 if name.endswith('transformer') else 3e-4 for name in LR},
-             warmup=dict.fromkeys(LR, 0.01), grad_clip=0.0, evaluations=10, solved=0.0,
-             curriculum={name: share for name, share in CURRICULUM.items() if name != 'istree.retrieval'})
-# (from a sweep, too)
-HOTPOT = dict(tasks=('hotpot',), setups=('retrieval',), n_nodes=(data.HOTPOT_PARAGRAPHS,), n_val=1500,
-              distribution='mixed', d_state=(16,), samples=dict.fromkeys(SAMPLES, 160_000),
-              batch_size=dict.fromkeys(SAMPLES, 16), warmup=dict.fromkeys(LR, 0.25), evaluations=4,
-              lr=LR | {'retrieval.transformer': 2e-3, 'retrieval.mamba': 4e-3, 'retrieval.hybrid': 4e-3})
-# (from a sweep of all four tasks; with a retriever, one learning rate serves them all)
-PRIMITIVES = dict(tasks=('index', 'recall', 'cgram', 'counting'), setups=('direct', 'retrieval'),
-                  n_nodes=(16,), samples=SAMPLES | {'direct': 256_000, 'retrieval': 8_000},
-                  batch_size=dict.fromkeys(SAMPLES, 16), warmup=dict.fromkeys(LR, 0.25), evaluations=16,
-                  lr=LR | {'retrieval.transformer': 8e-3, 'retrieval.hybrid': 8e-3,
-                           'index.direct.transformer': 4e-3, 'index.direct.mamba': 8e-3,
-                           'index.direct.hybrid': 8e-3, 'recall.direct.transformer': 4e-3,
-                           'recall.direct.mamba': 8e-3, 'recall.direct.hybrid': 4e-3,
-                           'cgram.direct.transformer': 2e-3, 'cgram.direct.mamba': 4e-3,
-                           'cgram.direct.hybrid': 4e-3, 'counting.direct.transformer': 2e-3,
-                           'counting.direct.mamba': 4e-3, 'counting.direct.hybrid': 4e-3})
-PRESETS = {'default': {}, 'paper': PAPER, 'hotpot': HOTPOT, 'primitives': PRIMITIVES}
-
-# The grid of a sweep: the same for every task, setup and architecture. All of it is run with an eighth of the
-# samples, the best two then with half of them (successive halving, Jamieson & Talwalkar 2016).
-SWEEP_LR = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
-SWEEP_WARMUP = (0.05, 0.25)
-SWEEP_SHARES, SWEEP_KEEPS, SWEEP_SEED = (1 / 8, 1 / 2), 2, 1000
-
-
-# Below, a *cell* is one run of the grid: a dict of all the constants that its result depends on (see cells),
-# such as task, arch, setup, n_nodes, seed, samples and lr. Its folder is named after it.
-
-RANK = int(os.environ.get('RANK', 0))       # of this process among those that share the cells
+@dataclass
+class Options:
+    """How runs are carried out. Results do not depend on it."""
+    out: str = constant('out', 'folder for the results')
+    device: str = constant('auto', 'where to compute', choices=('auto', 'cpu', 'cuda', 'mps'))
+    processes: int = constant(0, 'runs at once on a CPU; 0: one per core; on GPUs use torchrun')
+    eval_batch: int = constant(500, 'samples generated at a time', low=1)
+    checkpoint_seconds: int = constant(30, 'time between two checkpoints')
+    workers: int = constant(0, 'processes that make batches; 0: this one (right for a CPU)')
+    compile: bool = constant(False, 'train and generate through torch.compile, for a GPU')
+    show: int = constant(0, 'print so many samples of every run, at most 3', high=3)
 
 
 class UserError(Exception):
     """Something the user can fix: printed as one line, exit code 2."""
 
 
-# --- training ------------------------------------------------------------------------------------------
+def make_task(run):
+    """The data.Task of a run. Raises ValueError on what the task cannot do."""
+    return data.TASKS[run.task](run.n, run.setup, run.distribution)
 
-def learning_rate(cell, samples):
+
+def make_model(run):
+    """A fresh models.Model. Raises ValueError on what no model can be."""
+    return models.make_model(run.arch, run.size, len(make_task(run).words), run.d_state,
+                             run.frozen_embedding, run.layers)
+
+
+# --- training one model ---------------------------------------------------------------------------
+
+def learning_rate(peak, run, samples):
     """Linear warm-up, then a cosine down to 0."""
-    warmup = cell['warmup'] * cell['samples']
+    warmup = run.warmup * run.samples
     if samples < warmup:
-        return cell['lr'] * samples / warmup
-    done = (samples - warmup) / max(1, cell['samples'] - warmup)
-    return cell['lr'] * 0.5 * (1 + math.cos(math.pi * min(1, done)))
+        return peak * samples / warmup
+    done = (samples - warmup) / max(1, run.samples - warmup)
+    return peak * 0.5 * (1 + math.cos(math.pi * min(1, done)))
 
 
-def solved(cell, log):
+def mixed_sizes(run, task):
+    """The n that a run mixes, ascending."""
+    if run.order == 'alone':
+        return [run.n]
+    return sorted(map(int, run.mix.split('+'))) if run.mix else task.mixed()
+
+
+def sizes_of_batches(run, task, steps):
+    """The n of every batch, see the recipes."""
+    mix = mixed_sizes(run, task)
+    if run.order == 'large-first':
+        mix.reverse()
+    all_joined = int(run.join * steps)
+    sizes = []
+    for i in range(steps):
+        joined = mix if i >= all_joined else mix[:1 + i * len(mix) // all_joined]
+        sizes.append(joined[i % len(joined)])
+    if run.mix_largest and len(mix) > 1:
+        sizes[all_joined:] = favour_largest(run.mix_largest, sorted(mix), all_joined, steps)
+    return sizes
+
+
+def is_solved(run, log):
     """Were the last two evaluations good enough to stop?"""
-    return cell['solved'] > 0 and [line['exact_trace'] >= cell['solved'] for line in log[-2:]] == [True, True]
+    return run.solved > 0 and len(log) > 1 and min(log[-1]['exact'], log[-2]['exact']) >= run.solved
 
 
-def train(c, cell, held_out, device, path):
-    """Train the model of a cell, from its checkpoint if there is one. held_out: the samples that will be
-    reported. They are not trained on, and neither are those on which the run is watched and stopped.
-    Returns the model, the number of samples that it was trained on, and the seconds that this took."""
-    batch_size = cell['batch_size']
-    torch.manual_seed(cell['seed'])
-    vocab_size = data.TASKS[cell['task']].vocab_size(cell['n_nodes'])
-    model = models.make_model(cell['arch'], cell['size'], vocab_size, cell['d_state'],
-                              cell['frozen_embedding'], cell['layers']).to(device)
+def train(run, path, options, device):
+    """Train the model of a run, from the checkpoint in the folder `path` if there is one. Returns
+    the model, the number of samples that it was trained on, the seconds that this took, and the
+    log. Raises UserError if the loss is not finite."""
+    task = make_task(run)
+    torch.manual_seed(run.seed)
+    model = make_model(run).to(device)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(parameters, lr=cell['lr'], fused=device.type != 'mps')
-    forward = model.hidden
-    if c.compile:                                       # the step of training, and that of generation
-        forward = torch.compile(model.hidden, mode='reduce-overhead')
-        model.step = torch.compile(model.step)          # (a CUDA graph would overwrite the last state)
+    optimizer = torch.optim.Adam(parameters, lr=run.lr, fused=device.type != 'mps')
+    peaks = [group['lr'] for group in optimizer.param_groups]
+    step, seconds, log = resume(path / 'checkpoint.pt', run, model, optimizer)
+    forward = torch.compile(model) if options.compile else model
 
-    step, seconds, log = 0, 0.0, []
-    if checkpoint := read_checkpoint(path / 'checkpoint.pt', cell, model, optimizer):
-        step, seconds, log = checkpoint['step'], checkpoint['seconds'], checkpoint['log']
-
-    def save():
-        write_text(path / 'log.jsonl', ''.join(json.dumps(line) + '\n' for line in log))
-        write(path / 'checkpoint.pt', lambda file: torch.save(dict(
-            cell=cell, model=model.state_dict(), optimizer=optimizer.state_dict(), step=step,
-            seconds=seconds + time.monotonic() - started, log=log), file))
-
-    tuning = held_out_samples(cell | dict(tuning=True))
-    steps = -(-cell['samples'] // batch_size)
-    eval_steps = max(1, steps // cell['evaluations'])
-    batches = data.Batches(cell['task'], batch_size, cell['n_nodes'], cell['setup'], cell['seed'],
-                           cell['distribution'], [tokens for _, tokens, _ in held_out + tuning],
-                           int(cell['curriculum'] * steps) if 'curriculum' in cell else None,
-                           mixed(cell), cell.get('mix_largest', 0.0))
-    loader = DataLoader(batches, batch_size=None, sampler=range(step, steps), num_workers=c.workers,
-                        pin_memory=device.type == 'cuda')
+    # No prompt of the two held-out sets ever occurs in training. `watched` is for looking at the
+    # run.
+    held_out, watched = set(), {}
+    for n in mixed_sizes(run, task):
+        watched[n] = data.held_out_samples(task, n, run.n_val, tuning=True)
+        for prompt, _ in data.held_out_samples(task, n, run.n_val) + watched[n]:
+            held_out.add(tuple(prompt))
+    steps = math.ceil(run.samples / run.batch_size)
+    eval_steps = max(1, steps // run.evaluations)
+    sizes = sizes_of_batches(run, task, steps)
+    batches = data.Batches(task, sizes, run.batch_size, run.seed, held_out)
+    loader = DataLoader(batches, batch_size=None, sampler=range(step, steps),
+                        num_workers=options.workers, pin_memory=device.type == 'cuda')
+    progress = tqdm(loader, run.name(), steps, initial=step, unit='step', leave=False,
+                    dynamic_ncols=True, position=process_number())
     started = saved = time.monotonic()
-    with tqdm(total=steps * batch_size, initial=step * batch_size, unit='sample', unit_scale=True,
-              desc=path.name, dynamic_ncols=True, leave=False, position=RANK) as progress:
-        for tokens, loss_mask in loader if not solved(cell, log) else ():
-            # one step: predict every token that the model has to write from those before it
-            wanted = loss_mask[:, 1:].flatten().nonzero()[:, 0]             # (T,), before the GPU gets busy
-            tokens, wanted = (t.to(device, non_blocking=True) for t in (tokens, wanted))    # tokens (B, L)
-            for group in optimizer.param_groups:
-                group['lr'] = learning_rate(cell, (step + 1) * batch_size)
-            with torch.autocast(device.type, torch.bfloat16, enabled=cell['dtype'] == 'bfloat16'):
-                hidden = forward(tokens[:, :-1]).flatten(0, 1)[wanted]      # (T, d_model)
-                logits = model.head(hidden)                                 # (T, vocab_size)
-            loss = F.cross_entropy(logits.float(), tokens[:, 1:].flatten()[wanted])
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            if cell['grad_clip']:
-                torch.nn.utils.clip_grad_norm_(parameters, cell['grad_clip'])
-            optimizer.step()
-            step += 1
-            progress.update(batch_size)
-
-            # now and then: look at the loss, evaluate, save
-            evaluating, last = step % eval_steps == 0, step == steps
-            saving = last or time.monotonic() - saved > c.checkpoint_seconds
-            if step % 20 == 0 or evaluating or saving:      # rarely, because loss.item() waits for the GPU
-                if not math.isfinite(loss.item()):
-                    raise UserError(f'{path.name}: the loss is {loss.item()} after {step * batch_size:,} '
-                                    f'samples, try a learning rate below {cell["lr"]}')
-                progress.set_postfix_str(f'loss {loss.item():.3f}')
-            if evaluating and not last:
-                each = (evaluate(model, cell, n, tokens[:200], loss_mask[:200], c.eval_batch, device)[0]
-                        for n, tokens, loss_mask in tuning)
-                measured = min(each, key=lambda m: m['exact_trace'])        # of the n that it does worst
-                log.append(dict(samples=step * batch_size, loss=loss.item(),
-                                seconds=seconds + time.monotonic() - started,
-                                accuracy=measured['accuracy'], exact_trace=measured['exact_trace']))
-                tqdm.write(f'{path.name:42} {step * batch_size:>9,} samples   loss {loss.item():7.4f}   '
-                           'accuracy {accuracy:6.1%}   exact {exact_trace:6.1%}'.format(**log[-1]))
-            if saving or solved(cell, log):
-                save()
-                saved = time.monotonic()
-            if solved(cell, log):
-                break
-    return model, step * batch_size, seconds + time.monotonic() - started
-
-
-# --- generation with the live retriever -----------------------------------------------------------------
-
-@torch.no_grad()
-def generate(model, task, n, setup, prompts, device):
-    """Greedy generation after prompts (B, P): argmax, except in the setup retrieval for the tokens after
-    [ENDSEARCH], which come from the retriever. A sample ends with the answer, the token after an [EOS] that
-    the model has written (not the prompt's). task: a name in data.TASKS. prompts: a numpy array.
-
-    Returns arrays tokens (B, the task's max_length), padded, and retrieved (of the same shape, True where the
-    retriever wrote), and the numbers of queries and of well-formed queries."""
-    task, start = data.TASKS[task], prompts.shape[1]
-    longest = task.max_length(n, setup)
-    tokens = np.full((len(prompts), longest), data.PAD)
-    tokens[:, :start] = prompts
-    retrieved = np.zeros(tokens.shape, bool)
-    texts = [data.decode(prompt, task.words) for prompt in prompts]     # what the retriever searches
-    answers = [[] for _ in prompts]                                     # tokens that it has still to write
-    alive = batch = range(len(prompts))                                 # batch: those that the model reads
-    queries = well_formed = 0
-    logits, state = model.prefill(torch.from_numpy(prompts).to(device))
-    for t in range(start, longest):
-        predicted = dict(zip(batch, logits.argmax(-1).tolist()))
-        for b in alive:
-            token = predicted[b]
-            if setup == 'retrieval':
-                if tokens[b, t - 1] == data.END:
-                    answers[b], fine = task.retrieve(texts[b])
-                    queries, well_formed = queries + 1, well_formed + fine
-                if answers[b]:
-                    token, retrieved[b, t] = answers[b].pop(0), True
-                texts[b] += ' ' + task.words[token]
-            tokens[b, t] = token
-        alive = [b for b in alive if t == start or tokens[b, t - 1] != data.EOS]    # an answer follows [EOS]
-        if t + 1 == longest or not alive:
+    for tokens, targets in progress:
+        if is_solved(run, log):
             break
-        if len(alive) < 0.8 * len(batch):                               # leave out those that have ended
-            state, batch = models.select(state, np.flatnonzero(np.isin(batch, alive))), alive
-        logits = model.step(torch.from_numpy(tokens[batch, t]).to(device), state)
-    return tokens, retrieved, queries, well_formed
+        tokens = tokens.to(device, non_blocking=True)                       # (B, L)
+        targets = targets.to(device, non_blocking=True)                     # (B, L)
+        for group, peak in zip(optimizer.param_groups, peaks):
+            group['lr'] = learning_rate(peak, run, (step + 1) * run.batch_size)
+        with torch.autocast(device.type, torch.bfloat16, enabled=run.dtype == 'bfloat16'):
+            logits = forward(tokens[:, :-1])                                # (B, L-1, vocab_size)
+        loss = F.cross_entropy(logits.float().flatten(0, 1), targets[:, 1:].flatten(),
+                               ignore_index=data.IGNORE)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if run.grad_clip:
+            torch.nn.utils.clip_grad_norm_(parameters, run.grad_clip)
+        optimizer.step()
+        step += 1
+
+        # now and then: look at the loss, evaluate, save
+        evaluating = step % eval_steps == 0 and step < steps
+        saving = step == steps or time.monotonic() - saved > options.checkpoint_seconds
+        if step % 20 == 0 or evaluating or saving:          # rarely: loss.item() waits for the GPU
+            if not math.isfinite(loss.item()):
+                raise UserError(f'{run.name()}: the loss is {loss.item()} after {step} steps, '
+                                f'try a learning rate below {run.lr}')
+            progress.set_postfix_str(f'loss {loss.item():.3f}')
+        if evaluating:
+            worst = None                                    # of the n that are mixed
+            for n, samples in watched.items():
+                measured, _ = evaluate(model, task, n, samples[:200], options.eval_batch, device)
+                if worst is None or measured['exact'] < worst['exact']:
+                    worst = measured
+            log.append(dict(samples=step * run.batch_size, loss=loss.item(),
+                            seconds=seconds + time.monotonic() - started,
+                            accuracy=worst['accuracy'], exact=worst['exact']))
+            tqdm.write('{:42} {samples:>9,} samples   loss {loss:7.4f}   exact {exact:6.1%}   '
+                       'accuracy {accuracy:6.1%}'.format(run.name(), **log[-1]))
+        if saving or evaluating:
+            save(path / 'checkpoint.pt', run, model, optimizer, step,
+                 seconds + time.monotonic() - started, log)
+            saved = time.monotonic()
+    return model, step * run.batch_size, seconds + time.monotonic() - started, log
 
 
-# --- evaluation ------------------------------------------------------------------------------------------
-
-def held_out_samples(cell):
-    """The held-out samples of a cell, those to report or, if tuning, those to choose constants on: a list of
-    (n, tokens (N, L), loss_mask (N, L)), one for each n that its training mixes, the largest last."""
-    draw = lambda n: data.validation_set(cell['task'], cell['n_val'], cell['n_nodes'], cell['setup'],
-                                         cell['distribution'], n, cell['tuning'])
-    return [(n, *draw(n)[:2]) for n in mixed(cell)]
-
-
-def mixed(cell):
-    """The n that the training of a cell mixes, ascending."""
-    if 'mix' in cell:
-        return tuple(map(int, cell['mix'].split('+')))
-    return data.TASKS[cell['task']].lengths(cell['n_nodes']) if 'curriculum' in cell else (cell['n_nodes'],)
-
+# --- generation with the live retriever -----------------------------------------------------------
 
 @torch.no_grad()
-def evaluate(model, cell, n, reference, loss_mask, batch_size, device):
-    """Accuracy on reference samples (N, L) of size n. In the setup direct every answer is one token,
-    predicted from those before it (a primitive has several per sample). In the others the model generates,
-    with the retriever running live, and the answer is the token after [EOS]; a missing one is wrong.
+def generate(model, task, n, prompts, device, state=None):
+    """Greedy generation after prompts of size n, lists of words of one length. The model writes the
+    most likely word, except that in the setup `retrieval` the retriever writes what follows a
+    query. A completion ends with the answer, the word after an [EOS] that the model has written.
 
-    Returns (a dict for the log and for result.json, the first three samples as texts)."""
-    task, setup = data.TASKS[cell['task']], cell['setup']
-    start = task.prompt_length(n)
-    right, exact, samples, queries, well_formed = [], [], [], 0, 0
+    state: what the model is to remember of the prompts, if not what it remembers itself.
+    Returns the completions, lists of words with a star on the retriever's, and the numbers of
+    queries and of well-formed queries."""
+    texts = [' '.join(prompt) for prompt in prompts]    # what the retriever searches
+    completions = [[] for _ in prompts]
+    found = [[] for _ in prompts]           # words that the retriever has still to write
+    running = set(range(len(prompts)))
+    queries = well_formed = 0
+    tokens = [[task.tokens[word] for word in prompt] for prompt in prompts]
+    logits, own_state = model.prefill(torch.tensor(tokens, device=device))      # (B, vocab_size)
+    if state is None:
+        state = own_state
+    for _ in range(task.longest(n)):
+        tokens = logits.argmax(-1).tolist()                                     # B of them
+        for b in sorted(running):
+            if found[b]:
+                word = found[b].pop(0)
+                tokens[b] = task.tokens[word]
+                completions[b].append('*' + word)
+            else:
+                word = task.words[tokens[b]]
+                if completions[b][-1:] == [task.words[data.EOS]]:
+                    running.remove(b)                       # this is the answer
+                completions[b].append(word)
+            texts[b] += ' ' + word
+            if task.setup == 'retrieval' and completions[b][-1] == task.words[data.END]:
+                found[b], right_form = task.retrieve(texts[b])
+                queries += 1
+                well_formed += right_form
+        if not running:
+            break
+        logits, state = model.step(torch.tensor(tokens, device=device), state)
+    return completions, queries, well_formed
+
+
+# --- evaluation -----------------------------------------------------------------------------------
+
+def evaluate(model, task, n, samples, batch_size, device):
+    """Accuracy on samples of size n. In the setup `direct`, each answer is one word, predicted from
+    the right words before it (a primitive has several per sample). In the others the model
+    generates, and the answer is the word after [EOS]; a missing one is wrong.
+
+    Returns a dict for the log and result.json, and the completions that the model wrote."""
+    written, queries, well_formed = [], 0, 0
     model.eval()
-    starts = range(0, len(reference), batch_size)
-    for i in tqdm(starts, 'evaluating', leave=False, disable=len(starts) == 1):
-        expected, mask = reference[i:i + batch_size], loss_mask[i:i + batch_size]
-        if setup == 'direct':
-            guesses = model(torch.from_numpy(expected[:, :-1]).to(device)).argmax(-1).cpu().numpy()
-            written, retrieved = expected.copy(), np.zeros(expected.shape, bool)
-            written[mask] = guesses[mask[:, 1:]]
-            answered = (written == expected) & mask                 # every row has the same number of answers
-            right += list(answered.sum(1) / mask.sum(1))
+    for i in tqdm(range(0, len(samples), batch_size), 'evaluating', leave=False):
+        batch = samples[i:i + batch_size]
+        if task.setup == 'direct':
+            completions, _ = teacher_forced(model, task, batch, device)
         else:
-            written, retrieved, *counts = generate(model, cell['task'], n, setup, expected[:, :start], device)
-            queries, well_formed = queries + counts[0], well_formed + counts[1]
-            for row, wanted in zip(written, expected):
-                end, wanted_end = (np.flatnonzero(t != data.PAD)[-1] for t in (row, wanted))
-                right.append(float(row[end] == wanted[wanted_end] and row[end - 1] == data.EOS))
-        for row, wanted, by_retriever in zip(written, expected, retrieved):
-            words, right_words, prompt = (data.decode(part, task.words).split(' ')
-                                          for part in (row, wanted, wanted[:start]))
-            exact.append(words == right_words)
-            if len(samples) < 3:
-                after = len(prompt)
-                samples.append(dict(prompt=' '.join(prompt), expected=' '.join(right_words[after:]),
-                                    written=' '.join(words[after:]),
-                                    retrieved=np.flatnonzero(by_retriever[start:]).tolist()))
+            prompts = [prompt for prompt, _ in batch]
+            completions, asked, right_form = generate(model, task, n, prompts, device)
+            queries += asked
+            well_formed += right_form
+        written += completions
     model.train()
-    accuracy = float(np.mean(right))
-    return dict(accuracy=accuracy, accuracy_se=float(np.std(right)) / math.sqrt(len(right)),
-                exact_trace=float(np.mean(exact)),
-                well_formed_queries=well_formed / queries if queries else None), samples
+    right, exact = [], []
+    for (_, wanted), completion in zip(samples, written):
+        if wanted[-1] == '[PAD]':               # (HotpotQA's models learn to stop; generation does)
+            wanted = wanted[:-1]
+        exact.append(completion == wanted)
+        if task.setup == 'direct':
+            right.append(np.mean([a == b for a, b in zip(completion, wanted) if b[0] != '*']))
+        else:
+            right.append(completion[-2:] == wanted[-2:])            # [EOS] and the answer
+    return dict(accuracy=float(np.mean(right)), exact=float(np.mean(exact)),
+                accuracy_se=float(np.std(right)) / math.sqrt(len(right)),
+                well_formed_queries=well_formed / queries if queries else None), written
 
 
 @torch.no_grad()
-def teacher_forced(model, tokens, loss_mask, batch_size, device):
-    """Predict each token of samples (N, L) from the right tokens before it, so that one error does not cause
-    the next. Returns wrong (N, L), True where the predicted token is not the right one, and the mean loss."""
-    wrong, losses = np.zeros(tokens.shape, bool), []
-    for i in range(0, len(tokens), batch_size):
-        batch = torch.from_numpy(tokens[i:i + batch_size]).to(device)
-        logits = model(batch[:, :-1])
-        wrong[i:i + batch_size, 1:] = (logits.argmax(-1) != batch[:, 1:]).cpu().numpy()
-        loss = F.cross_entropy(logits.float().transpose(1, 2), batch[:, 1:], reduction='none').cpu().numpy()
-        losses.append(loss[loss_mask[i:i + batch_size, 1:]])
-    return wrong, float(np.concatenate(losses).mean())
+def teacher_forced(model, task, samples, device):
+    """The completions of samples, each word predicted from the right words before it, so that one
+    error does not cause the next; and the loss of each of those words, a tensor."""
+    tokens, targets = data.collate(task, samples)
+    tokens, targets = torch.from_numpy(tokens).to(device), torch.from_numpy(targets).to(device)
+    logits = model(tokens[:, :-1]).float()
+    losses = F.cross_entropy(logits.transpose(1, 2), targets[:, 1:], reduction='none')
+    completions = []
+    for (prompt, completion), row in zip(samples, logits.argmax(-1).tolist()):
+        words = []
+        for right_word, token in zip(completion, row[len(prompt) - 1:]):
+            words.append(right_word if right_word.startswith('*') else task.words[token])
+        completions.append(words)
+    return completions, losses[targets[:, 1:] != data.IGNORE]
 
 
-@torch.no_grad()
-def messages(model, cell, n, sequences, device, bits_per_float=(1, 2, 3, 4, 6, 8, 12, 32)):
-    """The communication game behind the paper's lower bound, played with a recurrent model on associative
-    recall. One player reads a sequence [BOS] key value ... ~ and sends the model's state: each of its floats,
-    those of the convolutions' windows too, as one of 2^k numbers, evenly spaced over the range that it has on
-    training samples. The other goes on from what arrives and is asked for the value of each of the n keys,
-    every one as the first question. sequences (N, 2n+2): token ids of the held-out ones.
+# --- files: a kill at any moment leaves the old one or the new one, whole -------------------------
 
-    Returns a list of dicts: n, bits_per_float k, the bits of the message, accuracy over all questions, and
-    all_right, the share of sequences of which every value was right. With 32 bits nothing is rounded."""
-    batches = data.Batches(cell['task'], 200, cell['n_nodes'], cell['setup'], cell['seed'])
-    training = batches.samples(n, (0, 0))[0][:, :2 * n + 2]
-    _, state = model.prefill(torch.from_numpy(training).to(device))
-    ranges = [{name: (t.amin(0), t.amax(0)) for name, t in carried.items()} for carried in state]
-    right = {k: [] for k in bits_per_float}
-    for some in torch.from_numpy(sequences).to(device).split(max(1, 2000 // n)):
-        keys, values = some[:, 1:-1:2], some[:, 2:-1:2]                     # (B, n) each
-        _, state = model.prefill(some)
-        for k in bits_per_float:
-            arrived = [{name: round_to(t, *low_high[name], k).repeat_interleave(n, 0)
-                        for name, t in carried.items()} for carried, low_high in zip(state, ranges)]
-            guesses = model.step(keys.flatten(), arrived).argmax(-1).view_as(values)
-            right[k].append(guesses == values)
-    floats = sum(model.memory(0).values())
-    return [dict(n=n, bits_per_float=k, bits=k * floats, accuracy=torch.cat(r).float().mean().item(),
-                 all_right=torch.cat(r).all(1).float().mean().item()) for k, r in right.items()]
-
-
-def round_to(x, low, high, bits):
-    """The floats of x as one of 2^bits numbers each, the middles of as many equal parts of low to high."""
-    if bits == 32:
-        return x
-    part = (high - low).clamp(min=1e-9) / 2 ** bits
-    return low + part * (((x - low) / part).floor().clamp(0, 2 ** bits - 1) + 0.5)
-
-
-def errors_by_kind(wrong, tokens, loss_mask):
-    """Share of wrong tokens of each of data.KINDS, on IsTree samples: where does a model go wrong?"""
-    kinds = data.token_kinds(tokens, loss_mask)
-    return {name: float(wrong[kinds == k].mean()) for k, name in enumerate(data.KINDS) if (kinds == k).any()}
-
-
-@torch.no_grad()
-def attention_to_edges(model, tokens, loss_mask, device):
-    """Where the topmost attention layer looks while the model reads the right chains of thought of IsTree
-    samples (N, L). Returns a dict: prompt and trace, the words of the first sample; weights, of each token of
-    the trace over all tokens, mean over heads; share, the mean weight on the edge of the prompt that holds
-    the next token, over all samples and next neighbours. None for a model without attention."""
-    layers = [layer for layer in model.modules() if isinstance(layer, models.Attention)]
-    if not layers:
-        return None
-    inputs = []
-    with layers[-1].register_forward_pre_hook(lambda layer, arguments: inputs.append(arguments[0])):
-        model(torch.from_numpy(tokens).to(device))
-    weights = layers[-1].weights(inputs[0]).mean(1).cpu().numpy()                       # (N, L, L)
-    next_neighbour = data.token_kinds(tokens, loss_mask) == data.KINDS.index('next neighbour')
-    shares = []
-    for row, at, seen in zip(tokens, next_neighbour, weights):
-        start = row.tolist().index(data.EOS) + 1
-        edges = {frozenset(row[i:i + 3:2].tolist()): i for i in range(1, start - 1, 3)}
-        for t in np.flatnonzero(at):
-            if t > start:                                   # the edge from token t - 1 to token t
-                i = edges[frozenset(row[t - 1:t + 1].tolist())]
-                shares.append(seen[t - 1, i:i + 3].sum())
-    words = data.decode(tokens[0]).split(' ')
-    start = words.index('[EOS]') + 1
-    return dict(prompt=words[:start], trace=words[start:], share=float(np.mean(shares)),
-                weights=weights[0, start:len(words), :len(words)].round(4).tolist())
-
-
-def run_cell(c, cell, device):
-    """Train, evaluate, write samples.json and result.json. Raises UserError."""
-    path, task, held_out = folder(c, cell), data.TASKS[cell['task']], held_out_samples(cell)
-    for left_by_a_kill in path.glob('checkpoint.pt.*.tmp'):     # (a config's may be another process's)
-        left_by_a_kill.unlink()
-    model, samples_trained, seconds = train(c, cell, held_out, device, path)
-    started, by_length, losses, game = time.monotonic(), [], [], []
-    plays = (cell['task'], cell['setup']) == ('recall', 'direct') and not cell['tuning'] \
-        and 'cache' not in model.memory(0)
-    for n, tokens, loss_mask in held_out:
-        measured, samples = evaluate(model, cell, n, tokens, loss_mask, c.eval_batch, device)
-        by_length.append(dict(n=n, chance=task.chance(n), **measured))
-        if cell['task'] in data.PRIMITIVES:
-            by_length[-1]['best_guess'] = data.best_guess(cell['task'], cell['n_nodes'], n, cell['setup'])
-        if plays:
-            game += messages(model, cell, n, tokens[:200, :2 * n + 2], device)
-        wrong, loss = teacher_forced(model, tokens, loss_mask, c.eval_batch, device)
-        losses.append(loss)
-    # (accuracy, exact_trace and errors: those of the last, largest n)
-    if cell['task'] == 'istree':
-        measured['errors'] = errors_by_kind(wrong, tokens, loss_mask)
-        looks = cell['setup'] == 'cot' and attention_to_edges(model, tokens[:200], loss_mask[:200], device)
-        if looks:
-            write_json(path / 'attention.json', looks)
-            measured['attention_on_edge'] = looks['share']
-    write_json(path / 'samples.json', samples)
-    if game:
-        measured['messages'] = game
-    write_json(path / 'result.json', cell | measured | dict(
-        by_length=by_length, chance=by_length[-1].get('best_guess', by_length[-1]['chance']),
-        loss=float(np.mean(losses)),
-        samples_trained=samples_trained,
-        memory=model.memory(task.prompt_length(cell['n_nodes'])), params=model.n_params(),
-        seconds=seconds, samples_per_second=samples_trained / max(seconds, 1e-9),
-        evaluation_seconds=time.monotonic() - started,
-        device=torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type,
-        threads=torch.get_num_threads(), torch=torch.__version__))
-
-
-# --- what is printed -------------------------------------------------------------------------------------
-
-def table(results):
-    """A line per cell: what was learned, by how large a model, with how much memory."""
-    width = max([len('cell'), *(len(cell_name(r)) for r in results)])
-    lines = [f'{"cell":{width}} {"params":>9} {"memory":>7} {"samples":>9} {"minutes":>7}   {"accuracy":14} '
-             f'{"chance":>6} {"exact":>6}', '']
-    lines[1] = '-' * len(lines[0])
-    for r in results:
-        lines.append(f'{cell_name(r):{width}} {r["params"]:>9,} {sum(r["memory"].values()):>7,} '
-                     f'{r["samples_trained"]:>9,} {r["seconds"] / 60:>7.1f}   {r["accuracy"]:6.1%} ± '
-                     f'{r["accuracy_se"]:5.1%} {r["chance"]:>6.1%} {r["exact_trace"]:>6.1%}')
-    return '\n'.join([*lines, '', 'memory: floats carried from token to token at the end of the prompt; '
-                      'accuracy: of the answer;',
-                      'chance: of the best guess without look-up; exact: all tokens right'])
-
-
-def show(sample, width=100, colour=False):
-    """A sample of samples.json as text: the prompt and what the model wrote. A retrieved token is shown as
-    *token, the first wrong one as >token<, with the right ones below. Of a long trace: beginning, error
-    and end."""
-    written, expected = sample['written'].split(), sample['expected'].split()
-    wrong = next((i for i, (a, b) in enumerate(itertools.zip_longest(written, expected)) if a != b), None)
-    words = [f'*{word}' if i in sample['retrieved'] else word for i, word in enumerate(written)]
-    if wrong is not None:
-        words[wrong:wrong + 1] = [f'>{"".join(words[wrong:wrong + 1]) or "(end)"}<']
-    rows = textwrap.wrap(' '.join(words), width - 10, break_long_words=False, break_on_hyphens=False)
-    lines = textwrap.wrap('prompt    ' + sample['prompt'], width, subsequent_indent=' ' * 10, max_lines=3,
-                          placeholder=' ...', break_on_hyphens=False)
-    for k, row in enumerate(rows):
-        column = row.find('>')
-        if column >= 0 or k < 2 or k == len(rows) - 1:
-            lines.append(f'{"" if k else "written":10}{row}')
-        elif lines[-1].strip() != '...':
-            lines.append(f'{"":10}...')
-        if column >= 0:
-            right = ' '.join(expected[wrong:])[:width - 11 - column] or '(end)'
-            lines.append(f'{"right":10}{"":{column + 1}}{right}')
-    text = '\n'.join(lines)
-    return re.sub(r'>(\S+)<', '\033[31m>\\1<\033[0m', text) if colour else text
-
-
-# --- cells: what is run and where it is kept --------------------------------------------------------------
-
-def cells(c):
-    """The grid as a list of dicts, each with all that a cell's result depends on. Refuses (ValueError,
-    UserError) what no task or model can do before anything runs."""
-    grid = []
-    for task, setup, size, n, arch, layers, d_state, seed in itertools.product(
-            c.tasks, c.setups, c.sizes, c.n_nodes, c.archs, c.layers, c.d_state, c.seeds):
-        known = data.TASKS[task]
-        if setup not in known.setups:
-            raise UserError(f'--setups={setup}: {task} has {", ".join(known.setups)}')
-        distribution = c.distribution if c.distribution in known.distributions else known.distributions[0]
-        known.generate(1, n, setup, 0, distribution)                    # raises if it cannot
-        with torch.device('meta'):
-            models.make_model(arch, size, known.vocab_size(n), d_state, c.frozen_embedding, layers)
-        constants = f'{setup}.{arch}'
-        grid.append(dict(
-            task=task, arch=arch, setup=setup, size=size, layers=layers, d_state=d_state, n_nodes=n,
-            seed=seed + SWEEP_SEED * c.sweep, distribution=distribution, n_val=c.n_val, tuning=c.sweep,
-            frozen_embedding=c.frozen_embedding, samples=c.samples[setup], batch_size=c.batch_size[setup],
-            lr=c.lr.get(f'{task}.{constants}', c.lr[constants]), warmup=c.warmup[constants],
-            grad_clip=c.grad_clip, dtype=c.dtype, evaluations=c.evaluations, solved=c.solved))
-        for name in {task, f'{task}.{setup}'} & {*c.curriculum}:
-            grid[-1]['curriculum'] = c.curriculum[name]
-        if c.mix:
-            grid[-1] |= dict(mix=c.mix, mix_largest=c.mix_largest)
-            grid[-1].setdefault('curriculum', 0.5)
-    return grid
-
-
-def cell_name(cell):
-    name = '{task}-{arch}-{setup}-{size}-d{d_state}-n{n_nodes}-s{seed}'.format(
-        **cell | dict(arch=f'{cell["arch"]}-{cell["layers"]}' if cell['layers'] else cell['arch']))
-    return name + ('-{samples}-lr{lr:g}-w{warmup:g}'.format(**cell) if cell['tuning'] else '')
-
-
-def folder(c, cell):
-    return Path(c.out) / cell_name(cell)
-
-
-def rungs(c, grid):
-    """What is to be run: lists of cells, each to be finished before the next is asked for. Without a sweep
-    this is the grid; with one, all learning rates and warm-ups with few samples, then the best with more."""
-    if not c.sweep:
-        yield grid
-        return
-    few, more = SWEEP_SHARES
-    groups = [[cell | dict(lr=lr, warmup=warmup, samples=int(cell['samples'] * few))
-               for lr in SWEEP_LR for warmup in SWEEP_WARMUP] for cell in grid]
-    yield sum(groups, [])
-    yield [tried | dict(samples=int(cell['samples'] * more)) for cell, group in zip(grid, groups)
-           for tried in best(c, group)[:SWEEP_KEEPS]]
-
-
-def best(c, group):
-    """Cells that differ in their constants, the best first. One without a result (its loss was not finite)
-    comes last."""
-    def key(cell):
-        path = folder(c, cell) / 'result.json'
-        return rank(read_json(path, RESULT)) if path.exists() else (2,)
-    return sorted(group, key=key)
-
-
-def rank(result):
-    """The lower, the better: first results that solved the task, the soonest first, then by held-out loss."""
-    solved = result['samples_trained'] < result['samples']
-    return (0, result['samples_trained'], result['loss']) if solved else (1, result['loss'])
-
-
-# --- files -------------------------------------------------------------------------------------------------
-
-# What a file must hold: a type, [a list of], {str: a dict of}, or a dict with these names (name?: if any, as
-# in plot.py).
-LOG = dict(samples=int, loss=float, seconds=float, accuracy=float, exact_trace=float)
-SAMPLE = dict(prompt=str, expected=str, written=str, retrieved=[int])
-RESULT = dict(task=str, arch=str, setup=str, size=str, layers=str, d_state=int, n_nodes=int, seed=int,
-              samples=int, samples_trained=int, lr=float, warmup=float, tuning=bool, accuracy=float,
-              accuracy_se=float, exact_trace=float, chance=float, loss=float, memory={str: float},
-              by_length=[dict(n=int, accuracy=float)], params=int, seconds=float)
-
-
-def fits(value, shape):
-    """Whether a value read from a file has a shape, as above. Numbers are finite, whole ones not negative."""
-    if shape in (int, float):
-        return type(value) in (int, shape) and (0 if shape is int else -1e15) <= value < 1e15
-    if isinstance(shape, list):
-        return isinstance(value, list) and all(fits(v, shape[0]) for v in value)
-    if not isinstance(shape, dict):
-        return type(value) is shape
-    if not isinstance(value, dict):
-        return False
-    if str in shape:
-        return all(fits(v, shape[str]) for v in value.values())
-    return all(fits(value[name.rstrip('?')], part) if name.rstrip('?') in value else name.endswith('?')
-               for name, part in shape.items())
-
-
-def read_json(path, shape):
-    """Read a JSON file of ours, or the list of values in one of JSON lines, each of that shape. Raises
-    UserError, naming the file, if it is damaged."""
-    try:
-        text, lines = Path(path).read_text(encoding='utf-8'), Path(path).suffix == '.jsonl'
-        value = [json.loads(line) for line in text.splitlines()] if lines else json.loads(text)
-        json.dumps(value, ensure_ascii=False).encode()              # fails on half a surrogate pair
-        if fits(value, [shape] if lines else shape):
-            return value
-        reason = 'not a file of ours, or an older one'
-    except (OSError, ValueError, RecursionError) as error:
-        reason = f'damaged, {str(error)[:60]}'
-    raise UserError(f'{path} cannot be read ({reason}): delete it to start over')
-
-
-def write(path, save):
-    """Write a file so that a kill at any moment leaves the old one or the new one, whole: save(file) fills a
-    temporary file, which is flushed to the disk and renamed. Raises UserError if the disk is full."""
-    temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')      # two processes may write a config
+def write(path, fill):
+    """Write a file: fill(file) writes into it. Raises UserError if the disk is full."""
+    temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
     try:
         with open(temporary, 'wb') as file:
-            save(file)
+            fill(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:            # torch.save makes an OSError a RuntimeError
         temporary.unlink(missing_ok=True)
-        raise UserError(f'{path} cannot be written ({str(error).splitlines()[0]}): the last one stays; '
-                        'when there is room, run the same command again to continue')
+        reason = str(error).splitlines()[0]
+        raise UserError(f'{path} cannot be written ({reason}): the last one stays; when there is '
+                        'room, run the same command again to continue')
 
 
-def write_text(path, text):
-    write(path, lambda file: file.write(text.encode()))
+def save(path, run, model, optimizer, step, seconds, log):
+    """Write a checkpoint, from which `resume` continues with the same bits."""
+    checkpoint = dict(run=asdict(run), optimizer_name=type(optimizer).__name__, step=step,
+                      seconds=seconds, log=log, model=model.state_dict(),
+                      optimizer=optimizer.state_dict())
+    write(path, lambda file: torch.save(checkpoint, file))
 
 
-def write_json(path, value):
-    write_text(path, json.dumps(value, indent=1) + '\n')
+def read_checkpoint(path):
+    """The dict in a checkpoint. The file is a zip archive whose checksums reveal any flipped
+    byte."""
+    with zipfile.ZipFile(path) as archive:
+        if archive.testzip():
+            raise ValueError('wrong checksum')
+    return torch.load(path, map_location='cpu', weights_only=True)
 
 
-def read_checkpoint(path, cell, model, optimizer=None):
-    """Load a cell's checkpoint into its model and optimizer and return it, None if there is none yet. The
-    file is a zip archive whose checksums reveal any flipped byte. Raises UserError on a damaged one and on
-    another cell's."""
+def resume(path, run, model, optimizer):
+    """Load a checkpoint, if there is one, into the model and the optimizer. Returns the number of
+    steps done, the seconds they took, and the log. Raises UserError if it is damaged or another
+    run's."""
     if not path.exists():
-        return None
+        return 0, 0.0, []
     try:
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip():
-                raise ValueError('wrong checksum')
-        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-        if not fits(checkpoint, dict(cell=dict, step=int, seconds=float, log=[LOG])):
-            raise ValueError('other contents')
-        if checkpoint['cell'] == cell:
+        checkpoint = read_checkpoint(path)
+        there = checkpoint['run'] | dict(optimizer=checkpoint['optimizer_name'])
+        different = difference(there, asdict(run) | dict(optimizer=type(optimizer).__name__))
+        if not different:
             model.load_state_dict(checkpoint['model'])
-            if optimizer:
-                optimizer.load_state_dict(checkpoint['optimizer'])      # (which looks at no shapes)
-                for p in optimizer.param_groups[0]['params']:
-                    expected = dict(step=(), exp_avg=p.shape, exp_avg_sq=p.shape)
-                    if {name: t.shape for name, t in optimizer.state[p].items()} != expected:
-                        raise ValueError('other shapes')
-    except Exception as error:          # zipfile and torch.load raise many kinds on a damaged file
-        raise UserError(f'{path} cannot be read ({type(error).__name__}): delete it to start this cell over')
-    if checkpoint['cell'] != cell:
-        raise UserError(f'{path} belongs to another configuration ({difference(checkpoint["cell"], cell)}): '
-                        'choose another --out or delete it')
-    return checkpoint
+            optimizer.load_state_dict(checkpoint['optimizer'])
+            return checkpoint['step'], checkpoint['seconds'], checkpoint['log']
+    except Exception as error:          # zipfile and torch raise many kinds on a damaged file
+        raise UserError(f'{path} cannot be read ({type(error).__name__}): delete it to start over')
+    raise UserError(f'{path} is of another run ({different}): choose another --out or delete it')
 
 
-def difference(old, new):
-    return ', '.join(f'{k}={old.get(k)} there, {new.get(k)} here'
-                     for k in sorted({*map(str, old), *new}) if old.get(k) != new.get(k)) or 'other names'
-
-
-def claim(path, cell):
-    """Make a cell's folder, or check that the one there has the same configuration. Raises UserError."""
-    path.mkdir(parents=True, exist_ok=True)
-    config = path / 'config.json'
-    if not config.exists():
-        write_json(config, cell)
-    if (old := read_json(config, dict)) != cell:
-        raise UserError(f'{path} holds another configuration ({difference(old, cell)}): choose another --out')
-
-
-# --- the command line ------------------------------------------------------------------------------------
-
-CHOICES = dict(tasks=data.TASKS, archs=models.ARCHS, setups=data.SETUPS, sizes=models.SIZES,
-               distribution=[*data.DISTRIBUTIONS, *data.HOTPOT_DISTRIBUTIONS],
-               dtype=('float32', 'bfloat16'), device=('auto', 'cpu', 'cuda', 'mps'))
-LIMITS = dict(batch_size=(1, 65_536), eval_batch=(1, 65_536), n_val=(1, 1_000_000), d_state=(1, 1024),
-              samples=(0, 10 ** 12), evaluations=(1, 10_000), warmup=(0, 1), curriculum=(-1, 1),
-              solved=(0, 1), show=(0, 1000), processes=(0, 1024), workers=(0, 1024), lr=(0, 1e38),
-              grad_clip=(0, 1e30))
-
-
-def read_value(name, text, default):
-    """The text of an override -> a value of the default's type. Raises UserError."""
-    if isinstance(default, tuple):
-        return tuple(read_value(name, part, default[0]) for part in text.split(','))
-    if isinstance(default, dict):           # cot.mamba:0.001, or mamba:0.001 for all that it is part of
-        value, example = dict(default), next(iter(default.values()))
-        for part in text.split(','):
-            key, _, number = part.rpartition(':')
-            named = [known for known in default if not key or {*key.split('.')} <= {*known.split('.')}]
-            if not named:
-                raise UserError(f'--{name}={text}: give one value for all, or name:value with names out of '
-                                + ', '.join(default))
-            value |= dict.fromkeys(named, read_value(name, number, example))
-        return value
-    kind = type(default)
+def load(path):
+    """A trained model and its Run, from the folder of a run or from a file such as those in
+    results/weights/. Raises UserError if there is none, or it is damaged or an older version's."""
+    path = Path(path)
+    path = path / 'checkpoint.pt' if path.is_dir() else path
+    if not path.exists():
+        raise UserError(f'{path}: there is no trained model')
     try:
-        value = {'true': True, 'false': False}[text.lower()] if kind is bool else kind(text)
-    except (ValueError, KeyError):
-        raise UserError(f'--{name}={text}: expected {"True or False" if kind is bool else kind.__name__}')
-    if kind in (int, float):
-        low, high = LIMITS.get(name, (0, 2 ** 31))
-        if not low <= value <= high:
-            raise UserError(f'--{name}={text}: must be from {low} to {high}')
-    elif name in CHOICES and value not in CHOICES[name]:
-        raise UserError(f'--{name}={text}: choose from {", ".join(CHOICES[name])}')
-    return value
+        checkpoint = read_checkpoint(path)
+        run = Run(**checkpoint['run'])
+        model = make_model(run)
+        model.load_state_dict(checkpoint['model'])
+        return model, run
+    except Exception as error:
+        raise UserError(f'{path} cannot be read ({type(error).__name__}): damaged or of another version')
 
 
-def parse(argv, constants=Constants, program='train.py', presets=PRESETS):
-    """Command line -> constants: the defaults, then the preset, then the overrides. --help shows the comments
-    that stand beside the constants in the source. Raises UserError."""
-    def refuse(message):
-        raise UserError(f'{message}: see --help')
+# ==================================================================================================
+# This is how one model is trained. Below: many runs and what is printed about them, what looks
+# inside a trained model, the demo, the command line.
 
-    defaults = constants()
-    parser = argparse.ArgumentParser(program, allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                                     usage=f'python {program} [--name=value ...]')
-    parser.error = refuse
-    group = parser
-    if len(presets) > 1:
-        parser.add_argument('--preset', choices=presets, metavar='NAME', help=f'one of {", ".join(presets)}')
-    for line in inspect.getsource(constants).splitlines():
-        if m := re.match(r'    (\w+): \w+ = .*?  +# (.*)$', line):
-            default = getattr(defaults, m[1])
-            switch = dict(nargs='?', const='True') if isinstance(default, bool) else {}
-            group.add_argument(f'--{m[1]}', metavar='VALUE', **switch,
-                               help=f'{m[2]} (default: {shown(default)})'.replace('%', '%%'))
-        elif m := re.match(r'    # (.*)', line):
-            group = parser.add_argument_group(m[1])
-    overrides = vars(parser.parse_args(argv))
-    tasks = set(overrides.get('tasks', '').split(','))
-    # without --preset: the one whose tasks are asked for, such as hotpot
-    own = [name for name, preset in presets.items() if tasks <= set(preset.get('tasks', ()))]
-    c = replace(defaults, **presets[overrides.pop('preset', [*own, 'default'][0])])
-    return replace(c, **{name: read_value(name, text or '', getattr(c, name))
-                         for name, text in overrides.items()})
+# DeltaNet and the GRU are architectures of their own (models.py); the GRU was not swept on IsTree.
+# The primitives were swept without a retriever; with one, a single learning rate serves all four.
+# Their order decides whether the Transformer learns them. The columns are those of the first table.
+RECIPES |= read_recipes('''
+istree   direct    deltanet    14  16  10_000   32   1e-3   0.05  8   alone       0
+istree   cot       deltanet    14  16  200_000  16   8e-3   0.25  8   alone       0
+istree   retrieval deltanet    14  16  24_000   8    16e-3  0.25  8   small-first 0.5
+istree   cot       gru         14  64  200_000  16   4e-3   0.25  8   alone       0
+index    direct    transformer 16  1   256_000  16   4e-3   0.25  16  together    0
+index    direct    mamba       16  1   256_000  16   8e-3   0.25  16  together    0
+index    direct    hybrid      16  1   256_000  16   8e-3   0.25  16  together    0
+index    retrieval transformer 16  1   8_000    16   8e-3   0.25  16  together    0
+index    retrieval mamba       16  1   8_000    16   16e-3  0.25  16  together    0
+index    retrieval hybrid      16  1   8_000    16   8e-3   0.25  16  together    0
+recall   direct    transformer 16  1   256_000  16   4e-3   0.25  16  small-first 0.5
+recall   direct    mamba       16  1   256_000  16   8e-3   0.25  16  small-first 0.5
+recall   direct    hybrid      16  1   256_000  16   4e-3   0.25  16  small-first 0.5
+recall   direct    deltanet    16  16  256_000  16   16e-3  0.25  16  small-first 0.5
+recall   direct    gru         16  64  256_000  16   8e-3   0.05  16  small-first 0.5
+recall   retrieval transformer 16  1   8_000    16   8e-3   0.25  16  small-first 0.5
+recall   retrieval mamba       16  1   8_000    16   16e-3  0.25  16  small-first 0.5
+recall   retrieval hybrid      16  1   8_000    16   8e-3   0.25  16  small-first 0.5
+cgram    direct    transformer 16  1   256_000  16   2e-3   0.25  16  large-first 0.75
+cgram    direct    mamba       16  1   256_000  16   4e-3   0.25  16  large-first 0.75
+cgram    direct    hybrid      16  1   256_000  16   4e-3   0.25  16  large-first 0.75
+cgram    retrieval transformer 16  1   8_000    16   8e-3   0.25  16  large-first 0.75
+cgram    retrieval mamba       16  1   8_000    16   16e-3  0.25  16  large-first 0.75
+cgram    retrieval hybrid      16  1   8_000    16   8e-3   0.25  16  large-first 0.75
+counting direct    transformer 16  1   256_000  16   2e-3   0.25  16  large-first 0.75
+counting direct    mamba       16  1   256_000  16   4e-3   0.25  16  large-first 0.75
+counting direct    hybrid      16  1   256_000  16   4e-3   0.25  16  large-first 0.75
+counting retrieval transformer 16  1   8_000    16   8e-3   0.25  16  large-first 0.75
+counting retrieval mamba       16  1   8_000    16   16e-3  0.25  16  large-first 0.75
+counting retrieval hybrid      16  1   8_000    16   8e-3   0.25  16  large-first 0.75
+''')
+
+# Each preset is a list of command lines, whose runs are carried out together.
+PAPER = ('--size=0.5M,1M,2M --n=16,32,64 --n_val=5000 --d_state=16 --frozen_embedding '
+         '--samples=1000000 --batch_size=64 --warmup=0.01 --grad_clip=0 --evaluations=10 '
+         '--solved=0 --order=alone --join=0')
+PRESETS = {'default': ['--arch=transformer,mamba,hybrid'],
+           'primitives': ['--task=index,recall,cgram,counting'],
+           'paper': [f'{PAPER} --arch=transformer --lr=1e-3',
+                     f'{PAPER} --arch=mamba,hybrid --lr=3e-4']}
+
+# The grid of a sweep: the same for every task, setup and architecture. Each round takes the best of
+# the round before, with more samples (successive halving, Jamieson & Talwalkar 2016).
+SWEEP_LR = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
+SWEEP_WARMUP = (0.05, 0.25)
+SWEEP_ROUNDS = ((1 / 8, 12), (1 / 2, 2), (1, 2))    # (share of the samples, number of candidates)
+SWEEP_SEED = 1000
 
 
-def shown(default):
-    """A default as it would be typed."""
-    if isinstance(default, dict):
-        return ','.join(f'{name}:{value}' for name, value in default.items())
-    return ','.join(map(str, default)) if isinstance(default, tuple) else default
+def favour_largest(share, mix, start, steps):
+    """The n of the batches from `start` on when the largest n gets a share of them, evenly spread,
+    and the others take turns. mix: ascending."""
+    *others, largest = mix
+    sizes = []
+    for i in range(start, steps):
+        if i * share % 1 < share:
+            sizes.append(largest)
+        else:
+            sizes.append(others[(i - math.ceil(i * share)) % len(others)])
+    return sizes
 
 
-# --- running ---------------------------------------------------------------------------------------------
+# --- many runs ------------------------------------------------------------------------------------
+
+def process_number():
+    """Of this process among those that torchrun or run_all started."""
+    return int(os.environ.get('RANK') or 0)
+
 
 def pick_device(name):
-    """The device of a name; auto: CUDA, then Apple's MPS, then CPU. Raises UserError if there is none."""
+    """The device of a name; auto: CUDA, then Apple's MPS, then CPU. Raises UserError if there is
+    none."""
     there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     if name == 'auto':
         name = next(device for device in there if there[device])
     if not there[name]:
-        raise UserError(f'--device={name}: torch finds no such device here, leave it out to use another')
-    return torch.device(name, int(os.environ.get('LOCAL_RANK', 0)) if name == 'cuda' else None)
+        raise UserError(f'--device={name}: torch finds no such device here')
+    return torch.device(name, int(os.environ.get('LOCAL_RANK') or 0) if name == 'cuda' else None)
 
 
-def work(c, grid, device, wait):
-    """Run every cell that has no result and that no other process runs (with wait: wait for that process, and
-    take the cell over if it died). Returns the cells that stopped without a result."""
-    stopped = []
-    for cell in grid:
-        path = folder(c, cell)
-        lock = filelock.FileLock(path / 'lock')         # released when its process ends, however it ends
+def folder(run, options):
+    return Path(options.out).expanduser() / run.name()
+
+
+def write_json(path, value):
+    text = json.dumps(value, indent=1) + '\n'
+    write(path, lambda file: file.write(text.encode()))
+
+
+def read_result(path):
+    """The dict in a result.json. Raises UserError, naming the file, if it is damaged or of an older
+    version."""
+    try:
+        result = json.loads(path.read_text(encoding='utf-8'))
+        table({path.parent.name: result})               # (needs every number that is printed)
+        return result
+    except Exception as error:
+        raise UserError(f'{path} cannot be read ({type(error).__name__}): damaged, or of another '
+                        'version; delete it to start over, or choose another --out')
+
+
+def run_one(run, path, options, device):
+    """Train and evaluate, write result.json. Raises UserError."""
+    for left_by_a_kill in path.glob('*.tmp'):
+        left_by_a_kill.unlink()
+    task = make_task(run)
+    model, samples_trained, seconds, log = train(run, path, options, device)
+    by_length, losses, more = [], [], {}
+    for n in mixed_sizes(run, task):
+        samples = data.held_out_samples(task, n, run.n_val, run.tuning)
+        measured, written = evaluate(model, task, n, samples, options.eval_batch, device)
+        by_length.append(dict(n=n, chance=task.chance(n), **measured))
+        predicted, losses_of_n = [], []
+        for i in range(0, len(samples), options.eval_batch):
+            words, loss = teacher_forced(model, task, samples[i:i + options.eval_batch], device)
+            predicted += words
+            losses_of_n.append(loss)
+        losses.append(torch.cat(losses_of_n).mean().item())
+        if run.task == 'recall' and run.setup == 'direct' and 'cache' not in model.memory(1):
+            more.setdefault('messages', [])
+            more['messages'] += messages(model, run, task, n, samples, device)
+    # what follows is about the last, largest n
+    if run.task == 'istree':
+        more['errors'] = errors_by_kind(predicted, samples)
+    if run.task == 'istree' and run.setup == 'cot' and 'cache' in model.memory(1):
+        attention = attention_to_edges(model, task, samples[:200], device)
+        write_json(path / 'attention.json', attention)
+        more['attention_on_edge'] = attention['share']
+    examples = []
+    for (prompt, completion), words in zip(samples[:3], written):
+        examples.append(dict(prompt=' '.join(prompt), expected=' '.join(completion),
+                             written=' '.join(words)))
+    write_json(path / 'result.json', asdict(run) | by_length[-1] | more | dict(
+        by_length=by_length, loss=float(np.mean(losses)), samples_trained=samples_trained,
+        memory=model.memory(len(samples[0][0])), params=model.n_params(), seconds=seconds,
+        samples_per_second=samples_trained / max(seconds, 1e-9), threads=torch.get_num_threads(),
+        device=torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type,
+        torch=torch.__version__, date=time.strftime('%Y-%m-%d'), log=log, examples=examples))
+
+
+def work(runs, options, device):
+    """Carry out every run that has no result and that no other process is working on."""
+    for run in runs:
+        path = folder(run, options)
+        path.mkdir(parents=True, exist_ok=True)
         try:
-            if (path / 'result.json').exists():
-                continue
-            with lock.acquire(timeout=-1 if wait else 0):
-                if not (path / 'result.json').exists():     # (another process may just have finished it)
-                    run_cell(c, cell, device)
+            with filelock.FileLock(path / 'lock', timeout=0):   # released when its process ends
+                if not (path / 'result.json').exists():
+                    run_one(run, path, options, device)
         except filelock.Timeout:
             continue
-        except UserError as complaint:
-            tqdm.write(f'train.py: {complaint}', file=sys.stderr)
-            stopped.append(cell)
-    return stopped
+        except UserError as problem:
+            tqdm.write(f'train.py: {problem}', file=sys.stderr)
+
+
+def work_as_helper(number, threads, runs, options, device):
+    """`work` in a process of its own, which ends when the first process does."""
+    os.environ['RANK'] = str(number)
+    torch.set_num_threads(threads)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    try:
+        work(runs, options, device)
+    except KeyboardInterrupt:                           # (the first process says so)
+        os._exit(130)
 
 
 def end_with_parent():
-    """In a helper: its standard input is a pipe from the first process, which closes when that one ends, by
-    whatever means. (Ctrl-C reaches the first one alone: each helper is started in a session of its own.)"""
-    sys.stdin.read()
+    multiprocessing.parent_process().join()
     os._exit(1)
 
 
-def main(argv):
-    c = parse(argv)
-    device = pick_device(c.device)
-    grid = cells(c)
-    length = lambda cell: data.TASKS[cell['task']].max_length(cell['n_nodes'], cell['setup'])
-    cost = lambda cell: (cell['samples'] * length(cell), cell['arch'] != 'mamba')   # attention takes longer
-    # (of a sweep, more follow)
-    left = sum(not (folder(c, cell) / 'result.json').exists() for cell in grid) if not c.sweep else 1024
-    processes = min(c.processes or (os.cpu_count() if device.type == 'cpu' else 1), left)
-    helpers = []
-    if 'HELPER' in os.environ:
-        threading.Thread(target=end_with_parent, daemon=True).start()
-    elif processes > 1 and 'RANK' not in os.environ:        # helpers: this program again, with another rank
-        again = [sys.executable, __file__, *argv, f'--processes={processes}']
-        for i in range(1, processes):
-            helpers.append(subprocess.Popen(again, stdin=subprocess.PIPE, start_new_session=True,
-                                            env=os.environ | dict(RANK=str(i), HELPER='1')))
-    if device.type == 'cpu':
-        torch.set_num_threads(max(1, torch.get_num_threads() // max(1, processes)))
-    for rung in rungs(c, grid):
-        for cell in rung:
-            claim(folder(c, cell), cell)
-        longest_first = sorted(rung, key=cost, reverse=True)
-        stopped = work(c, longest_first, device, wait=False)
-        # then wait for cells that other processes run, and take over those whose process died
-        stopped += work(c, [cell for cell in longest_first if cell not in stopped], device, wait=True)
+def run_all(runs, options):
+    """Carry out the runs, on a CPU several at once. Runs that have a result are skipped, which is
+    said. Returns the results, {name: dict}."""
+    device, left = pick_device(options.device), []
+    for run in runs:
+        if not already_done(run, folder(run, options) / 'result.json'):
+            left.append(run)
+    left.sort(key=expected_work, reverse=True)
+    at_once = options.processes or (available_cores() if device.type == 'cpu' else 1)
+    if 'RANK' in os.environ:                            # torchrun has started the others
+        at_once = 1
+    at_once = max(1, min(at_once, len(left)))
+    threads = max(1, torch.get_num_threads() // at_once)
+    torch.set_num_threads(threads)
+    start = multiprocessing.get_context('spawn').Process
+    helpers = [start(target=work_as_helper, args=(number, threads, left, options, device))
+               for number in range(1, at_once)]
     for helper in helpers:
-        helper.wait()
-    if RANK == 0:
-        folders = [folder(c, cell) for cell in rung]
-        results = {path: read_json(path / 'result.json', RESULT) for path in folders
-                   if (path / 'result.json').exists()}
-        print('\n' + table(results.values()))
-        of = lambda r: (r['task'], r['setup'], r['arch'], r['n_nodes'])
-        for _, group in itertools.groupby(results.values(), of) if c.sweep else ():
-            print('chosen for {task}: --lr={setup}.{arch}:{lr:g} --warmup={setup}.{arch}:{warmup:g}'.format(
-                **min(group, key=rank)))
-        for path in results if c.show else ():
-            samples = read_json(path / 'samples.json', [SAMPLE])
-            for sample in samples[:c.show]:
-                print(f'\n{path.name}\n{show(sample, colour=sys.stdout.isatty())}')
-    if stopped and not c.sweep:             # in a sweep, a loss that is not finite is a result, too
-        raise UserError(f'{len(stopped)} of {len(rung)} cells stopped without a result')
+        helper.start()
+    work(left, options, device)
+    for helper in helpers:
+        helper.join()
+    results = {}
+    for run in runs:
+        path = folder(run, options) / 'result.json'
+        if path.exists():
+            results[run.name()] = read_result(path)
+    return results
+
+
+def already_done(run, path):
+    """Has the run a result? Says so. Raises UserError if the result is another run's."""
+    if not path.exists():
+        return False
+    result = read_result(path)
+    there = {f.name: result.get(f.name) for f in fields(run)}
+    if different := difference(there, asdict(run)):
+        raise UserError(f'{path} belongs to another run ({different}): choose another --out')
+    if process_number() == 0:
+        print(f'{run.name()} has a result of {result.get("date")} and is skipped. To train again, '
+              f'delete {path.parent}')
+    return True
+
+
+def difference(there, here):
+    names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
+    return ', '.join(f'{name}={there.get(name)} there, {here.get(name)} here' for name in names)
+
+
+def expected_work(run):
+    """Tokens; and attention takes longer than an RNN."""
+    return run.samples * (3 * run.n + make_task(run).longest(run.n)), run.arch != 'mamba'
+
+
+def available_cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+
+
+def report_missing(runs, results, options):
+    """Name the runs without a result. Raises UserError unless other processes are working on
+    them."""
+    failed = 0
+    for run in runs:
+        if run.name() not in results:
+            try:
+                filelock.FileLock(folder(run, options) / 'lock', timeout=0).acquire().lock.release()
+                failed += 1
+            except filelock.Timeout:
+                print(f'{run.name()}: another process is working on this run')
+    if failed:
+        raise UserError(f'{failed} of {len(runs)} runs stopped without a result')
+
+
+def sweep(runs, options):
+    """Try all learning rates and warm-ups for each of the runs, on other seeds and prompts. Returns
+    the results of the last round and prints the best constants."""
+    candidates = {}
+    for run in runs:
+        grid = itertools.product(SWEEP_LR, SWEEP_WARMUP)
+        candidates[run.name()] = [replace(run, lr=lr, warmup=warmup, tuning=True, seed=SWEEP_SEED)
+                                  for lr, warmup in grid]
+    for share, how_many in SWEEP_ROUNDS:
+        this_round = []
+        for run in runs:
+            best = candidates[run.name()][:how_many]
+            candidates[run.name()] = [replace(c, samples=int(run.samples * share)) for c in best]
+            this_round += candidates[run.name()]
+        results = run_all(this_round, options)
+        for tried in candidates.values():
+            tried.sort(key=lambda candidate: rank(results.get(candidate.name())))
+    for name, tried in candidates.items():
+        print(f'best for {name}: --lr={tried[0].lr} --warmup={tried[0].warmup}')
+    return results
+
+
+def rank(result):
+    """The lower, the better: first results that solved the task, the soonest first, then by
+    held-out loss. A run without a result (its loss was not finite) comes last."""
+    if result is None:
+        return 2, 0
+    if result['samples_trained'] < result['samples']:
+        return 0, result['samples_trained']
+    return 1, result['loss']
+
+
+def table(results):
+    """A line per result, {name: dict}: what was learned, by how large a model, with how much
+    memory."""
+    width = max([len(name) for name in results] + [3])
+    head = f'{"run":{width}} {"params":>9} {"memory":>7} {"samples":>9} {"minutes":>7}'
+    lines = [f'{head} {"exact":>7} {"accuracy":>17} {"chance":>7}']
+    lines.append('-' * len(lines[0]))
+    for name, r in results.items():
+        memory, minutes = sum(r['memory'].values()), r['seconds'] / 60
+        line = f'{name:{width}} {r["params"]:9,} {memory:7,} {r["samples_trained"]:9,}'
+        line += f' {minutes:7.1f} {r["exact"]:7.1%} {r["accuracy"]:8.1%} ± {r["accuracy_se"]:6.1%}'
+        lines.append(f'{line} {r["chance"]:7.1%}')
+    lines.append('')
+    lines.append('memory: floats carried from token to token at the end of the prompt')
+    lines.append('exact: every word right; accuracy: of the answer; '
+                 'chance: of the best guess without look-up')
+    return '\n'.join(lines)
+
+
+def show(prompt, expected, written):
+    """What a model wrote, as text: long texts are cut, and the first wrong word is pointed out. All
+    three arguments are lists of words."""
+    layout = dict(width=100, max_lines=3, placeholder=' ...', subsequent_indent=' ' * 10,
+                  break_long_words=False, break_on_hyphens=False)
+    lines = textwrap.wrap('prompt    ' + ' '.join(prompt), **layout)
+    lines += textwrap.wrap('written   ' + ' '.join(written), **layout)
+    agreed = len(os.path.commonprefix([written, expected]))
+    if written == expected:
+        lines.append(f'right     all {agreed} words')
+    else:
+        lines.append(f'wrong     word {agreed + 1}: {" ".join(written[agreed:agreed + 10])} ...')
+        lines.append(f'right     would be {" ".join(expected[agreed:agreed + 10])} ...')
+    return '\n'.join(lines)
+
+
+# --- what looks inside a trained model ------------------------------------------------------------
+
+def errors_by_kind(predicted, samples):
+    """The share of wrong words of each of data.KINDS, on IsTree samples, predicted by
+    teacher_forced: where does a model go wrong?"""
+    by_kind = {}
+    for words, (_, completion) in zip(predicted, samples):
+        for kind, word, right in zip(data.kinds(completion), words, completion):
+            by_kind.setdefault(kind, []).append(word != right)
+    return {kind: float(np.mean(by_kind[kind])) for kind in data.KINDS if kind in by_kind}
+
+
+@torch.no_grad()
+def attention_to_edges(model, task, samples, device):
+    """Where the topmost attention layer looks while the model reads the right chains of thought of
+    IsTree samples. Returns a dict: prompt and trace, the words of the first sample; weights, of
+    each word of the trace over all words, mean over heads; share, the mean weight on the edge of
+    the prompt that holds the next word, over all samples and next neighbours."""
+    layer = [layer for layer in model.modules() if isinstance(layer, models.Attention)][-1]
+    inputs = []
+    tokens, _ = data.collate(task, samples)
+    with layer.register_forward_pre_hook(lambda layer, arguments: inputs.append(arguments[0])):
+        model(torch.from_numpy(tokens).to(device))
+    weights = models.attention_weights(layer, inputs[0])                    # (N, heads, L, L)
+    weights = weights.mean(1).cpu().numpy()                                 # (N, L, L)
+    shares = []
+    for (prompt, trace), seen in zip(samples, weights):
+        edges = {frozenset((prompt[i], prompt[i + 2])): i for i in range(1, len(prompt) - 1, 3)}
+        for t, kind in enumerate(data.kinds(trace)):
+            if kind == 'next neighbour' and t > 0:
+                i = edges[frozenset((trace[t - 1], trace[t]))]
+                shares.append(seen[len(prompt) + t - 1, i:i + 3].sum())
+    prompt, trace = samples[0]
+    end = len(prompt) + len(trace)
+    return dict(prompt=prompt, trace=trace, share=float(np.mean(shares)),
+                weights=weights[0, len(prompt):end, :end].round(4).tolist())
+
+
+@torch.no_grad()
+def messages(model, run, task, n, samples, device, bits_per_float=(1, 2, 3, 4, 6, 8, 12, 32)):
+    """The communication game behind the paper's lower bound, played with a recurrent model on
+    associative recall. One player reads a sequence [BOS] key value ... ~ and sends the model's
+    memory, each of its floats as one of 2^k numbers. The other goes on from what arrives and is
+    asked for the value of each of the n keys, every one as the first question.
+
+    Returns a list of dicts: n, bits_per_float k, the bits of the message, accuracy over all
+    questions, and all_right, the share of sequences of which every value was right. 32 bits:
+    nothing is rounded."""
+    prompts = [prompt[:2 * n + 2] for prompt, _ in samples[:200]]
+    _, state = model.prefill(as_tokens(task, prompts, device))
+    keys = as_tokens(task, [prompt[1:-1:2] for prompt in prompts], device)      # (B, n)
+    values = as_tokens(task, [prompt[2:-1:2] for prompt in prompts], device)    # (B, n)
+    ranges = ranges_of_memory(model, run, task, n, device, 2 * n + 2)
+    bits, rows = sum(model.memory(1).values()), []
+    for k in bits_per_float:
+        arrived = state if k == 32 else round_memory(state, ranges, k)
+        guesses = []
+        for i in range(n):
+            logits, _ = model.step(keys[:, i], arrived)
+            guesses.append(logits.argmax(-1))
+        right = torch.stack(guesses, 1) == values                               # (B, n)
+        rows.append(dict(n=n, bits_per_float=k, bits=k * bits, accuracy=right.float().mean().item(),
+                         all_right=right.all(1).float().mean().item()))
+    return rows
+
+
+def as_tokens(task, texts, device):
+    """Lists of words, all equally long -> token ids (B, L)."""
+    return torch.tensor([[task.tokens[word] for word in words] for words in texts], device=device)
+
+
+@torch.no_grad()
+def ranges_of_memory(model, run, task, n, device, length=None):
+    """The smallest and the largest value of every carried float after 200 training prompts, or
+    after their first `length` words: for each layer a dict {name: (low, high)}."""
+    prompts = [prompt[:length] for prompt, _ in data.draw(task, n, 200, (run.seed, 0, 0))]
+    _, state = model.prefill(as_tokens(task, prompts, device))
+    return [{name: (t.amin(0), t.amax(0)) for name, t in carried.items()} for carried in state]
+
+
+def round_memory(state, ranges, bits):
+    """Every carried float as one of 2^bits numbers: the middles of as many equal parts of its
+    range."""
+    rounded = []
+    for carried, ranges_of_layer in zip(state, ranges):
+        layer = {}
+        for name, t in carried.items():
+            low, high = ranges_of_layer[name]
+            part = (high - low).clamp(min=1e-9) / 2 ** bits
+            layer[name] = low + part * (((t - low) / part).floor().clamp(0, 2 ** bits - 1) + 0.5)
+        rounded.append(layer)
+    return rounded
+
+
+# --- probes: the memory transplant, and rounding --------------------------------------------------
+
+CARRIED = ('state', 'window', 'cache')      # what layers carry, see models.py
+
+
+def swapped(own, donor, names):
+    """A memory: what is in `names` comes from the donor, the rest is the model's own."""
+    return [{name: (b if name in names else a)[name] for name in a} for a, b in zip(own, donor)]
+
+
+@torch.no_grad()
+def transplant(model, task, samples, device):
+    """After the prompt is read, what the model carries is replaced by what it carries after another
+    prompt. Then it goes on writing; the retriever searches the model's own text. The donor of each
+    sample is the next one, and in the last row, `one donor`, the last sample for all.
+
+    Returns {what is replaced: {own, donor, next_neighbour}}: the share of traces that are exactly
+    the sample's own and exactly the donor's, and the share of right next neighbours with the
+    sample's own right words before."""
+    *samples, fixed = samples
+    donors = samples[1:] + samples[:1]
+    _, own = model.prefill(as_tokens(task, [prompt for prompt, _ in samples], device))
+    _, donor = model.prefill(as_tokens(task, [prompt for prompt, _ in donors], device))
+    _, one = model.prefill(as_tokens(task, [fixed[0]] * len(samples), device))
+    carried = sorted({name for layer in own for name in layer}, key=CARRIED.index)
+    rows = {'nothing': (own, donors), 'everything': (donor, donors)}
+    if len(carried) > 1:
+        for name in carried:
+            rows[name] = swapped(own, donor, [name]), donors
+    rows['one donor'] = one, [fixed] * len(samples)
+    result = {}
+    for replaced, (state, givers) in rows.items():
+        prompts = [prompt for prompt, _ in samples]
+        written, _, _ = generate(model, task, task.n, prompts, device, state)
+        result[replaced] = dict(
+            own=share_of_exact(written, samples), donor=share_of_exact(written, givers),
+            next_neighbour=next_neighbours(model, task, samples, device, state))
+    return result
+
+
+def share_of_exact(written, samples):
+    return float(np.mean([words == completion for words, (_, completion) in zip(written, samples)]))
+
+
+def next_neighbours(model, task, samples, device, state):
+    """The share of right next neighbours of IsTree completions, with the right words before, when
+    the model goes on from `state`."""
+    tokens, _ = data.collate(task, samples)
+    start = len(samples[0][0])
+    hidden, _ = model.hidden(torch.from_numpy(tokens[:, start:]).to(device), state)
+    predicted = model.head(hidden).argmax(-1).tolist()
+    right = []
+    for row, (_, completion) in zip(predicted, samples):
+        for t, kind in enumerate(data.kinds(completion)):
+            if kind == 'next neighbour' and t > 0:
+                right.append(task.words[row[t - 1]] == completion[t])
+    return float(np.mean(right))
+
+
+@torch.no_grad()
+def rounding(model, run, task, samples, device, bits=(1, 2, 3, 4, 6, 8)):
+    """The carried floats are rounded to k bits at the same moment. Returns {k: {exact,
+    exact_trees}}, the share of exact traces on all samples and on those that are trees."""
+    _, own = model.prefill(as_tokens(task, [prompt for prompt, _ in samples], device))
+    ranges = ranges_of_memory(model, run, task, run.n, device)
+    trees = [sample for sample in samples if sample[1][-1] == '[TRUE]']
+    result = {}
+    for k in bits:
+        prompts = [prompt for prompt, _ in samples]
+        written, _, _ = generate(model, task, task.n, prompts, device, round_memory(own, ranges, k))
+        of_trees = [words for words, sample in zip(written, samples) if sample in trees]
+        result[k] = dict(exact=share_of_exact(written, samples),
+                         exact_trees=share_of_exact(of_trees, trees))
+    return result
+
+
+def probe(paths, device):
+    """Print a JSON line for each trained model of IsTree: its run, `transplant` and `rounding`, on
+    200 held-out prompts."""
+    for path in paths:
+        model, run = load(path)
+        model.to(device)
+        task = make_task(run)
+        samples = data.held_out_samples(task, run.n, run.n_val)[:201]
+        print(json.dumps(asdict(run) | dict(
+            transplant=transplant(model, task, samples, device),
+            rounding=rounding(model, run, task, samples[:200], device))))
+
+
+# --- the demo -------------------------------------------------------------------------------------
+
+WEIGHTS = Path(__file__).parent / 'results' / 'weights'
+DEMO = (('transformer', 'cot'), ('mamba', 'cot'), ('hybrid', 'cot'), ('mamba', 'retrieval'))
+
+
+def demo(text):
+    """What trained models write on one graph, and a memory transplant. text: a seed, or edges such
+    as `2-1 4-0 ...`."""
+    n = Run().n
+    if '-' in text:
+        edges = read_edges(text, n)
+    else:
+        edges, _ = data.two_star(random.Random(text), n)
+    other, _ = data.two_star(random.Random(f'another graph than {text}'), n)
+    for arch, setup in DEMO:
+        model, run = load(WEIGHTS / f'{Run(arch=arch, setup=setup).name()}.pt')
+        task = make_task(run)
+        prompt, completion = write_graph(task, edges)
+        [written], _, _ = generate(model, task, n, [prompt], 'cpu')
+        print(f'--- {arch}, {setup}\n{show(prompt, completion, written)}')
+        donor_prompt, donor_completion = write_graph(task, other)
+        _, state = model.prefill(as_tokens(task, [donor_prompt], 'cpu'))
+        [written], _, _ = generate(model, task, n, [prompt], 'cpu', state)
+        whose = 'neither trace'
+        if written == completion:
+            whose = 'the trace of the graph above: it does not notice'
+        if written == donor_completion:
+            whose = 'the trace of the other graph'
+        print(f'With its memory of another graph after the prompt, it writes {whose}.\n')
+
+
+def write_graph(task, edges):
+    """The sample of any graph with n-1 edges: it is a tree if the search reaches every node."""
+    tour = data.cot_trace(data.neighbours_of(edges, task.n))
+    return task.write(edges, is_tree=len(set(tour)) == task.n)
+
+
+def read_edges(text, n):
+    """`2-1 4-0 ...` -> [(2, 1), (4, 0), ...]. Raises UserError."""
+    try:
+        edges = [tuple(map(int, edge.split('-'))) for edge in text.split()]
+        possible = {*itertools.combinations(range(n), 2)}
+        different = {(min(u, v), max(u, v)) for u, v in edges}
+        if len(different) == len(edges) == n - 1 and different <= possible:
+            return edges
+    except ValueError:
+        pass
+    raise UserError(f'--demo: these models know graphs with {n} nodes, 0 to {n - 1}, and {n - 1} '
+                    'different edges, such as "2-1 4-0 ..."')
+
+
+# --- the command line -----------------------------------------------------------------------------
+
+RENAMED = dict(tasks='task', archs='arch', setups='setup', sizes='size', n_nodes='n', seeds='seed',
+               curriculum='order and --join')
+
+
+def parse(argv, program='train.py', presets=PRESETS):
+    """The command line -> the texts of the fields of Run that were given, Options, and the rest as
+    a dict. Raises UserError."""
+    parser = argparse.ArgumentParser(program, allow_abbrev=False,
+                                     argument_default=argparse.SUPPRESS)
+    parser.error = refuse
+    group = parser.add_argument_group('a run: one value, or several separated by commas')
+    for f in fields(Run):
+        default = 'the recipe' if f.default is None else f.default
+        add_flag(group, f, f'{f.metadata["meaning"]} ({default})')
+    group = parser.add_argument_group('how runs are carried out')
+    for f in fields(Options):
+        add_flag(group, f, f'{f.metadata["meaning"]} ({f.default})')
+    group = parser.add_argument_group('what to do')
+    group.add_argument('--preset', choices=presets, default='default', help='a list of runs')
+    group.add_argument('--sweep', action='store_true', help='try all learning rates and warm-ups')
+    group.add_argument('--demo', nargs='?', const='0', metavar='GRAPH',
+                       help='what trained models write: a seed, or edges such as "2-1 4-0 ..."')
+    group.add_argument('--probe', nargs='+', metavar='PATH',
+                       help='memory transplant and rounding of trained models')
+    for argument in argv:
+        name = argument.split('=')[0].removeprefix('--')
+        if name in RENAMED:
+            raise UserError(f'--{name} is now --{RENAMED[name]}')
+    given = vars(parser.parse_args(argv))
+    texts = {f.name: given.pop(f.name) for f in fields(Run) if f.name in given}
+    options = Options()
+    for f in fields(Options):
+        if f.name in given:
+            setattr(options, f.name, read_value(f, given.pop(f.name)))
+    return texts, options, given
+
+
+def refuse(message):
+    raise UserError(f'{message}: see --help')
+
+
+def add_flag(group, f, meaning):
+    switch = dict(nargs='?', const='True') if f.type is bool else {}
+    group.add_argument(f'--{f.name}', metavar='VALUE', help=meaning.replace('%', '%%'), **switch)
+
+
+def read_value(f, text):
+    """The text of a field's value -> the value. Raises UserError."""
+    limits = f.metadata
+    if limits['choices'] and text not in limits['choices']:
+        raise UserError(f'--{f.name}={text}: choose from {", ".join(limits["choices"])}')
+    try:
+        value = {'True': True, 'False': False}[text] if f.type is bool else f.type(text)
+    except (KeyError, ValueError):
+        expected = 'True or False' if f.type is bool else f.type.__name__
+        raise UserError(f'--{f.name}={text}: expected {expected}')
+    if f.type in (int, float) and not limits['low'] <= value <= limits['high']:
+        raise UserError(f'--{f.name}={text}: must be from {limits["low"]} to {limits["high"]}')
+    return value
+
+
+def all_runs(texts):
+    """The product of all values that were given. Without --setup: all setups that the task has.
+    Raises UserError and ValueError on what is impossible."""
+    values = {}
+    for f in fields(Run):
+        if f.name in texts:
+            values[f.name] = [read_value(f, part) for part in texts[f.name].split(',')]
+    runs = []
+    for task in values.pop('task', ['istree']):
+        values_here = dict(setup=data.TASKS[task].setups) | values
+        for chosen in itertools.product(*values_here.values()):
+            runs.append(Run(task=task, **dict(zip(values_here, chosen))))
+    for run in runs:
+        task = make_task(run)
+        for n in mixed_sizes(run, task):
+            if n not in task.possible_n or n > run.n:
+                raise UserError(f'--mix={run.mix}: give possible sizes, up to --n={run.n}')
+        with torch.device('meta'):
+            make_model(run)
+    return runs
+
+
+def main(argv):
+    texts, options, given = parse(argv)
+    if 'demo' in given:
+        return demo(given['demo'])
+    if 'probe' in given:
+        return probe(given['probe'], pick_device(options.device))
+    runs = []
+    for line in PRESETS[given['preset']]:
+        preset_texts, _, _ = parse(line.split())
+        runs += all_runs(preset_texts | texts)
+    if texts.get('layers'):
+        print(f'--layers={texts["layers"]}: with the dimensions and the recipe of --arch')
+    results = (sweep if 'sweep' in given else run_all)(runs, options)
+    if process_number() == 0:
+        print('\n' + table(results))
+        for name, result in results.items():
+            for example in result['examples'][:options.show]:
+                words = {key: text.split() for key, text in example.items()}
+                print(f'\n{name}\n{show(**words)}')
+        if 'sweep' not in given:            # in a sweep, a loss that is not finite is a result, too
+            report_missing(runs, results, options)
 
 
 def cli(main, program, argv):
-    """Run main(argv) -> exit code; what the user can fix is one line on stderr."""
+    """Run main(argv) -> exit code. What the user can fix is one line on stderr."""
     try:
         main(argv)
         return 0
-    except (UserError, ValueError, OSError, OverflowError, MemoryError, RuntimeError) as error:
+    except (UserError, ValueError, OSError, OverflowError) as error:
         line = [*str(error).splitlines(), type(error).__name__][0]
-        if isinstance(error, MemoryError) or 'allocate' in line:        # torch says so in a RuntimeError
-            line = f'out of memory, try smaller batches ({line})'
-        elif isinstance(error, RuntimeError) and not isinstance(error, RecursionError):
-            raise
-        print(f'{program}: {line}', file=sys.stderr)
-        return 2
+    except (MemoryError, torch.OutOfMemoryError):
+        line = 'out of memory, try smaller batches'
+    except KeyboardInterrupt:
+        line = 'interrupted, run the same command again to continue'
+        print(f'\n{program}: {line}', file=sys.stderr, flush=True)
+        os._exit(130)                       # without waiting for helpers; files are always whole
+    print(f'{program}: {line}', file=sys.stderr)
+    return 2
 
 
 if __name__ == '__main__':
