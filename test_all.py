@@ -57,39 +57,33 @@ GRAPHS = [(n, distribution) for n in N_NODES for distribution in data.DISTRIBUTI
 # numbers and today's names: whoever renames something changes the functions and leaves the numbers.
 
 def held_out_sets(task, setup, distribution, n, order):
-    """(reported, tuning): two lists of (tokens (50, L), loss_mask (50, L)), one for each n of a
-    run, ascending. order: how the n join, see RUNS."""
-    sizes = (n,) if order == 'alone' else data.TASKS[task].lengths(n)
-    reported, tuning = [], []
-    for size in sizes:
-        arguments = (task, 50, n, setup, distribution, size)
-        reported.append(data.validation_set(*arguments)[:2])
-        tuning.append(data.validation_set(*arguments, tuning=True)[:2])
+    """(reported, tuning): two lists of lists of 50 samples, one for each n of a run, ascending. order:
+    how the n join, see RUNS."""
+    task = data.TASKS[task](n, setup, distribution)
+    sizes = [n] if order == 'alone' else task.mixed()
+    reported = [data.held_out_samples(task, size, 50) for size in sizes]
+    tuning = [data.held_out_samples(task, size, 50, tuning=True) for size in sizes]
     return reported, tuning
 
 
 def training_batches(task, setup, distribution, n, order, join, steps):
-    """All batches of a short run of seed 3, [(tokens (8, L), loss_mask (8, L)), ...], without the
-    prompts of held_out_sets. order, join: see RUNS."""
+    """All batches of a short run of seed 3, [(tokens (8, L), targets (8, L)), ...], without the prompts
+    of held_out_sets. order, join: see RUNS."""
     reported, tuning = held_out_sets(task, setup, distribution, n, order)
-    joined = int(join * steps)
-    joining = {'alone': None, 'together': 0, 'small first': joined, 'large first': -joined}[order]
-    batches = data.Batches(task, 8, n, setup, 3, distribution,
-                           [tokens for tokens, _ in reported + tuning], joining)
+    held_out = {tuple(prompt) for samples in reported + tuning for prompt, _ in samples}
+    run = train.Run(n=n, order=order, join=join)
+    task = data.TASKS[task](n, setup, distribution)
+    batches = data.Batches(task, train.sizes_of_batches(run, task, steps), 8, 3, held_out)
     return [batches[i] for i in range(steps)]
 
 
 def runs_of(preset):
     """The runs of a preset, each a dict of all that its result depends on, in the terms of RUNS."""
     runs = []
-    for cell in train.cells(train.parse([f'--preset={preset}'])):
-        run = dict(cell)
-        n, share = run.pop('n_nodes'), run.pop('curriculum', None)
-        mix = (n,) if share is None else data.TASKS[run['task']].lengths(n)
-        order = 'alone' if share is None else 'together'
-        if share:
-            order = 'small first' if share > 0 else 'large first'
-        runs.append(run | dict(n=n, order=order, join=abs(share or 0), mix='+'.join(map(str, mix))))
+    for run in eval_hotpot.RUNS if preset == 'hotpot' else train.runs_of_preset(preset):
+        mix = train.mixed_sizes(run, train.make_task(run))
+        runs.append(dataclasses.asdict(run) | dict(mix='+'.join(map(str, mix))))
+        del runs[-1]['mix_largest']
     return runs
 
 
@@ -101,43 +95,36 @@ def initial_weights(letters):
 
 
 def losses_of_a_run(arch, folder):
-    """Train on 800 samples of IsTree, cot, n=8, in 50 steps, by one thread: warm-up, cosine and
-    clipping are in it. Returns the losses of the batches of steps 6, 12, ..., 48 and the loss on 50
-    held-out samples at the end. arch: deltanet and gru, too."""
-    layers = {'deltanet': 'DD', 'gru': 'GG'}.get(arch, '')
+    """Train on 800 samples of IsTree, cot, n=8, in 50 steps, by one thread: warm-up, cosine and clipping
+    are in it. Returns the losses of the batches of steps 6, 12, ..., 48 and the loss on 50 held-out
+    samples at the end. arch: deltanet and gru, too."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    train.main(['--setups=cot', f'--archs={"mamba" if layers else arch}', f'--layers={layers}',
-                '--d_state=16', '--n_nodes=8', '--samples=800', '--batch_size=16', '--lr=4e-3',
-                '--warmup=0.25', '--n_val=50', '--evaluations=8', '--processes=1', '--device=cpu',
-                f'--out={folder}'])
+    train.main(['--setup=cot', f'--arch={arch}', '--seed=0', '--d_state=16', '--n=8', '--samples=800', '--batch_size=16',
+                '--lr=4e-3', '--warmup=0.25', '--n_val=50', '--evaluations=8', '--processes=1',
+                '--device=cpu', f'--out={folder}'])
     torch.set_num_threads(threads)
-    folder, = folder.glob('istree-*')
-    log = [json.loads(line)['loss'] for line in (folder / 'log.jsonl').read_text().splitlines()]
-    return [*log, json.loads((folder / 'result.json').read_text())['loss']]
+    [path] = folder.glob('istree-*/result.json')
+    result = json.loads(path.read_text())
+    return [line['loss'] for line in result['log']] + [result['loss']]
 
 
 def right_of_100(path):
     """What a trained default model writes after the first 100 held-out prompts, with the retriever
     running live: (right answers, exact traces). path: its weights."""
-    task, arch, setup, size, *_ = path.stem.split('-')
-    model = models.make_model(arch, size, data.TASKS[task].vocab_size(14), 1, False)
-    model.load_state_dict(torch.load(path, weights_only=True)['model'])
-    tokens, loss_mask, _ = data.validation_set(task, 100, 14, setup)
-    cell = dict(task=task, setup=setup)
-    measured, _ = train.evaluate(model, cell, 14, tokens, loss_mask, 100, torch.device('cpu'))
-    return round(100 * measured['accuracy']), round(100 * measured['exact_trace'])
+    model, run = train.load(path)
+    task = train.make_task(run)
+    samples = data.held_out_samples(task, run.n, 100)
+    measured, _ = train.evaluate(model, task, run.n, samples, 100, torch.device('cpu'))
+    return round(100 * measured['accuracy']), round(100 * measured['exact'])
 
 
-def fingerprint(pairs):
-    """[(tokens (B, L), loss_mask (B, L)), ...] -> 12 hex digits. Columns after the last one with a
-    loss do not count: they are padding."""
+def fingerprint(batches):
+    """[(tokens (B, L), targets (B, L)), ...] -> 12 hex digits."""
     digest = hashlib.sha256()
-    for tokens, loss_mask in pairs:
-        length = np.flatnonzero(loss_mask.any(0))[-1] + 1
-        tokens, loss_mask = tokens[:, :length], loss_mask[:, :length]
+    for tokens, targets in batches:
         digest.update(repr(tokens.shape).encode())
-        digest.update(tokens.astype(np.int64).tobytes() + loss_mask.astype(bool).tobytes())
+        digest.update(tokens.tobytes() + (targets != data.IGNORE).tobytes())
     return digest.hexdigest()[:12]
 
 
@@ -154,7 +141,7 @@ SAMPLES = {
     ('istree', 'cot', 'two_star', 14): ('alone', 0,
         '0:210dac5c4311 23:f66c97760bce all:2fa3aba2677d reported:961c0f2eb667 '
         'tuning:08b2ef05c041'),
-    ('istree', 'retrieval', 'two_star', 14): ('small first', 0.5,
+    ('istree', 'retrieval', 'two_star', 14): ('small-first', 0.5,
         '0:61d78c1db0ef 7:4223b12f05c9 23:6935dba87028 all:c84b91631eac reported:680a651a4cf3 '
         'tuning:77735c5fc4c5'),
     ('istree', 'direct', 'random', 14): ('alone', 0,
@@ -163,31 +150,31 @@ SAMPLES = {
     ('istree', 'cot', 'random', 14): ('alone', 0,
         '0:90eea963f951 23:8d882a93ce03 all:415595de2305 reported:a86ac2e87c30 '
         'tuning:9831b41f42c4'),
-    ('istree', 'retrieval', 'random', 14): ('small first', 0.5,
+    ('istree', 'retrieval', 'random', 14): ('small-first', 0.5,
         '0:6fa0285f6748 7:0b906fd61750 23:782987af9a20 all:617e4ee40882 reported:4f0510a1dbae '
         'tuning:dfd6764eac6d'),
-    ('index', 'direct', 'uniform', 16): ('together', 0,
+    ('index', 'direct', '', 16): ('together', 0,
         '0:2d85d69a652a 1:c65ff23332c1 2:7732c3bf5bd6 3:44fb2d085679 23:ad4e82e9cee1 '
         'all:e7082e063f4c reported:95120748fc8b tuning:b69ee3f53090'),
-    ('index', 'retrieval', 'uniform', 16): ('together', 0,
+    ('index', 'retrieval', '', 16): ('together', 0,
         '0:ab451f74381f 1:db66edb881a6 2:94b09e34a6f9 3:dabd7b804f14 23:5ddae6c23763 '
         'all:ae7e670a85b3 reported:6d0e64ca923d tuning:18d362d9bd5c'),
-    ('recall', 'direct', 'uniform', 16): ('small first', 0.5,
+    ('recall', 'direct', '', 16): ('small-first', 0.5,
         '0:e17cebe393b9 3:7cf989287fd3 8:cfccc91e3044 11:23bcd74d0c41 23:c424f50b457d '
         'all:b3db1f29ffc6 reported:8e5a6d36f16a tuning:adf2920d5172'),
-    ('recall', 'retrieval', 'uniform', 16): ('small first', 0.5,
+    ('recall', 'retrieval', '', 16): ('small-first', 0.5,
         '0:108474168f8a 3:f5a5f990e24f 8:c9e1f43dd9e8 11:ce673f9b824a 23:a208bc41c2da '
         'all:9aee5492bb65 reported:2e58134ef94f tuning:fffb1c79d5a6'),
-    ('cgram', 'direct', 'uniform', 16): ('large first', 0.75,
+    ('cgram', 'direct', '', 16): ('large-first', 0.75,
         '0:6d2477809230 7:64ea99dd88a2 14:22a333f7ac34 23:46ccd50e3f76 all:e717e357b6e4 '
         'reported:7789858a253e tuning:a15411ae9cf9'),
-    ('cgram', 'retrieval', 'uniform', 16): ('large first', 0.75,
+    ('cgram', 'retrieval', '', 16): ('large-first', 0.75,
         '0:0d4a89952030 7:1bee255e7af7 14:1200c6474341 23:2c64e048dbb4 all:50c9f50a3a8b '
         'reported:49880e161e24 tuning:afb35f854b93'),
-    ('counting', 'direct', 'uniform', 16): ('large first', 0.75,
+    ('counting', 'direct', '', 16): ('large-first', 0.75,
         '0:b21c7eff78c5 7:ef449cd86b50 14:a65c48586cc1 23:2e5aab856bc7 all:8e6287109c58 '
         'reported:af282ea28e08 tuning:b54081103af9'),
-    ('counting', 'retrieval', 'uniform', 16): ('large first', 0.75,
+    ('counting', 'retrieval', '', 16): ('large-first', 0.75,
         '0:22090e22ede0 7:4620210df51a 14:4983d1709cb1 23:8ed6ea0eecc6 all:cfb296c039e0 '
         'reported:fd0129a68556 tuning:00a76e2959ea'),
     ('hotpot', 'retrieval', 'mixed', 10): ('alone', 0,
@@ -203,8 +190,9 @@ def test_samples_are_those_of_the_committed_results(task, setup, distribution, n
     expected = dict(pair.split(':') for pair in expected.split())
     found = {i: fingerprint([batches[int(i)]]) for i in expected if i.isdigit()}
     found['all'] = fingerprint(batches)
-    reported, tuning = held_out_sets(task, setup, distribution, n, order)
-    found |= {'reported': fingerprint(reported), 'tuning': fingerprint(tuning)}
+    for name, sets in zip(('reported', 'tuning'), held_out_sets(task, setup, distribution, n, order)):
+        words = data.TASKS[task](n, setup, distribution)
+        found[name] = fingerprint([data.collate(words, samples) for samples in sets])
     assert found == expected
 
 
@@ -219,45 +207,45 @@ istree    direct     hybrid       10000    32          0.001  0.05    alone     
 istree    cot        transformer  200000   16          0.004  0.25    alone        0     14
 istree    cot        mamba        200000   16          0.004  0.25    alone        0     14
 istree    cot        hybrid       200000   16          0.008  0.25    alone        0     14
-istree    retrieval  transformer  24000    8           0.004  0.25    small first  0.5   7+14
-istree    retrieval  mamba        24000    8           0.016  0.05    small first  0.5   7+14
-istree    retrieval  hybrid       24000    8           0.008  0.05    small first  0.5   7+14
+istree    retrieval  transformer  24000    8           0.004  0.25    small-first  0.5   7+14
+istree    retrieval  mamba        24000    8           0.016  0.05    small-first  0.5   7+14
+istree    retrieval  hybrid       24000    8           0.008  0.05    small-first  0.5   7+14
 index     direct     transformer  256000   16          0.004  0.25    together     0     2+4+8+16
 index     direct     mamba        256000   16          0.008  0.25    together     0     2+4+8+16
 index     direct     hybrid       256000   16          0.008  0.25    together     0     2+4+8+16
 index     retrieval  transformer  8000     16          0.008  0.25    together     0     2+4+8+16
 index     retrieval  mamba        8000     16          0.016  0.25    together     0     2+4+8+16
 index     retrieval  hybrid       8000     16          0.008  0.25    together     0     2+4+8+16
-recall    direct     transformer  256000   16          0.004  0.25    small first  0.5   2+4+8+16
-recall    direct     mamba        256000   16          0.008  0.25    small first  0.5   2+4+8+16
-recall    direct     hybrid       256000   16          0.004  0.25    small first  0.5   2+4+8+16
-recall    retrieval  transformer  8000     16          0.008  0.25    small first  0.5   2+4+8+16
-recall    retrieval  mamba        8000     16          0.016  0.25    small first  0.5   2+4+8+16
-recall    retrieval  hybrid       8000     16          0.008  0.25    small first  0.5   2+4+8+16
-cgram     direct     transformer  256000   16          0.002  0.25    large first  0.75  4+8+16
-cgram     direct     mamba        256000   16          0.004  0.25    large first  0.75  4+8+16
-cgram     direct     hybrid       256000   16          0.004  0.25    large first  0.75  4+8+16
-cgram     retrieval  transformer  8000     16          0.008  0.25    large first  0.75  4+8+16
-cgram     retrieval  mamba        8000     16          0.016  0.25    large first  0.75  4+8+16
-cgram     retrieval  hybrid       8000     16          0.008  0.25    large first  0.75  4+8+16
-counting  direct     transformer  256000   16          0.002  0.25    large first  0.75  4+8+16
-counting  direct     mamba        256000   16          0.004  0.25    large first  0.75  4+8+16
-counting  direct     hybrid       256000   16          0.004  0.25    large first  0.75  4+8+16
-counting  retrieval  transformer  8000     16          0.008  0.25    large first  0.75  4+8+16
-counting  retrieval  mamba        8000     16          0.016  0.25    large first  0.75  4+8+16
-counting  retrieval  hybrid       8000     16          0.008  0.25    large first  0.75  4+8+16
+recall    direct     transformer  256000   16          0.004  0.25    small-first  0.5   2+4+8+16
+recall    direct     mamba        256000   16          0.008  0.25    small-first  0.5   2+4+8+16
+recall    direct     hybrid       256000   16          0.004  0.25    small-first  0.5   2+4+8+16
+recall    retrieval  transformer  8000     16          0.008  0.25    small-first  0.5   2+4+8+16
+recall    retrieval  mamba        8000     16          0.016  0.25    small-first  0.5   2+4+8+16
+recall    retrieval  hybrid       8000     16          0.008  0.25    small-first  0.5   2+4+8+16
+cgram     direct     transformer  256000   16          0.002  0.25    large-first  0.75  4+8+16
+cgram     direct     mamba        256000   16          0.004  0.25    large-first  0.75  4+8+16
+cgram     direct     hybrid       256000   16          0.004  0.25    large-first  0.75  4+8+16
+cgram     retrieval  transformer  8000     16          0.008  0.25    large-first  0.75  4+8+16
+cgram     retrieval  mamba        8000     16          0.016  0.25    large-first  0.75  4+8+16
+cgram     retrieval  hybrid       8000     16          0.008  0.25    large-first  0.75  4+8+16
+counting  direct     transformer  256000   16          0.002  0.25    large-first  0.75  4+8+16
+counting  direct     mamba        256000   16          0.004  0.25    large-first  0.75  4+8+16
+counting  direct     hybrid       256000   16          0.004  0.25    large-first  0.75  4+8+16
+counting  retrieval  transformer  8000     16          0.008  0.25    large-first  0.75  4+8+16
+counting  retrieval  mamba        8000     16          0.016  0.25    large-first  0.75  4+8+16
+counting  retrieval  hybrid       8000     16          0.008  0.25    large-first  0.75  4+8+16
 hotpot    retrieval  transformer  160000   16          0.002  0.25    alone        0     10
 hotpot    retrieval  mamba        160000   16          0.004  0.25    alone        0     10
 hotpot    retrieval  hybrid       160000   16          0.004  0.25    alone        0     10
 '''
 # what all runs of a preset share
-SHARED = dict(size='tiny', layers='', d_state=1, seed=0, n_val=1000, frozen_embedding=False,
+SHARED = dict(size='tiny', layers='', d_state=1, seed=3, n_val=1000, frozen_embedding=False,
               grad_clip=1.0, dtype='float32', solved=0.995, tuning=False)
-DEFAULT = SHARED | dict(distribution='two_star', evaluations=8)
-PRIMITIVES = SHARED | dict(distribution='uniform', evaluations=16)
-HOTPOT = SHARED | dict(distribution='mixed', evaluations=4, d_state=16, n_val=1500)
+DEFAULT = SHARED | dict(distribution='', evaluations=8)
+PRIMITIVES = SHARED | dict(distribution='', evaluations=16)
+HOTPOT = SHARED | dict(distribution='', evaluations=4, d_state=16, n_val=1500)
 PAPER = SHARED | dict(
-    task='istree', distribution='two_star', d_state=16, frozen_embedding=True, samples=1_000_000,
+    task='istree', distribution='', d_state=16, frozen_embedding=True, samples=1_000_000,
     batch_size=64, warmup=0.01, order='alone', join=0, grad_clip=0, evaluations=10, solved=0,
     n_val=5000)
 

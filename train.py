@@ -81,7 +81,7 @@ def read_recipes(table, columns=TABLE.split()[3:12]):
 RECIPES = read_recipes(TABLE)
 
 
-def constant(default, meaning, low=0, high=math.inf, choices=None):
+def constant(default, meaning, low=0, high=10 ** 9, choices=None):
     """A field of Run or Options, with what the command line says and checks about it."""
     about = dict(meaning=meaning, low=low, high=high, choices=choices)
     return field(default=default, metadata=about)
@@ -223,6 +223,8 @@ def train(run, path, options, device):
     peaks = [group['lr'] for group in optimizer.param_groups]
     step, seconds, log = resume(path / 'checkpoint.pt', run, model, optimizer)
     forward = torch.compile(model) if options.compile else model
+    if options.compile:
+        model.step = torch.compile(model.step)
 
     # No prompt of the two held-out sets ever occurs in training. `watched` is for looking at the
     # run.
@@ -494,7 +496,7 @@ counting retrieval hybrid      16  1   8_000    16   8e-3   0.25  16  large-firs
 PAPER = ('--size=0.5M,1M,2M --n=16,32,64 --n_val=5000 --d_state=16 --frozen_embedding '
          '--samples=1000000 --batch_size=64 --warmup=0.01 --grad_clip=0 --evaluations=10 '
          '--solved=0 --order=alone --join=0')
-PRESETS = {'default': ['--arch=transformer,mamba,hybrid'],
+PRESETS = {'default': [''],
            'primitives': ['--task=index,recall,cgram,counting'],
            'paper': [f'{PAPER} --arch=transformer --lr=1e-3',
                      f'{PAPER} --arch=mamba,hybrid --lr=3e-4']}
@@ -513,10 +515,11 @@ def favour_largest(share, mix, start, steps):
     *others, largest = mix
     sizes = []
     for i in range(start, steps):
-        if i * share % 1 < share:
+        largest_so_far = math.ceil(i * share)
+        if math.ceil((i + 1) * share) > largest_so_far:
             sizes.append(largest)
         else:
-            sizes.append(others[(i - math.ceil(i * share)) % len(others)])
+            sizes.append(others[(i - largest_so_far) % len(others)])
     return sizes
 
 
@@ -552,8 +555,8 @@ def read_result(path):
     version."""
     try:
         result = json.loads(path.read_text(encoding='utf-8'))
-        table({path.parent.name: result})               # (needs every number that is printed)
-        return result
+        table({path.parent.name: result}), rank(result), result['examples'][0]['written']
+        return result                                   # (it has what is needed)
     except Exception as error:
         raise UserError(f'{path} cannot be read ({type(error).__name__}): damaged, or of another '
                         'version; delete it to start over, or choose another --out')
@@ -609,7 +612,7 @@ def work(runs, options, device):
                     run_one(run, path, options, device)
         except filelock.Timeout:
             continue
-        except UserError as problem:
+        except (UserError, ValueError) as problem:
             tqdm.write(f'train.py: {problem}', file=sys.stderr)
 
 
@@ -638,7 +641,7 @@ def run_all(runs, options):
             left.append(run)
     left.sort(key=expected_work, reverse=True)
     at_once = options.processes or (available_cores() if device.type == 'cpu' else 1)
-    if 'RANK' in os.environ:                            # torchrun has started the others
+    if os.environ.get('RANK'):                          # torchrun has started the others
         at_once = 1
     at_once = max(1, min(at_once, len(left)))
     threads = max(1, torch.get_num_threads() // at_once)
@@ -687,17 +690,24 @@ def available_cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 
 
-def report_missing(runs, results, options):
-    """Name the runs without a result. Raises UserError unless other processes are working on
-    them."""
+def is_busy(run, options):
+    """Is another process working on the run?"""
+    try:
+        with filelock.FileLock(folder(run, options) / 'lock', timeout=0):
+            return False
+    except filelock.Timeout:
+        return True
+
+
+def report_missing(runs, options):
+    """Name the runs that other processes are working on. Raises UserError if others have no
+    result."""
     failed = 0
     for run in runs:
-        if run.name() not in results:
-            try:
-                filelock.FileLock(folder(run, options) / 'lock', timeout=0).acquire().lock.release()
-                failed += 1
-            except filelock.Timeout:
-                print(f'{run.name()}: another process is working on this run')
+        if is_busy(run, options):
+            print(f'{run.name()}: another process is working on this run')
+        elif not (folder(run, options) / 'result.json').exists():
+            failed += 1
     if failed:
         raise UserError(f'{failed} of {len(runs)} runs stopped without a result')
 
@@ -717,6 +727,9 @@ def sweep(runs, options):
             candidates[run.name()] = [replace(c, samples=int(run.samples * share)) for c in best]
             this_round += candidates[run.name()]
         results = run_all(this_round, options)
+        if any(is_busy(run, options) for run in this_round):
+            raise UserError('another process is working on this round: when it is done, run the same '
+                            'command again')
         for tried in candidates.values():
             tried.sort(key=lambda candidate: rank(results.get(candidate.name())))
     for name, tried in candidates.items():
@@ -1006,8 +1019,8 @@ def read_edges(text, n):
 
 # --- the command line -----------------------------------------------------------------------------
 
-RENAMED = dict(tasks='task', archs='arch', setups='setup', sizes='size', n_nodes='n', seeds='seed',
-               curriculum='order and --join')
+RENAMED = {'--tasks': '--task', '--archs': '--arch', '--setups': '--setup', '--sizes': '--size',
+           '--n_nodes': '--n', '--seeds': '--seed', '--curriculum': '--order and --join'}
 
 
 def parse(argv, program='train.py', presets=PRESETS):
@@ -1031,9 +1044,9 @@ def parse(argv, program='train.py', presets=PRESETS):
     group.add_argument('--probe', nargs='+', metavar='PATH',
                        help='memory transplant and rounding of trained models')
     for argument in argv:
-        name = argument.split('=')[0].removeprefix('--')
+        name = argument.split('=')[0]
         if name in RENAMED:
-            raise UserError(f'--{name} is now --{RENAMED[name]}')
+            raise UserError(f'{name} is now {RENAMED[name]}')
     given = vars(parser.parse_args(argv))
     texts = {f.name: given.pop(f.name) for f in fields(Run) if f.name in given}
     options = Options()
@@ -1068,15 +1081,15 @@ def read_value(f, text):
 
 
 def all_runs(texts):
-    """The product of all values that were given. Without --setup: all setups that the task has.
-    Raises UserError and ValueError on what is impossible."""
+    """The product of all values that were given. Without --setup: all that the task has; without
+    --arch: the paper's three. Raises UserError and ValueError on what is impossible."""
     values = {}
     for f in fields(Run):
         if f.name in texts:
             values[f.name] = [read_value(f, part) for part in texts[f.name].split(',')]
     runs = []
     for task in values.pop('task', ['istree']):
-        values_here = dict(setup=data.TASKS[task].setups) | values
+        values_here = dict(setup=data.TASKS[task].setups, arch=models.ARCHS) | values
         for chosen in itertools.product(*values_here.values()):
             runs.append(Run(task=task, **dict(zip(values_here, chosen))))
     for run in runs:
@@ -1089,16 +1102,28 @@ def all_runs(texts):
     return runs
 
 
+def runs_of_preset(preset, texts={}):
+    """The runs of a preset, where `texts` may say otherwise."""
+    runs = []
+    for line in PRESETS[preset]:
+        of_line, _, _ = parse(line.split())
+        if 'arch' in of_line and 'arch' in texts:           # (each line has its own learning rate)
+            archs = of_line['arch'].split(',')
+            of_line['arch'] = ','.join([arch for arch in texts['arch'].split(',') if arch in archs])
+            if of_line['arch']:
+                runs += all_runs(texts | of_line)
+        else:
+            runs += all_runs(of_line | texts)
+    return runs
+
+
 def main(argv):
     texts, options, given = parse(argv)
     if 'demo' in given:
         return demo(given['demo'])
     if 'probe' in given:
         return probe(given['probe'], pick_device(options.device))
-    runs = []
-    for line in PRESETS[given['preset']]:
-        preset_texts, _, _ = parse(line.split())
-        runs += all_runs(preset_texts | texts)
+    runs = runs_of_preset(given['preset'], texts)
     if texts.get('layers'):
         print(f'--layers={texts["layers"]}: with the dimensions and the recipe of --arch')
     results = (sweep if 'sweep' in given else run_all)(runs, options)
@@ -1109,7 +1134,7 @@ def main(argv):
                 words = {key: text.split() for key, text in example.items()}
                 print(f'\n{name}\n{show(**words)}')
         if 'sweep' not in given:            # in a sweep, a loss that is not finite is a result, too
-            report_missing(runs, results, options)
+            report_missing(runs, options)
 
 
 def cli(main, program, argv):
