@@ -1,8 +1,8 @@
-"""The data: tasks, the two algorithms of the paper, the retriever, batches. Knows nothing about models.
+"""The data: tasks, the paper's two algorithms, the retriever, batches. Knows nothing of models.
 
-The main task is IsTree (paper, sections 5 and 6): a graph with n nodes and n-1 edges is given as a list
-of its edges. Is it a tree? Here is a sample with n=7, as the code draws it. The prompt has an edge as
-`u - v`; node 6 is one word. After the prompt, each of the three setups writes something else:
+The main task is IsTree (paper, sections 5 and 6): a graph with n nodes and n-1 edges is given as a
+list of its edges. Is it a tree? Here is a sample with n=7, as the code draws it. In the prompt, an
+edge is `u - v`; node 6 is one word. After the prompt, each of the three setups writes its own text:
 
       0
       |
@@ -23,12 +23,12 @@ of its edges. Is it a tree? Here is a sample with n=7, as the code draws it. The
              [STARTSEARCH] 5 - 0 [ENDSEARCH] *2          The neighbour after 0 is 2.
              [STARTSEARCH] 2 ~ [ENDSEARCH] *[FAILED] 2 ~ 5 2 ... [EOS] [TRUE]
 
-In `retrieval`, whatever must be looked up is a query between [STARTSEARCH] and [ENDSEARCH]. The word
-after [ENDSEARCH] is not written by the model but by the *retriever*, a regular expression that runs
-over the text so far. Such words are marked with a star, here and in the code:
+In `retrieval`, whatever must be looked up is a query between [STARTSEARCH] and [ENDSEARCH]. The
+word after [ENDSEARCH] is not written by the model but by the *retriever*, a regular expression that
+runs over the text so far. Such words are marked with a star, here and in the code:
 
   v ~        Who is the parent of v? Answer: x of the last record `v ~ x`, or [FAILED].
-  v -        Which is the first neighbour of v? The other end of the first edge with v in the prompt.
+  v -        Which is the first neighbour of v? The other end of the prompt's first edge with v.
   v - w      Which neighbour of v comes after w? The other end of the next edge with v.
 
 Below the line: another distribution of graphs, the four retrieval primitives, an export. Try it:
@@ -62,16 +62,16 @@ TUNING_SEED = ('tuning',)
 # --- the graphs -----------------------------------------------------------------------------------
 
 def two_star(rng, n):
-    """The paper's distribution (appendix; `binary` in the authors' code). Two random nodes are centres.
-    A fair coin joins each other node, a leaf, to one of them. One more edge then joins two leaves:
+    """The paper's distribution (appendix; `binary` in the authors' code). Two random nodes are
+    centres. A fair coin joins each other node, a leaf, to one of them. Then two leaves are joined:
 
             0                                 0 ---+
             |                                 |    |
         3 - 5 - 2 - 1 - 4 - 6             3 - 5 -- 2     1 - 4 - 6
 
-    The centres are 5 and 4. On the left, the leaves 2 and 1 have been joined, of different centres: a
-    tree. On the right, 0 and 2 of the same centre: a triangle, and an unconnected rest. So "is it a
-    tree?" means here "do the two joined leaves belong to different stars?". Both graphs have n-1
+    The centres are 5 and 4. On the left, the leaves 2 and 1 have been joined, of different centres:
+    a tree. On the right, 0 and 2 of the same centre: a triangle, and an unconnected rest. So "is it
+    a tree?" means here "do the two joined leaves belong to different stars?". Both graphs have n-1
     edges, so counting edges does not help. P(tree) = 1/2.
 
     rng: random.Random. Returns edges [(u, v), ...] and whether they form a tree."""
@@ -88,9 +88,9 @@ GRAPHS = {'two_star': two_star}
 # --- what a task is -------------------------------------------------------------------------------
 
 class Task:
-    """What a model is to learn. A sample is two lists of words: a prompt, and the completion that the
-    model has to write. A word with a star in front, as in `*4`, is not the model's: the retriever
-    writes it. A subclass is a task of its own if it has
+    """What a model is to learn. A sample is two lists of words: a prompt, and the completion that
+    the model has to write. A word with a star in front, as in `*4`, is not the model's: the
+    retriever writes it. A subclass is a task of its own if it has
 
       words_of(n)           its words beside SPECIALS, for samples of size n and below
       sample(rng, n)        draws a sample of size n; all prompts of one n must be equally long
@@ -113,7 +113,8 @@ class Task:
             raise ValueError(f'n={n}: this task has {smallest}, {second}, ..., {largest}')
         distribution = distribution or self.distributions[0]
         if distribution not in self.distributions:
-            raise ValueError(f'distribution {distribution}: this task has {", ".join(self.distributions)}')
+            possible = ', '.join(self.distributions)
+            raise ValueError(f'distribution {distribution}: this task has {possible}')
         self.n, self.setup, self.distribution = n, setup, distribution
         self.words = [*SPECIALS, *self.words_of(n)]                         # token id -> word
         self.tokens = {word: token for token, word in enumerate(self.words)}
@@ -123,8 +124,8 @@ class Task:
         return [self.sample(rng, n) for _ in range(count)]
 
     def retrieve(self, text):
-        """The retriever. Takes a text that ends in a query, [ENDSEARCH] included. Returns the list of
-        words that it writes, and whether the query was well-formed."""
+        """The retriever. Takes a text that ends in a query, [ENDSEARCH] included. Returns the list
+        of words that it writes, and whether the query was well-formed."""
         return search(text, self.patterns)
 
     def mixed(self):
@@ -146,8 +147,8 @@ class IsTree(Task):
     # for the query `5 - 0`, the last pattern becomes
     #     ^\[BOS\][^[]*? (?:5 - 0|0 - 5)\b[^[]*? (?:5 - (\d+)|(\d+) - 5\b)
     # which skips to the edge 5 - 0 (or 0 - 5), then to the next one with 5, and captures its other
-    # end. [^[]*? does not leave the prompt, because [EOS] begins with a bracket. The space in front of
-    # a number and the \b behind keep 1 from matching in 11. The lookahead (?= ...) lets matches
+    # end. [^[]*? does not leave the prompt, because [EOS] begins with a bracket. The space in front
+    # of a number and the \b behind keep 1 from matching in 11. The lookahead (?= ...) lets matches
     # overlap, as in `4 ~ 4 ~ 0`.
     patterns = (
         (r'(\d+) ~', r' V ~(?= (\d+))'),
@@ -200,8 +201,8 @@ def neighbours_of(edges, n):
 
 def cot_trace(neighbours):
     """Algorithm 1: the Euler tour of a depth-first search from node 0. A node is written when the
-    search enters it and each time the search returns to it. The tour ends where a visited node other
-    than the parent is met, or when everything that can be reached has been searched.
+    search enters it and each time the search returns to it. The tour ends where a visited node
+    other than the parent is met, or when everything that can be reached has been searched.
 
     neighbours: see neighbours_of; the graph is simple. Returns a list of at most 2n-1 words."""
     untried = {v: list(others) for v, others in neighbours.items()}
@@ -224,9 +225,9 @@ def cot_trace(neighbours):
 def retrieval_trace(neighbours):
     """Algorithm 2: the same search, except that whatever has to be looked up is asked for.
 
-    neighbours: see neighbours_of. Returns a list of at most 37n-26 words (a test counts them), with a
-    star on those that the retriever writes."""
-    after = {}                      # (v, w) -> the neighbour of v after w; (v, None) -> the first one
+    neighbours: see neighbours_of. Returns a list of at most 37n-26 words (a test counts them), with
+    a star on those that the retriever writes."""
+    after = {}                      # (v, w) -> the neighbour of v after w; (v, None) -> the first
     for v, others in neighbours.items():
         after.update(zip([(v, None)] + [(v, w) for w in others], others + ['[FAILED]']))
     parent = {}                     # the records written so far
@@ -253,7 +254,7 @@ def retrieval_trace(neighbours):
             stack.pop()
             continue
         ask(f'{w} ~', parent.get(w, '[FAILED]'))
-        if w in parent or w == '0':                 # visited before (the root has no record): a cycle
+        if w in parent or w == '0':                 # visited before (0 has no record): a cycle
             break
         parent[w] = v                               # unvisited: record its parent and enter it
         trace.extend([w, '~', v])
@@ -265,7 +266,7 @@ def retrieval_trace(neighbours):
 
 @lru_cache(maxsize=2**16)
 def regular_expression(query, patterns):
-    """The compiled regular expression of a query such as `5 - 0`, or None if the query is malformed."""
+    """The compiled regular expression of a query such as `5 - 0`, or None if malformed."""
     for form, pattern in patterns:
         if match := re.fullmatch(form, query):
             for letter, number in zip('VW', match.groups()):
@@ -277,9 +278,9 @@ def regular_expression(query, patterns):
 def search(text, patterns):
     """Answer the query at the end of a text by a regular expression, run over the text before it.
 
-    patterns: pairs (form of a query, pattern of the answer), as in IsTree. The answer is the group that
-    matched in the last match outside queries, or [FAILED] if there is none or the query is malformed.
-    Returns the answer as a list of one word, and whether the query was well-formed."""
+    patterns: pairs (form of a query, pattern of the answer), as in IsTree. The answer is the group
+    that matched in the last match outside queries, or [FAILED] if there is none or the query is
+    malformed. Returns the answer as a list of one word, and whether the query was well-formed."""
     before, _, query = text.removesuffix('[ENDSEARCH]').rpartition('[STARTSEARCH]')
     expression = regular_expression(query.strip(), patterns)
     if expression is None:
@@ -300,9 +301,9 @@ def draw(task, n, count, seed):
 
 
 def collate(task, samples):
-    """Samples -> tokens and targets, both (B, L) int64, padded on the right with [PAD]. The target of a
-    token is the token itself where the model has to predict it, and IGNORE elsewhere: in the prompt,
-    in padding, and in words with a star (paper, section 6)."""
+    """Samples -> tokens and targets, both (B, L) int64, padded on the right with [PAD]. The target
+    of a token is the token itself where the model has to predict it, and IGNORE elsewhere: in the
+    prompt, in padding, and in words with a star (paper, section 6)."""
     longest = max(len(prompt) + len(completion) for prompt, completion in samples)
     tokens = np.full((len(samples), longest), PAD)
     targets = np.full((len(samples), longest), IGNORE)
@@ -316,8 +317,8 @@ def collate(task, samples):
 
 
 def fresh_samples(task, n, count, seed, held_out):
-    """Like draw, but a sample whose prompt is held out is replaced by another one. held_out: a set of
-    prompts as tuples. Raises ValueError if everything that is drawn is held out."""
+    """Like draw, but a sample whose prompt is held out is replaced by another one. held_out: a set
+    of prompts as tuples. Raises ValueError if everything that is drawn is held out."""
     for attempt in range(10):
         drawn = draw(task, n, count, (*seed, attempt))
         fresh = [sample for sample in drawn if tuple(sample[0]) not in held_out]
@@ -328,8 +329,8 @@ def fresh_samples(task, n, count, seed, held_out):
 
 
 def held_out_samples(task, n, count, tuning=False):
-    """Samples that are not trained on, the same for every model: those on which results are reported,
-    or, with tuning, others, on which constants are chosen and training is watched."""
+    """Samples that are not trained on, the same for every model: those on which results are
+    reported, or, with tuning, others, on which constants are chosen and training is watched."""
     reported = draw(task, n, count, VALIDATION_SEED)
     if not tuning:
         return reported
@@ -337,9 +338,9 @@ def held_out_samples(task, n, count, tuning=False):
 
 
 class Batches:
-    """The training stream, for torch's DataLoader: batches[i] is batch number i, (tokens, targets) of
-    collate, always the same, whichever process makes it. sizes: the n of each batch. held_out: a set of
-    prompts as tuples, none of which is ever in a batch."""
+    """The training stream, for torch's DataLoader: batches[i] is batch number i, (tokens, targets)
+    of collate, always the same, whichever process makes it. sizes: the n of each batch. held_out: a
+    set of prompts as tuples, none of which is ever in a batch."""
 
     def __init__(self, task, sizes, batch_size, seed, held_out):
         self.task, self.sizes, self.batch_size = task, sizes, batch_size
@@ -359,14 +360,15 @@ class Batches:
 # trace is for, the four retrieval primitives, and the command line.
 
 def random_graph(rng, n):
-    r"""A random recursive tree: each node is joined to a uniform earlier one. Half the time, one edge is
-    then replaced so that a cycle closes. The edge above a node `cut` is removed, and two nodes u and v
-    on the same side of the cut, not yet joined, are joined. Finally, the nodes are renamed at random.
+    r"""A random recursive tree: each node is joined to a uniform earlier one. Half the time, one
+    edge is then replaced so that a cycle closes. The edge above a node `cut` is removed, and two
+    nodes u and v on the same side of the cut, not yet joined, are joined. Finally, the nodes are
+    renamed at random.
 
           0                0
-         / \              /          cut = 2 removes 0 - 2, which leaves 2, 4 and 5 below the cut, and
-        1   2            1   2       u = 4, v = 5 fits; so would 0 and 3, above it. All choices that
-       /   / \          /   / \      fit are equally likely.
+         / \              /          cut = 2 removes 0 - 2, which leaves 2, 4, 5 below the cut, and
+        1   2            1   2       u = 4, v = 5 fits; so would 0 and 3, above it. All choices
+       /   / \          /   / \      that fit are equally likely.
       3   4   5        3   4---5
 
     rng: random.Random. Returns edges and whether they form a tree. P(tree) = 1/2."""
@@ -401,8 +403,8 @@ KINDS = ('next neighbour', 'return to the parent', 'query', 'record', 'answer')
 
 
 def kinds(completion):
-    """What each word of an IsTree completion is for: a list of KINDS, None for the retriever's words. A
-    node that the tour has visited before is a return; [EOS] belongs to the answer."""
+    """What each word of an IsTree completion is for: a list of KINDS, None for the retriever's
+    words. A node that the tour has visited before is a return; [EOS] belongs to the answer."""
     found, tour, in_query = [], set(), False
     for t, word in enumerate(completion):
         if word == '[STARTSEARCH]':
@@ -429,16 +431,17 @@ def kinds(completion):
 # --- the four retrieval primitives (paper, section 4) ---------------------------------------------
 
 class Primitive(Task):
-    """A look-up in a sequence of numbers. A subclass draws a sequence and all n questions that can be
-    asked about it, pairs (words of the query, answer). In the drawings of the subclasses, a word with a
-    star is not predicted.
+    """A look-up in a sequence of numbers. A subclass draws a sequence and all n questions that can
+    be asked about it, pairs (words of the query, answer). In the drawings of the subclasses, a word
+    with a star is not predicted.
 
-    As in multi-query associative recall (Zoology, Arora et al. 2023), a sample of the setup `direct` asks
-    several questions, each once and in random order, with every answer right behind its query: all
-    answers are terms of the loss, and none can be copied from an earlier one. Values are drawn with
-    replacement, and only half of the questions are asked, so that crossing out the answers already
-    given helps little (see chance). The setup `retrieval` asks a single question. A number is the same
-    word whether it stands for a position, a count or itself; its place tells which."""
+    As in multi-query associative recall (Zoology, Arora et al. 2023), a sample of the setup
+    `direct` asks several questions, each once and in random order, with every answer right behind
+    its query: all answers are terms of the loss, and none can be copied from an earlier one. Values
+    are drawn with replacement, and only half of the questions are asked, so that crossing out the
+    answers already given helps little (see chance). The setup `retrieval` asks a single question. A
+    number is the same word whether it stands for a position, a count or itself; its place tells
+    which."""
     setups = ('direct', 'retrieval')
     possible_n = range(2, 513)
     query_length = 1
@@ -482,9 +485,9 @@ class Primitive(Task):
         return [n for n in doubling if self.smallest_n <= n < self.n] + [self.n]
 
     def chance(self, n):
-        """The accuracy of the best player who never looks anything up, by simulation: who knows the n
-        answers, but not to which question each belongs, crosses out those already given, and names the
-        most frequent one that is left."""
+        """The accuracy of the best player who never looks anything up, by simulation: who knows the
+        n answers, but not to which question each belongs, crosses out those already given, and
+        names the most frequent one that is left."""
         rng, accuracies = random.Random(0), []
         for _ in range(1000):
             _, questions = self.sequence(rng, n, self.how_many_numbers(self.n))
@@ -514,8 +517,8 @@ class Index(Primitive):
 
 
 class Recall(Primitive):
-    """Associative recall: the number after the query in a sequence of n different keys, each with a value
-    behind it, drawn from a second range of numbers. n=3:
+    """Associative recall: the number after the query in a sequence of n different keys, each with a
+    value behind it, drawn from a second range of numbers. n=3:
 
         prompt      [BOS] 1 79 5 76 2 81 ~ 2
         direct      81 *5 76
@@ -536,10 +539,10 @@ class Recall(Primitive):
 
 
 class Cgram(Primitive):
-    """c-gram retrieval (here c=2): the number after the two query numbers, in that order, in a sequence
-    of n+2. Each number occurs twice (for odd n, one of them once), shuffled until the n pairs of
-    neighbours that can be asked for differ. Looking up only the second number of a query leaves two
-    answers. n=4:
+    """c-gram retrieval (here c=2): the number after the two query numbers, in that order, in a
+    sequence of n+2. Each number occurs twice (for odd n, one of them once), shuffled until the n
+    pairs of neighbours that can be asked for differ. Looking up only the second number of a query
+    leaves two answers. n=4:
 
         prompt      [BOS] 7 1 7 5 1 5 ~ 7 5
         direct      1 *1 *7 5
@@ -564,15 +567,16 @@ class Cgram(Primitive):
 
 
 class Counting(Primitive):
-    """How often the query occurs in a sequence. n numbers, n even, form secret pairs: one occurs c times
-    and the other 3-c, for a uniform c from 0 to 3, so that all counts are equally likely and the sequence
-    has 3n/2 numbers. In `retrieval` the model asks for a first, second, ... occurrence until there is
-    none. n begins at 4: with n=2, the answer 3 has only 64 prompts, and all of them would be held out.
-    n=4; the pairs are 4 (twice) and 2 (once), 5 (three times) and 9 (never):
+    """How often the query occurs in a sequence. n numbers, n even, form secret pairs: one occurs c
+    times and the other 3-c, for a uniform c from 0 to 3, so that all counts are equally likely and
+    the sequence has 3n/2 numbers. In `retrieval` the model asks for a first, second, ... occurrence
+    until there is none. n begins at 4: with n=2, the answer 3 has only 64 prompts, and all of them
+    would be held out. n=4; the pairs are 4 (twice) and 2 (once), 5 (three times) and 9 (never):
 
         prompt      [BOS] 4 5 2 5 4 5 ~ 2
         direct      1 *4 2
-        retrieval   [STARTSEARCH] 2 ~ 1 [ENDSEARCH] *2 [STARTSEARCH] 2 ~ 2 [ENDSEARCH] *[FAILED] [EOS] 1
+        retrieval   [STARTSEARCH] 2 ~ 1 [ENDSEARCH] *2
+                    [STARTSEARCH] 2 ~ 2 [ENDSEARCH] *[FAILED] [EOS] 1
     """
     possible_n = range(4, 513, 2)
     smallest_n = 4
@@ -614,8 +618,8 @@ def print_samples():
 
 
 def export(task, count, seed, split):
-    """Print `count` samples as JSON, one a line, for use elsewhere. `retrieved`: the indices of the words
-    of the completion that the model does not write."""
+    """Print `count` samples as JSON, one a line, for use elsewhere. `retrieved`: the indices of the
+    words of the completion that the model does not write."""
     held_out = set()
     if split == 'validation':
         samples = held_out_samples(task, task.n, count)
@@ -633,7 +637,8 @@ def export(task, count, seed, split):
 
 
 if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description='Prints a sample of every task, or exports samples of one.')
+    parser = argparse.ArgumentParser(
+        description='Prints a sample of every task, or exports samples of one.')
     parser.add_argument('--task', choices=TASKS, help='export samples of this task')
     parser.add_argument('--setup', choices=SETUPS, default='retrieval')
     parser.add_argument('--n', type=int, default=14, help='size of the samples')
