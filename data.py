@@ -38,7 +38,7 @@ Below the line: another distribution of graphs, the four retrieval primitives, a
 """
 import argparse
 import json
-import math
+import os
 import random
 import re
 import sys
@@ -62,12 +62,12 @@ TUNING_SEED = ('tuning',)
 # --- the graphs -----------------------------------------------------------------------------------
 
 def two_star(rng, n):
-    """The paper's distribution (appendix; `binary` in the authors' code). Two random nodes are
+    r"""The paper's distribution (appendix; `binary` in the authors' code). Two random nodes are
     centres. A fair coin joins each other node, a leaf, to one of them. Then two leaves are joined:
 
-            0                                 0 ---+
-            |                                 |    |
-        3 - 5 - 2 - 1 - 4 - 6             3 - 5 -- 2     1 - 4 - 6
+            0                                   0
+            |                                  / \
+        3 - 5 - 2 - 1 - 4 - 6             3 - 5 - 2     1 - 4 - 6
 
     The centres are 5 and 4. On the left, the leaves 2 and 1 have been joined, of different centres:
     a tree. On the right, 0 and 2 of the same centre: a triangle, and an unconnected rest. So "is it
@@ -606,6 +606,9 @@ TASKS |= {'index': Index, 'recall': Recall, 'cgram': Cgram, 'counting': Counting
 
 # --- the command line -----------------------------------------------------------------------------
 
+N_HELD_OUT = 5000               # samples of an export's validation split: as many as in the paper
+
+
 def print_samples():
     """A sample of every task in each of its setups."""
     for name, kind in TASKS.items():
@@ -619,13 +622,16 @@ def print_samples():
 
 def export(task, count, seed, split):
     """Print `count` samples as JSON, one a line, for use elsewhere. `retrieved`: the indices of the
-    words of the completion that the model does not write."""
+    words of the completion that the model does not write. Raises ValueError if there are not as
+    many validation samples, or if the training samples run out."""
     held_out = set()
     if split == 'validation':
+        if count > N_HELD_OUT:
+            raise ValueError(f'the validation split has {N_HELD_OUT} samples')
         samples = held_out_samples(task, task.n, count)
     else:
-        for tuning in (False, True):        # (5,000: as many as the paper's preset holds out)
-            held_out |= {tuple(p) for p, _ in held_out_samples(task, task.n, 5000, tuning)}
+        for tuning in (False, True):
+            held_out |= {tuple(p) for p, _ in held_out_samples(task, task.n, N_HELD_OUT, tuning)}
         samples = []
         while len(samples) < count:
             samples += fresh_samples(task, task.n, 100, (seed, len(samples) // 100), held_out)
@@ -654,3 +660,5 @@ if __name__ == '__main__':
         export(task, arguments.count, arguments.seed, arguments.split)
     except ValueError as problem:
         parser.error(str(problem))
+    except BrokenPipeError:         # `| head` has seen enough; what is left goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

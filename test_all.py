@@ -28,6 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
+import networkx
 import numpy as np
 import pytest
 import torch
@@ -46,8 +47,6 @@ from scan_cuda import (causal_conv1d, causal_conv1d_reference, selective_scan, s
                        selective_scan_reference)
 
 HERE = Path(__file__).parent
-N_NODES = (4, 5, 8, 16, 33, 256)
-GRAPHS = [(n, distribution) for n in N_NODES for distribution in data.DISTRIBUTIONS]
 
 
 # --- the safety net -------------------------------------------------------------------------------
@@ -337,21 +336,35 @@ def test_a_trained_model_is_as_often_right_as_on_the_commit_before(arch, setup):
     assert right_of_100(weights_of(arch, setup)) == RIGHT[arch, setup]
 
 
-# --- data.py ---------------------------------------------------------------------------------------
+# --- data.py --------------------------------------------------------------------------------------
 
-def encode(text):
-    return [data.TOKENS[word] for word in text.split()]
-
-
-def words_of(row):
-    """One sample as a list of words, without padding."""
-    return data.decode(row).split()
+GRAPHS = [(n, distribution)
+          for n in (4, 5, 8, 16, 33, 256) for distribution in data.IsTree.distributions]
 
 
-def edges_of(row):
-    """The edges of a sample, read from its text: [(u, v), ...] in the order of the prompt."""
-    prompt = data.decode(row).split(' [EOS]')[0].removeprefix('[BOS] ')
-    return [tuple(map(int, edge)) for edge in re.findall(r'(\d+) - (\d+)', prompt)]
+def istree(setup, n, distribution='', count=0):
+    """Samples of IsTree, by default fewer large ones than small ones."""
+    task = data.IsTree(n, setup, distribution)
+    return data.draw(task, n, count or 1000 // n, seed=1)
+
+
+def prompts_of(samples):
+    return {tuple(prompt) for prompt, _ in samples}
+
+
+def edges_of(prompt):
+    """The edges of a prompt, [(u, v), ...] in its order; everything is words."""
+    return list(zip(prompt[1::3], prompt[3::3]))
+
+
+def as_set(edges):
+    return frozenset((min(u, v), max(u, v)) for u, v in edges)
+
+
+def graph_of(edges, n):
+    graph = networkx.Graph([(int(u), int(v)) for u, v in edges])
+    graph.add_nodes_from(range(n))
+    return graph
 
 
 def neighbours_of(edges, v):
@@ -373,46 +386,53 @@ def recursive_tour(edges):
             tour.append(v)
         return True
 
-    search(0, None)
-    return [str(v) for v in tour]
+    search('0', None)
+    return tour
+
+
+def records_of(context):
+    """The records `v ~ parent` outside queries, [(v, parent), ...]. A query may lack its end."""
+    outside, in_query = [], False
+    for word in context:
+        in_query = in_query or word == '[STARTSEARCH]'
+        outside.append('|' if in_query else word)
+        in_query = in_query and word != '[ENDSEARCH]'
+    triples = zip(outside, outside[1:], outside[2:])
+    return [(v, parent) for v, sign, parent in triples
+            if v.isdigit() and sign == '~' and parent.isdigit()]
 
 
 def answer_by_brute_force(context):
-    """The retriever's definition word for word, by loops over words: context is a list of words."""
-    start = max(i for i, word in enumerate(context) if word == '[STARTSEARCH]')
+    """The retriever's definition, by loops over words. context: words, the last is [ENDSEARCH]."""
+    start = len(context) - 1 - context[::-1].index('[STARTSEARCH]')
     query, context = context[start + 1:-1], context[:start]
-    prompt = context[1:context.index('[EOS]')]
-    edges = [(prompt[i], prompt[i + 2]) for i in range(0, len(prompt), 3)]
-    if not query or not query[0].isdigit():
-        return '[FAILED]'
-    if len(query) == 2 and query[1] == '~':
-        answer, inside = '[FAILED]', False
-        for word, sign, parent in zip(context, context[1:], context[2:]):
-            inside = word == '[STARTSEARCH]' or inside and word != '[ENDSEARCH]'
-            if not inside and word == query[0] and sign == '~' and parent.isdigit():
-                answer = parent
-        return answer
-    others = neighbours_of(edges, query[0])
-    if len(query) == 2 and query[1] == '-':
-        return (others + ['[FAILED]'])[0]
-    if len(query) == 3 and query[1] == '-' and query[2] in others:
-        return (others + ['[FAILED]'])[others.index(query[2]) + 1]
-    return '[FAILED]'
+    edges = edges_of(context[:context.index('[EOS]') + 1])
+    others = neighbours_of(edges, query[0]) if query else []
+    match query:
+        case [v, '~']:
+            answers = [parent for node, parent in records_of(context) if node == v][-1:]
+        case [_, '-']:
+            answers = others
+        case [_, '-', w] if w in others:
+            answers = others[others.index(w) + 1:]
+        case _:
+            answers = []
+    return answers[0] if answers else '[FAILED]'
 
 
-def recursive_retrieval_trace(edges):
-    """Algorithm 2 as the specification words it, with a stack; look-ups answered by brute force."""
-    prompt = ['[BOS]'] + [word for u, v in edges for word in (str(u), '-', str(v))] + ['[EOS]']
-    context, stack, prev = list(prompt), ['0'], None
+def trace_with_a_stack(prompt):
+    """Algorithm 2 as the specification words it; look-ups are answered by brute force."""
+    trace, stack, prev = [], ['0'], None
 
     def query(*words):
-        context.extend(['[STARTSEARCH]', *words, '[ENDSEARCH]'])
-        context.append(answer_by_brute_force(context))
-        return context[-1]
+        trace.extend(['[STARTSEARCH]', *words, '[ENDSEARCH]'])
+        answer = answer_by_brute_force(prompt + [word.removeprefix('*') for word in trace])
+        trace.append('*' + answer)
+        return answer
 
     while stack:
         v = stack[-1]
-        context.append(v)
+        trace.append(v)
         parent = query(v, '~')
         from_parent = prev is None or prev == parent
         w = query(v, '-') if from_parent else query(v, '-', prev)
@@ -422,480 +442,531 @@ def recursive_retrieval_trace(edges):
         if w == '[FAILED]':
             stack.pop()
         elif query(w, '~') == '[FAILED]' and w != '0':
-            context.extend([w, '~', v])
+            trace.extend([w, '~', v])
             stack.append(w)
         else:
             break
-    return context[len(prompt):]
+    return trace
 
 
-@pytest.mark.parametrize('n_nodes, distribution', GRAPHS)
-def test_labels_say_whether_the_graph_is_a_tree(n_nodes, distribution):
-    networkx = pytest.importorskip('networkx')
-    tokens, _, is_tree = data.generate_istree(300, n_nodes, 'direct', 1, distribution)
-    for row, label in zip(tokens, is_tree):
-        edges = edges_of(row)
-        assert len(set(edges)) == n_nodes - 1 and all(u > v for u, v in edges)
-        graph = networkx.Graph(edges)
-        graph.add_nodes_from(range(n_nodes))
-        assert networkx.is_tree(graph) == label == (words_of(row)[-1] == '[TRUE]')
+def replayed(task, prompt, completion):
+    """The completion, in which the retriever writes the words with a star once more, live."""
+    text, written = ' '.join(prompt), []
+    for word in completion:
+        if word.startswith('*'):
+            [answer], well_formed = task.retrieve(text)
+            assert well_formed
+            word = '*' + answer
+        written.append(word)
+        text += ' ' + word.removeprefix('*')
+    return written
 
 
-@pytest.mark.parametrize('distribution', data.DISTRIBUTIONS)
-def test_half_the_graphs_are_trees_and_every_cycle_is_possible(distribution):
-    _, _, is_tree = data.generate_istree(20_000, 16, 'direct', 2, distribution)
-    assert abs(is_tree.mean() - 0.5) < 4 * 0.5 / 20_000 ** 0.5
+def drawn(docstring, name):
+    """The words of the line `name` of a drawing, without what is said on its right."""
+    line = re.search(rf'^ +{name}  +(.*(\n {{13,}}.*)*)', docstring, re.M)[1]
+    return re.sub(r'(?<=\S) {3,}.*', '', line).split()
 
 
-def test_two_star_has_two_centres_and_a_triangle_or_a_bridge():
-    networkx = pytest.importorskip('networkx')
-    tokens, _, is_tree = data.generate_istree(300, 12, 'direct', 3)
-    for row, label in zip(tokens, is_tree):
-        graph = networkx.Graph(edges_of(row))
-        graph.add_nodes_from(range(12))
-        assert sum(networkx.triangles(graph).values()) == (0 if label else 3)
-        assert networkx.number_connected_components(graph) == (1 if label else 2)
-        # without the one extra edge, every edge touches one of two centres
-        assert any(all({u, v} & {a, b} for u, v in graph.edges if {u, v} != set(extra))
-                   for extra in graph.edges for a in graph for b in graph)
+@pytest.mark.parametrize('n, distribution', GRAPHS)
+def test_the_answer_says_whether_the_graph_is_a_tree(n, distribution):
+    for prompt, completion in istree('direct', n, distribution):
+        edges = edges_of(prompt)
+        assert len(set(edges)) == n - 1 and all(int(u) > int(v) for u, v in edges)
+        is_tree = networkx.is_tree(graph_of(edges, n))
+        assert completion == ['[TRUE]' if is_tree else '[FALSE]']
 
 
-@pytest.mark.parametrize('n_nodes, distribution', GRAPHS)
-def test_cot_trace_is_the_euler_tour_of_a_recursive_search(n_nodes, distribution):
-    tokens, loss_mask, _ = data.generate_istree(200, n_nodes, 'cot', 4, distribution)
-    start = data.istree_prompt_length(n_nodes)
-    for row, mask in zip(tokens, loss_mask):
-        trace = words_of(row)[start:]
-        assert trace[:-2] == recursive_tour(edges_of(row)) and trace[-2] == '[EOS]'
-        assert (np.flatnonzero(mask) == np.arange(start, start + len(trace))).all()
-    assert tokens.shape[1] <= data.istree_max_length(n_nodes, 'cot')
+@pytest.mark.parametrize('distribution', data.IsTree.distributions)
+def test_half_the_graphs_are_trees(distribution):
+    samples = istree('direct', 16, distribution, 10_000)
+    trees = sum(completion == ['[TRUE]'] for _, completion in samples)
+    assert abs(trees - 5_000) < 4 * 50                  # four standard deviations
 
 
-@pytest.mark.parametrize('n_nodes, distribution', [g for g in GRAPHS if g[0] < 100])
-def test_retrieval_trace_is_algorithm_2_with_a_stack(n_nodes, distribution):
-    tokens, loss_mask, _ = data.generate_istree(100, n_nodes, 'retrieval', 5, distribution)
-    start = data.istree_prompt_length(n_nodes)
-    for row, mask in zip(tokens, loss_mask):
-        words = words_of(row)
-        assert words[start:-2] == recursive_retrieval_trace(edges_of(row)) and words[-2] == '[EOS]'
-        predicted = [i >= start and words[i - 1] != '[ENDSEARCH]' for i in range(len(words))]
-        assert (mask == predicted + [False] * (len(row) - len(words))).all()
-    assert tokens.shape[1] <= data.istree_max_length(n_nodes, 'retrieval')
+def test_two_star_is_two_stars_and_an_edge_between_leaves():
+    for prompt, [answer] in istree('direct', 12, 'two_star', 300):
+        graph = graph_of(edges_of(prompt), 12)
+        triangles = sum(networkx.triangles(graph).values()) // 3
+        assert triangles == (0 if answer == '[TRUE]' else 1)
+        at_centres = [len(graph.edges(pair)) for pair in itertools.combinations(graph, 2)]
+        assert 11 - 1 in at_centres                     # all edges but one
 
 
-@pytest.mark.parametrize('n_nodes, distribution', [g for g in GRAPHS if g[0] < 100])
-def test_replaying_a_trace_through_the_retriever_gives_every_retrieved_token(n_nodes, distribution):
-    for row in data.generate_istree(20, n_nodes, 'retrieval', 6, distribution)[0]:
-        for end in np.flatnonzero(row == data.END):
-            assert data.retrieve(data.decode(row[:end + 1])) == ([row[end + 1]], True)
-
-
-def test_retriever_equals_brute_force_on_thousands_of_random_contexts():
-    rng = np.random.default_rng(7)
-    outcomes = set()
-    for row in data.generate_istree(2_000, 7, 'retrieval', 7, 'random')[0]:
-        cut = rng.integers(data.istree_prompt_length(7), (row != data.PAD).sum())
-        query = rng.integers(data.NODE, data.NODE + 7, 2)
-        query = [[query[0], data.RECORD], [query[0], data.EDGE], [query[0], data.EDGE, query[1]],
-                 rng.integers(0, data.NODE + 7, rng.integers(0, 5))][rng.integers(4)]    # also malformed
-        query = [t for t in query if t not in (data.PAD, data.START, data.END)]
-        context = data.decode([*row[:cut], data.START, *query, data.END])
-        expected = answer_by_brute_force(context.split())
-        answer, well_formed = data.retrieve(context)
-        assert data.decode(answer) == expected, context
-        assert well_formed or expected == '[FAILED]'
-        outcomes.add((expected, well_formed))
-    assert len(outcomes) == 9
-
-
-def test_a_record_written_inside_a_query_is_none():
-    rng, answers = np.random.default_rng(8), set()
-    for _ in range(3_000):                              # contexts of a model that has learned nothing yet
-        words = ['1', '2', '3', '~', '~', '[STARTSEARCH]', '[ENDSEARCH]', '[FAILED]']
-        noise = rng.choice(words, rng.integers(40))
-        context = ['[BOS]', '2', '-', '1', '[EOS]', *noise, '[STARTSEARCH]', '1', '~', '[ENDSEARCH]']
-        answers.add(expected := answer_by_brute_force(context))
-        assert data.decode(data.retrieve(' '.join(context))[0]) == expected, context
-    assert answers == {'1', '2', '3', '[FAILED]'}
-
-
-def test_kinds_of_the_tokens_in_the_header_are_the_hand_written_ones():
-    samples = {
-        '[BOS] 2 - 1 4 - 0 4 - 3 4 - 1 [EOS] | 0 4 3 4 1 2 1 4 0 [EOS] [TRUE]': 'nnnrnnrrraa',
-        '[BOS] 2 - 1 4 - 0 4 - 3 4 - 1 [EOS] | 0 [STARTSEARCH] 0 ~ [ENDSEARCH] [FAILED] '
-        '[STARTSEARCH] 0 - [ENDSEARCH] 4 [STARTSEARCH] 4 ~ [ENDSEARCH] [FAILED] 4 ~ 0 '
-        '4 [STARTSEARCH] 4 ~ [ENDSEARCH] 0 0 [EOS] [TRUE]':
-            'n' 'qqqq.' 'qqqq.' 'qqqq.' 'cccn' 'qqqq.' 'raa'}
-    for text, kinds in samples.items():
-        prompt, trace = (encode(part) for part in text.split('|'))
-        tokens = np.array([prompt + trace + [data.PAD]])
-        loss_mask = np.array([[False] * len(prompt) + [kind != '.' for kind in kinds] + [False]])
-        found = data.token_kinds(tokens, loss_mask)[0, len(prompt):-1]
-        assert ''.join('nrqca'[k] if k >= 0 else '.' for k in found) == kinds       # the KINDS, record as c
-    for setup in ('cot', 'retrieval'):      # every return is to a node above, every next neighbour is new
-        tokens, loss_mask, _ = data.generate_istree(50, 14, setup, 5)
-        for row, kinds in zip(tokens, data.token_kinds(tokens, loss_mask)):
-            tour = [(node, data.KINDS[kind]) for node, kind in zip(row.tolist(), kinds) if kind in (0, 1)]
-            stack = []
-            for node, kind in tour:
-                if kind == 'return to the parent':
-                    stack.pop()
-                    assert stack[-1] == node
-                else:
-                    assert node not in stack
-                    stack.append(node)
-
-
-def test_hand_worked_example_of_the_header():
-    prompt = '[BOS] 2 - 1 4 - 0 4 - 3 4 - 1 [EOS]'
-    edges = [(2, 1), (4, 0), (4, 3), (4, 1)]
-    drawn = data.__doc__.replace('*', '')
-    assert prompt in drawn
-    tour = data.decode(data.cot_trace(data.adjacency(edges, 5)))
-    assert tour == '0 4 3 4 1 2 1 4 0' and tour in drawn
-    trace = data.decode(data.retrieval_trace(data.adjacency(edges, 5)))
-    lines = ('0 [STARTSEARCH] 0 ~ [ENDSEARCH] [FAILED]', '[STARTSEARCH] 0 - [ENDSEARCH] 4',
-             '[STARTSEARCH] 4 ~ [ENDSEARCH] [FAILED]', '4 ~ 0', '4 [STARTSEARCH] 4 ~ [ENDSEARCH] 0',
-             '[STARTSEARCH] 4 - [ENDSEARCH] 0', '[STARTSEARCH] 4 - 0 [ENDSEARCH] 3',
-             '[STARTSEARCH] 3 ~ [ENDSEARCH] [FAILED] 3 ~ 4 3')
-    assert trace.startswith(' '.join(lines)) and all(line in drawn for line in lines)
-    ask = lambda query: data.retrieve(f'{prompt} {trace} [STARTSEARCH] {query} [ENDSEARCH]')
-    assert [data.decode(ask(q)[0]) for q in ('2 ~', '0 ~', '4 -', '4 - 0', '4 - 1', '2 - 4', '~', '4 4')] == [
-        '1', '[FAILED]', '0', '3', '[FAILED]', '[FAILED]', '[FAILED]', '[FAILED]']
-    assert [ask(q)[1] for q in ('2 ~', '4 - 1', '2 - 4', '~', '4 4', '4 - 1 1')] == [True] * 3 + [False] * 3
-
-
-def test_generate_is_deterministic_and_seeds_differ():
-    one, two = (data.generate_istree(64, 8, 'cot', (3, 1, 4)) for _ in range(2))
-    assert all((a == b).all() for a, b in zip(one, two))
-    one, two = (data.generate_istree(64, 8, 'direct', seed)[0].tolist() for seed in (1, 2))
-    assert one != two
-
-
-def prompts(task, n, tokens):
-    return {row[:data.TASKS[task].prompt_length(n)].tobytes() for row in tokens}
-
-
-def test_validation_and_tuning_prompts_never_occur_in_training():
-    held_out = [data.validation_set('istree', 300, 5, 'cot', tuning=tuning)[0] for tuning in (False, True)]
-    reported, tuning = (prompts('istree', 5, tokens) for tokens in held_out)
-    assert not reported & tuning and len(tuning) > 200      # at n=5 chance alone would mix them
-    assert reported & prompts('istree', 5, data.generate_istree(300, 5, 'cot', (data.TUNING_SEED, 0))[0])
-
-    def hits(held_out):
-        stream = data.Batches('istree', 64, 5, 'cot', 0, held_out=held_out)
-        trained = set().union(*[prompts('istree', 5, stream[i][0]) for i in range(40)])
-        return len(trained & (reported | tuning))
-
-    assert hits([]) > 0 and hits(held_out) == 0 and hits(held_out[:1]) > 0
-
-
-def test_a_task_of_which_everything_is_held_out_is_refused():
-    everything = [data.generate_istree(60_000, 4, 'direct', 0)[0]]
-    with pytest.raises(ValueError, match='larger n'):
-        data.Batches('istree', 16, 4, 'direct', 1, held_out=everything)[0]
-
-
-def test_training_stream_is_the_same_whoever_makes_its_batches_and_from_wherever_it_starts():
-    task, batch_size, n = 'recall', 16, 6
-    stream = data.Batches(task, batch_size, n, 'direct', 9, joining=0)
-    whole = [stream[i] for i in range(12)]
-    lengths = data.TASKS[task].lengths(n)
-    for i, (tokens, loss_mask) in enumerate(whole):
-        here = lengths[i % len(lengths)]
-        alone = data.TASKS[task].generate(batch_size, n, 'direct', (9, i, 0), n=here)
-        assert np.array_equal(tokens, alone[0]) and np.array_equal(loss_mask, alone[1])
-        assert tokens.shape[1] == data.TASKS[task].max_length(here, 'direct')
-    for first, workers in ((0, 2), (5, 0), (7, 1)):
-        again = data.Batches(task, batch_size, n, 'direct', 9, joining=0)
-        resumed = torch.utils.data.DataLoader(again, batch_size=None, sampler=range(first, 12),
-                                              num_workers=workers)
-        for (tokens, loss_mask), (expected, expected_mask) in zip(resumed, whole[first:], strict=True):
-            assert np.array_equal(tokens, expected) and np.array_equal(loss_mask, expected_mask)
-
-
-def test_with_a_curriculum_other_n_join_the_training_stream_one_by_one():
-    n_of = {data.TASKS['recall'].max_length(n, 'direct'): n for n in (2, 4, 8)}
-    growing = data.Batches('recall', 2, 8, 'direct', 9, joining=9)
-    assert [n_of[growing[i][0].shape[1]] for i in range(14)] == [2, 2, 2, 4, 2, 4, 2, 4, 8, 2, 4, 8, 2, 4]
-    assert np.array_equal(growing[9][0], data.Batches('recall', 2, 8, 'direct', 9, joining=0)[9][0])
-    falling = data.Batches('recall', 2, 8, 'direct', 9, joining=-9)
-    assert [n_of[falling[i][0].shape[1]] for i in range(14)] == [8, 8, 8, 4, 8, 4, 8, 4, 2, 8, 4, 2, 8, 4]
-    alone = data.Batches('recall', 2, 8, 'direct', 9)
-    assert {n_of[alone[i][0].shape[1]] for i in range(14)} == {8}
-
-
-def test_a_run_may_mix_any_n_and_give_the_largest_every_second_batch():
-    batches = data.Batches('istree', 4, 16, 'cot', seed=0, joining=40, mix=(6, 8, 11, 16), largest=0.5)
-    n = [(row.tolist().index(data.EOS) - 1) // 3 + 1 for row in (batches[i][0][0] for i in range(60))]
-    assert set(n[:10]) == {6} and set(n[10:20]) == {6, 8} and set(n[30:40]) == {6, 8, 11, 16}
-    assert n[40::2] == [16] * 10
-    assert sorted({*n[41::2]}) == [6, 8, 11]
-
-
-def test_istree_with_a_retriever_begins_with_half_as_many_nodes_none_of_them_held_out():
-    retrieval, cot = train.cells(train.parse(['--archs=mamba', '--setups=retrieval,cot', '--n_nodes=12']))
-    assert [n for n, _, _ in train.held_out_samples(retrieval)] == [6, 12] and 'curriculum' not in cot
-    assert [n for n, _, _ in train.held_out_samples(cot)] == [12]
-    held_out = {n: data.generate_istree(400, 12, 'retrieval', (5, batch, 0), n=n)[0]
-                for batch, n in ((0, 6), (3, 12))}      # which the stream would have for its batches 0 and 3
-    stream = data.Batches('istree', 400, 12, 'retrieval', 5, held_out=[*held_out.values()], joining=3)
-    for i, n in enumerate((6, 6, 6, 12, 6)):
-        tokens, loss_mask = stream[i]
-        edges = (tokens[0] == data.EDGE)[:tokens[0].tolist().index(data.EOS)].sum()
-        assert edges == n - 1 and tokens.max() == data.NODE + n - 1
-        assert not prompts('istree', n, tokens) & prompts('istree', n, held_out[n])
+def graphs_by_definition(n):
+    """{graph: probability} of random_graph, by listing all choices, which are equally likely."""
+    shares = collections.Counter()
+    for parents in itertools.product(*map(range, range(1, n))):
+        tree, rewired = [*zip(parents, range(1, n))], []
+        for cut, new in itertools.product(tree, itertools.combinations(range(n), 2)):
+            edges = {*tree, new} - {cut}
+            if new not in tree and not networkx.is_forest(graph_of(edges, n)):
+                rewired.append(edges)
+        for edges in rewired + len(rewired) * [tree]:   # half the time, the tree itself
+            for name in itertools.permutations(range(n)):
+                shares[as_set((name[u], name[v]) for u, v in edges)] += 1 / len(rewired)
+    return {graph: share / shares.total() for graph, share in shares.items()}
 
 
 def test_a_random_graph_is_as_likely_as_its_definition_makes_it():
-    def exact(n):                                       # by listing all choices, which are equally likely
-        share, names = collections.Counter(), [*itertools.permutations(range(n))]
-        trees = [[(p, i + 1) for i, p in enumerate(parents)]
-                 for parents in itertools.product(*[range(i) for i in range(1, n)])]
-        for tree in trees:
-            graphs = [tree[:cut] + tree[cut + 1:] + [new] for cut in range(n - 1)
-                      for new in itertools.combinations(range(n), 2) if new not in tree]
-            graphs = [graph for graph in graphs if not networkx.is_forest(networkx.Graph(graph))]
-            for graph, weight in [(tree, 1 / 2)] + [(graph, 1 / 2 / len(graphs)) for graph in graphs]:
-                for name in names:
-                    key = frozenset(frozenset((name[u], name[v])) for u, v in graph)
-                    share[key] += weight / len(trees) / len(names)
-        return share
-
-    networkx = pytest.importorskip('networkx')
-    rng, expected, size = random.Random(0), exact(5), 60_000
-    drawn = collections.Counter(frozenset(map(frozenset, data.random_graph(rng, 5)[0])) for _ in range(size))
-    assert abs(sum(expected.values()) - 1) < 1e-9 and drawn.keys() <= expected.keys()
-    chi_square = sum((drawn[graph] - size * p) ** 2 / (size * p) for graph, p in expected.items())
-    assert abs(chi_square - len(expected) + 1) < 5 * (2 * len(expected)) ** 0.5
+    expected, size, rng = graphs_by_definition(5), 60_000, random.Random(0)
+    found = collections.Counter(as_set(data.random_graph(rng, 5)[0]) for _ in range(size))
+    assert found.keys() <= expected.keys()
+    chi_square = 0
+    for graph, share in expected.items():
+        chi_square += (found[graph] - size * share) ** 2 / (size * share)
+    freedom = len(expected) - 1
+    assert abs(chi_square - freedom) < 5 * (2 * freedom) ** 0.5
 
 
-@pytest.mark.parametrize('arguments, word', [
-    ((8, 3, 'cot', 0), 'n_nodes'), ((8, 8, 'chain', 0), 'direct, cot, retrieval'),
-    ((0, 8, 'cot', 0), 'batch_size'), ((8, 8, 'cot', 0, 'star'), 'two_star'),
-    ((8, 8.5, 'cot', 0), 'n_nodes'), ((8, 8, 'cot', 0, 'random', 3), 'n=3')])
-def test_impossible_arguments_are_named(arguments, word):
-    with pytest.raises(ValueError, match=word):
-        data.generate_istree(*arguments)
+@pytest.mark.parametrize('n, distribution', GRAPHS)
+@pytest.mark.parametrize('setup', ('cot', 'retrieval'))
+def test_a_trace_is_what_another_version_of_the_algorithm_writes(setup, n, distribution):
+    task, direct = data.IsTree(n, setup, distribution), istree('direct', n, distribution)
+    for (prompt, completion), (same, answer) in zip(istree(setup, n, distribution), direct):
+        if setup == 'cot':
+            trace = recursive_tour(edges_of(prompt))
+        else:
+            trace = trace_with_a_stack(prompt)
+        assert prompt == same and completion == [*trace, '[EOS]', *answer]
+        assert len(completion) <= task.longest(n)
+        assert n > 100 or replayed(task, prompt, completion) == completion
 
 
-# --- data.py: the retrieval primitives ---------------------------------------------------------------
+@pytest.mark.parametrize('setup, longest', [('cot', 2 * 5 - 1), ('retrieval', 37 * 5 - 26)])
+def test_the_longest_trace_has_2n_minus_1_or_37n_minus_26_words(setup, longest):
+    lengths = [len(completion) - 2 for _, completion in istree(setup, 5)]
+    assert max(lengths) == longest == data.IsTree(5, setup).longest(5) - 2
 
-PRIMITIVES = [(task, n) for task in data.PRIMITIVES for n in (2, 4, 16, 256) if n in data.TASKS[task].sizes]
-PRIMITIVES += [('index', 33), ('recall', 33), ('cgram', 33), ('counting', 34)]
-QUERY = dict(index=1, recall=1, cgram=2, counting=1)            # words
+
+def test_the_retriever_equals_brute_force_on_thousands_of_random_contexts():
+    task, rng, outcomes = data.IsTree(7, 'retrieval', 'random'), random.Random(7), set()
+    words = ['1', '2', '3', '~', '~', '[STARTSEARCH]', '[ENDSEARCH]', '[FAILED]']
+    for prompt, completion in data.draw(task, 7, 4_000, seed=7):
+        cut = rng.randrange(len(completion))            # anywhere, also within a query
+        before = prompt + [word.removeprefix('*') for word in completion[:cut]]
+        noise = rng.choices(words, k=rng.randrange(20))         # as of a model that knows nothing
+        v, w = rng.choices(data.numbers(7), k=2)
+        query = rng.choice([[v, '~'], [v, '-'], [v, '-', w], [v, w], [v, '~', w], ['-'], []])
+        context = [*before, *noise, '[STARTSEARCH]', *query, '[ENDSEARCH]']
+        [answer], well_formed = task.retrieve(' '.join(context))
+        assert answer == answer_by_brute_force(context), context
+        outcomes.add((answer, well_formed))
+    assert len(outcomes) == 9                           # 7 nodes, and [FAILED] for two reasons
+    assert ('[FAILED]', False) in outcomes
 
 
-def primitive_by_brute_force(task, sequence, query):
+def test_the_hand_worked_example():
+    edges = [(2, 1), (4, 0), (4, 3), (4, 1)]            # 2 - 1 - 4 - 0, and 3 beside 0
+    neighbours = data.neighbours_of(edges, 5)
+    assert data.cot_trace(neighbours) == '0 4 3 4 1 2 1 4 0'.split()
+    by_hand = ('0 [STARTSEARCH] 0 ~ [ENDSEARCH] *[FAILED] [STARTSEARCH] 0 - [ENDSEARCH] *4 '
+               '[STARTSEARCH] 4 ~ [ENDSEARCH] *[FAILED] 4 ~ 0 '
+               '4 [STARTSEARCH] 4 ~ [ENDSEARCH] *0 [STARTSEARCH] 4 - [ENDSEARCH] *0 '
+               '[STARTSEARCH] 4 - 0 [ENDSEARCH] *3 '
+               '[STARTSEARCH] 3 ~ [ENDSEARCH] *[FAILED] 3 ~ 4 3')
+    assert ' '.join(data.retrieval_trace(neighbours)).startswith(by_hand)
+
+
+@pytest.mark.parametrize('setup', data.SETUPS)
+def test_the_sample_of_the_header_is_one_that_is_drawn(setup):
+    [(prompt, completion)] = data.draw(data.IsTree(7, setup), 7, 1, 2)
+    assert drawn(data.__doc__, 'prompt') == prompt
+    header = drawn(data.__doc__, setup)
+    if setup == 'retrieval':                            # its middle is left out
+        dots = header.index('...')
+        completion = completion[:dots] + ['...'] + completion[-2:]
+    assert header == completion
+
+
+def test_the_drawing_of_the_tree_is_that_of_the_sample():
+    [(prompt, _)] = data.draw(data.IsTree(7, 'cot'), 7, 1, 2)
+    assert as_set(edges_of(prompt)) == as_set(['05', *itertools.pairwise('352146')])
+    row = ' - '.join('352146')
+    assert f'\n      0\n      |\n  {row}\n' in data.__doc__
+    assert row in data.two_star.__doc__
+
+
+def test_the_worked_rewiring_of_a_random_graph_is_right():
+    rng, parent = random.Random(0), [None, 0, 0, 1, 2, 2]
+    edges = [(0, 1), (0, 2), (1, 3), (2, 4), (2, 5)]
+    choices = [data.random_rewiring(rng, parent, edges) for _ in range(1000)]
+    assert as_set((u, v) for cut, u, v in choices if cut == 2) == {(4, 5), (0, 3)}
+
+
+def test_the_worked_regular_expression_is_the_one_that_is_used():
+    expression = data.regular_expression('5 - 0', data.IsTree.patterns)
+    assert f'    #     {expression.pattern}\n' in inspect.getsource(data.IsTree)
+
+
+@pytest.mark.parametrize('completion, kinds', [
+    ('0 4 3 4 1 2 1 4 0 [EOS] [TRUE]', 'nnnrnnrrraa'),
+    ('0 [STARTSEARCH] 0 ~ [ENDSEARCH] *[FAILED]', 'nqqqq.'),
+    ('0 4 ~ 0 4 [STARTSEARCH] 4 - 0 [ENDSEARCH] *3 0 [EOS]', 'ncccnqqqqq.ra')])
+def test_the_kinds_of_words_are_the_hand_written_ones(completion, kinds):
+    letters = dict(zip('nrqca.', [*data.KINDS, None]))
+    assert data.kinds(completion.split()) == [letters[kind] for kind in kinds]
+
+
+@pytest.mark.parametrize('setup', ('cot', 'retrieval'))
+def test_a_return_is_to_the_node_above_and_a_next_neighbour_is_new(setup):
+    for _, completion in istree(setup, 14, count=50):
+        path = []                                       # from node 0 to where the search is
+        for word, kind in zip(completion, data.kinds(completion)):
+            if kind == 'return to the parent':
+                path.pop()
+                assert path[-1] == word
+            if kind == 'next neighbour':
+                assert word not in path
+                path.append(word)
+
+
+def test_targets_are_the_words_of_the_completion_without_a_star():
+    task = data.TASKS['recall'](4, 'direct')
+    samples = [(['[BOS]', '1', '79', '~', '1'], ['79', '*5', '76']), (['[BOS]', '3'], ['7'])]
+    tokens, targets = data.collate(task, samples)
+    first, second = np.array(task.words)[tokens].tolist()
+    assert ' '.join(first) == '[BOS] 1 79 ~ 1 79 5 76'
+    assert ' '.join(second) == '[BOS] 3 7 [PAD] [PAD] [PAD] [PAD] [PAD]'
+    assert (targets != data.IGNORE).nonzero()[1].tolist() == [5, 7, 2]
+    assert (targets[targets != data.IGNORE] == tokens[targets != data.IGNORE]).all()
+
+
+@pytest.mark.parametrize('name', data.TASKS)
+def test_drawing_is_deterministic_and_seeds_differ(name):
+    task = data.TASKS[name](10, 'retrieval')
+    one, two, other = (data.draw(task, 10, 64, (3, 1, seed)) for seed in (4, 4, 5))
+    assert one == two != other
+
+
+def lengths_met(batches, held_out):
+    """The lengths of those held-out prompts that occur in batches."""
+    met = set()
+    for tokens, _ in batches:
+        for row in tokens.tolist():
+            prompt = row[:row.index(data.EOS) + 1]
+            if tuple(batches.task.words[token] for token in prompt) in held_out:
+                met.add(len(prompt))
+    return met
+
+
+def test_held_out_prompts_are_never_in_training_for_any_n():
+    task, sizes, held_out = data.IsTree(6, 'cot'), [5, 6] * 20, set()
+    for n in (5, 6):
+        reported = prompts_of(data.held_out_samples(task, n, 2_000))
+        tuning = prompts_of(data.held_out_samples(task, n, 2_000, tuning=True))
+        assert not reported & tuning
+        held_out |= reported | tuning
+    unaware = data.Batches(task, sizes, 64, 0, set())
+    assert len(lengths_met(unaware, held_out)) == 2     # by chance, prompts of both n
+    assert not lengths_met(data.Batches(task, sizes, 64, 0, held_out), held_out)
+
+
+def test_a_task_of_which_everything_is_held_out_is_refused():
+    task = data.IsTree(4, 'direct')
+    everything = prompts_of(data.draw(task, 4, 60_000, 0))
+    with pytest.raises(ValueError, match='larger n'):
+        data.Batches(task, [4], 16, 1, everything)[0]
+
+
+def test_batches_are_the_same_whoever_makes_them_and_from_wherever():
+    task, sizes = data.TASKS['recall'](6, 'direct'), [2, 4, 6, 6, 4, 2]
+    stream, expected = data.Batches(task, sizes, 16, 9, set()), []
+    for i, n in enumerate(sizes):
+        expected.append(data.collate(task, data.draw(task, n, 16, (9, i, 0))))
+    for first, workers in ((0, 0), (0, 2), (3, 1)):
+        loader = torch.utils.data.DataLoader(stream, batch_size=None, collate_fn=tuple,
+                                             sampler=range(first, 6), num_workers=workers)
+        np.testing.assert_equal(list(loader), expected[first:])
+
+
+@pytest.mark.parametrize('name, arguments, named', [
+    ('istree', (3, 'cot'), 'n=3: this task has 4, 5, ..., 4096'),
+    ('istree', (8, 'cot', 'star'), 'two_star, random'),
+    ('counting', (9, 'direct'), '4, 6, ..., 512')])
+def test_impossible_arguments_are_named(name, arguments, named):
+    with pytest.raises(ValueError, match=re.escape(named)):
+        data.TASKS[name](*arguments)
+
+
+def run_data(arguments=''):
+    command = [sys.executable, HERE / 'data.py', *arguments.split()]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def exported(arguments):
+    """The samples of an export, read from its lines."""
+    samples = []
+    for line in run_data(arguments).stdout.splitlines():
+        sample = json.loads(line)
+        completion = sample['completion'].split()
+        for i in sample['retrieved']:
+            completion[i] = '*' + completion[i]
+        samples.append((sample['prompt'].split(), completion))
+    return samples
+
+
+def test_an_export_trains_on_nothing_that_is_held_out():
+    task = data.IsTree(6, 'retrieval')
+    reported = data.held_out_samples(task, 6, 5_000)
+    assert exported('--task=istree --n=6 --split=validation --count=300') == reported[:300]
+    held_out = prompts_of(reported) | prompts_of(data.held_out_samples(task, 6, 5_000, tuning=True))
+    training = exported('--task=istree --n=6 --count=1050 --seed=3')
+    assert training[:100] == data.fresh_samples(task, 6, 100, (3, 0), held_out)
+    assert len(training) == 1_050 and len(prompts_of(training)) > 900
+    assert not prompts_of(training) & held_out
+
+
+@pytest.mark.parametrize('arguments, named', [
+    ('--task=chess', 'istree'), ('--task=index --setup=cot', 'direct, retrieval'),
+    ('--task=istree --n=seven', 'seven'), ('--task=istree --n=3', '4, 5'),
+    ('--task=istree --split=validation --count=5001', '5000')])
+def test_a_bad_argument_of_an_export_gets_one_line_and_exit_code_2(arguments, named):
+    done = run_data(arguments)
+    usage, _, line = done.stderr.rpartition('data.py: error: ')
+    assert done.returncode == 2 and not done.stdout
+    assert usage.startswith('usage:') and named in line and line.count('\n') == 1
+
+
+def test_without_arguments_a_sample_of_every_task_is_printed():
+    printed = run_data().stdout
+    for name, kind in data.TASKS.items():
+        for setup in kind.setups:
+            assert f'{name}, setup {setup}\n  prompt      [BOS] ' in printed
+
+
+# --- data.py: a task of one's own -----------------------------------------------------------------
+
+class Chase(data.Task):
+    """Each of n nodes points to another one or to itself, no two of them to the same. Where do
+    three steps from node 0 lead? n=4:
+
+        prompt      [BOS] 2 - 1 0 - 2 3 - 0 1 - 3 [EOS]
+        direct      3
+        cot         2 1 3 [EOS] 3
+        retrieval   [STARTSEARCH] 0 [ENDSEARCH] *2 [STARTSEARCH] 2 [ENDSEARCH] *1
+                    [STARTSEARCH] 1 [ENDSEARCH] *3 [EOS] 3
+    """
+    patterns = ((r'(\d+)', r' V - (\d+)'),)             # where does node V point to?
+
+    def words_of(self, n):
+        return data.numbers(n)
+
+    def sample(self, rng, n):
+        points_to = dict(zip(data.numbers(n), rng.sample(data.numbers(n), n)))
+        prompt, node, thoughts = ['[BOS]'], '0', []
+        for v in rng.sample(data.numbers(n), n):
+            prompt += [v, '-', points_to[v]]
+        for _ in range(3):
+            if self.setup == 'retrieval':
+                thoughts += ['[STARTSEARCH]', node, '[ENDSEARCH]', '*' + points_to[node]]
+            if self.setup == 'cot':
+                thoughts += [points_to[node]]
+            node = points_to[node]
+        answer = [node] if self.setup == 'direct' else ['[EOS]', node]
+        return prompt + ['[EOS]'], thoughts + answer
+
+    def longest(self, n):
+        return {'direct': 1, 'cot': 3 + 2, 'retrieval': 3 * 4 + 2}[self.setup]
+
+    def chance(self, n):
+        return 2 / n        # the cycle of 0 is equally likely of any length; 1 and 3 lead to 0
+
+
+@pytest.mark.parametrize('setup', data.SETUPS)
+def test_a_task_of_ones_own_has_samples_batches_and_a_retriever(setup):
+    task = Chase(8, setup)
+    samples = data.draw(task, 8, 200, seed=1)
+    drawing = drawn(Chase.__doc__, 'prompt'), drawn(Chase.__doc__, setup)
+    for prompt, completion in [drawing, *samples]:
+        points_to = dict(edges_of(prompt))
+        assert completion[-1] == points_to[points_to[points_to['0']]]
+        assert replayed(task, prompt, completion) == completion
+        assert len(completion) == task.longest(8)
+    tokens, targets = data.Batches(task, [4, 8], 16, 0, prompts_of(samples))[1]
+    assert (tokens[:, -1] == targets[:, -1]).all() and len(tokens) == 16
+
+
+# --- data.py: the retrieval primitives ------------------------------------------------------------
+
+QUERY_LENGTH = dict(index=1, recall=1, cgram=2, counting=1)         # words
+PRIMITIVES = [(name, n) for name in QUERY_LENGTH for n in (2, 4, 16, 33, 34, 512)
+              if n in data.TASKS[name].possible_n]
+SMALL_PRIMITIVES = [(name, n) for name, n in PRIMITIVES if n < 30]
+
+
+def primitive_by_brute_force(name, sequence, query):
     """The answer to a query in a sequence, lists of words, straight from the task's definition."""
-    if task == 'index':
+    if name == 'index':
         return sequence[int(query[0])]
-    if task == 'counting':
-        return str(sum(word == query[0] for word in sequence))
+    if name == 'counting':
+        return str(sequence.count(query[0]))
     for i in range(len(sequence) - len(query)):
         if sequence[i:i + len(query)] == query:
             return sequence[i + len(query)]
 
 
-def sequence_and_questions(task, words):
-    """A sample of the setup direct, as words -> sequence, [(query, answer, its place in the sample), ...]."""
-    start, step = words.index('~') + 1, QUERY[task] + 1
-    return words[1:start - 1], [(words[i:i + step - 1], words[i + step - 1], i + step - 1)
-                                for i in range(start, len(words), step)]
+def questions_of(name, sample):
+    """A sample of the setup direct -> its sequence, [(words of the query, answer), ...]."""
+    prompt, completion = sample
+    start, step = prompt.index('~') + 1, QUERY_LENGTH[name] + 1
+    words = [word.removeprefix('*') for word in prompt + completion]
+    asked = [words[i:i + step] for i in range(start, len(words), step)]
+    return prompt[1:start - 1], [(query, answer) for *query, answer in asked]
 
 
-@pytest.mark.parametrize('task, n', PRIMITIVES)
-def test_primitives_answer_what_brute_force_finds_and_ask_half_of_the_questions_once_each(task, n):
-    made = data.TASKS[task]
-    tokens, loss_mask, answers = made.generate(100, n, 'direct', 8)
-    for row, mask, expected in zip(tokens, loss_mask, answers):
-        sequence, questions = sequence_and_questions(task, words_of(row))
-        for query, answer, _ in questions:
-            assert primitive_by_brute_force(task, sequence, query) == answer
-        assert len({tuple(query) for query, _, _ in questions}) == len(questions) == (n + 1) // 2
-        places = [place for _, _, place in questions]
-        assert np.flatnonzero(mask).tolist() == places and (row[places] == expected).all()
-        assert made.prompt_length(n) == places[0] and row.max() < made.vocab_size(n)
-    assert tokens.shape[1] == made.max_length(n, 'direct')
-    tokens, loss_mask, answers = made.generate(100, n, 'retrieval', 8)
-    for row, mask, expected in zip(tokens, loss_mask, answers):
-        words, start = words_of(row), made.prompt_length(n)
-        sequence, query = words[1:words.index('~')], words[words.index('~') + 1:start]
-        assert len(query) == QUERY[task] and row.max() < made.vocab_size(n) and words[-2] == '[EOS]'
-        assert words[-1] == primitive_by_brute_force(task, sequence, query) == data.WORDS[expected[0]]
-        predicted = [i >= start and words[i - 1] != '[ENDSEARCH]' for i in range(len(words))]
-        assert (mask == predicted + [False] * (len(row) - len(words))).all()
-    assert tokens.shape[1] <= made.max_length(n, 'retrieval')
-    assert task == 'counting' or tokens.shape[1] == made.max_length(n, 'retrieval')
+def assert_direct_is_right(task, name, n, sample):
+    sequence, questions = questions_of(name, sample)
+    for query, answer in questions:
+        assert primitive_by_brute_force(name, sequence, query) == answer
+    assert len({tuple(query) for query, _ in questions}) == len(questions) == (n + 1) // 2
+    predicted = [word for word in sample[1] if not word.startswith('*')]
+    assert predicted == [answer for _, answer in questions]
+    assert len(sample[1]) == task.longest(n)
 
 
-@pytest.mark.parametrize('task', data.PRIMITIVES)
-def test_the_drawing_of_a_primitive_is_right(task):
-    drawing = inspect.cleandoc(getattr(data, task).__doc__)
-    inputs, targets = (re.search(rf'^.*{name} .*$', drawing, re.M)[0] for name in ('inputs', 'targets'))
-    inputs = {m.start(): m[0] for m in re.finditer(r'\S+', inputs) if m.start() > inputs.index('inputs')}
-    targets = {m.start(): m[0] for m in re.finditer(r'\S+', targets) if m.start() > targets.index('targets')}
-    places, words = [*inputs], [*inputs.values(), [*targets.values()][-1]]
-    sequence, questions = sequence_and_questions(task, words)
-    assert all(primitive_by_brute_force(task, sequence, query) == answer for query, answer, _ in questions)
-    assert len(questions) == 2 and targets == {places[i - 1]: answer for _, answer, i in questions}
-    written = re.search(r'retrieval +(\[BOS\].*)', drawing, re.S)[1].split()
-    start = written.index('~') + 1 + QUERY[task]
-    assert written[:start - QUERY[task]] == ['[BOS]', *sequence, '~']
-    query = written[start - QUERY[task]:start]
-    assert primitive_by_brute_force(task, sequence, query) == written[-1] and written[-2] == '[EOS]'
-    for i in range(start, len(written)):            # * marks what the retriever writes, nothing else
-        assert written[i].startswith('*') == (written[i - 1] == '[ENDSEARCH]')
-        if written[i].startswith('*'):
-            text = ' '.join(written[:i]).replace('*', '')
-            assert data.TASKS[task].retrieve(text) == (encode(written[i][1:]), True)
-    found = [word for word in written if word.startswith('*')]
-    assert found == ['*4', '*4', '*[FAILED]'] if task == 'counting' else found == [f'*{written[-1]}']
+def assert_retrieval_is_right(task, name, n, sample):
+    prompt, completion = sample
+    query = prompt[-QUERY_LENGTH[name]:]
+    answer = primitive_by_brute_force(name, prompt[1:prompt.index('~')], query)
+    assert prompt[-len(query) - 1] == '~' and completion[-2:] == ['[EOS]', answer]
+    assert replayed(task, prompt, completion) == completion
+    retrieved = ['*' + answer]
+    if name == 'counting':                              # every occurrence, and no further one
+        retrieved = int(answer) * ['*' + query[0]] + ['*[FAILED]']
+    assert [word for word in completion if word.startswith('*')] == retrieved
+    assert len(completion) <= task.longest(n)
 
 
-@pytest.mark.parametrize('task, n', PRIMITIVES)
-def test_replaying_a_primitives_queries_through_the_retriever_gives_every_retrieved_token(task, n):
-    made, outcomes = data.TASKS[task], set()
-    for row in made.generate(100, n, 'retrieval', 9)[0]:
-        ends = np.flatnonzero(row == data.END)
-        for end in ends:
-            assert made.retrieve(data.decode(row[:end + 1])) == ([row[end + 1]], True)
-        last = data.WORDS[row[ends[-1] + 1]]
-        assert (last == '[FAILED]') if task == 'counting' else (last == words_of(row)[-1])
-        outcomes.add(len(ends))
-    assert outcomes == ({1, 2, 3, 4} if task == 'counting' else {1})
+CHECKS = [('direct', assert_direct_is_right), ('retrieval', assert_retrieval_is_right)]
 
 
-def test_what_a_sequence_does_not_hold_and_malformed_queries_get_failed():
-    ask = lambda task, prompt, query: data.decode(data.TASKS[task].retrieve(
-        f'[BOS] {prompt} [STARTSEARCH] {query} [ENDSEARCH]')[0])
-    queries = ('- 0', '- 1', '- 4', '- 5', '-', '- -', '- 1 1', '[FAILED]')
-    assert [ask('index', '13 0 4 1 12 ~ 2', q) for q in queries] == ['13', '0', '12', *['[FAILED]'] * 5]
-    queries = ('1', '12', '0', '2', '14', '~', '0 ~', '3', '5')
-    assert [ask('recall', '1 15 0 13 12 14 ~ 0', q) for q in queries] == ['15', '14', '13', *['[FAILED]'] * 6]
-    queries = ('1 3', '3 2', '3 0', '2 3', '1 3 2')
-    assert [ask('cgram', '0 3 1 3 2 1 3 0 ~ 1 3', q) for q in queries] == ['2', '1', *['[FAILED]'] * 3]
-    assert ask('cgram', '0 1 1 0 ~ 2 3', '2') == '[FAILED]'         # the prompt's own query is not searched
-    queries = ('4 ~ 1', '4 ~ 3', '4 ~ 4', '1 ~ 1', '1 ~ 2', '4 ~ 0', '4 ~')
-    assert [ask('counting', '4 14 41 4 1 4 ~ 4', q) for q in queries] == [
-        '4', '4', '[FAILED]', '1', *['[FAILED]'] * 3]
-    # no blow-up by backtracking, whatever a badly trained model asks
-    started = time.monotonic()
-    assert ask('counting', '4 1 ' * 500 + '~ 4', '4 ~ 501') == '[FAILED]' and time.monotonic() - started < 1
+@pytest.mark.parametrize('setup, check', CHECKS)
+@pytest.mark.parametrize('name, n', PRIMITIVES)
+def test_primitives_answer_what_brute_force_finds(name, n, setup, check):
+    task = data.TASKS[name](n, setup)
+    samples = data.draw(task, n, 100 if n < 100 else 5, seed=8)
+    for sample in samples:
+        check(task, name, n, sample)
+    assert len({len(prompt) for prompt, _ in samples}) == 1
+    data.collate(task, samples)                         # no word is missing in the vocabulary
 
 
-def shortcuts(task, sequence, questions):
-    """Answers (one for each question) of players who do not look the query up: of one sample, as words."""
-    places = [i for i, word in enumerate(sequence) if task != 'recall' or i % 2]       # where values stand
-    values = [sequence[i] for i in places] if task != 'counting' else ['0', '1', '2', '3']
-    given = [answer for _, answer, _ in questions]
-    for i in range(len(values)):
-        yield f'place {i}', [values[i]] * len(given)
-    frequent = collections.Counter(values).most_common()
-    yield 'majority', [frequent[0][0]] * len(given)
-    yield 'rarest', [frequent[-1][0]] * len(given)
-    yield 'repeat', [values[0]] + given[:-1]                        # the answer just given, once more
-    yield 'first answer', [values[-1]] + given[:1] * (len(given) - 1)
-    yield 'follows or repeats the query', [query[-1] for query, _, _ in questions]
-    yield 'elimination', [(collections.Counter(values) - collections.Counter(given[:i])).most_common(1)[0][0]
-                          if task != 'counting' else values[0] for i in range(len(given))]
+@pytest.mark.parametrize('setup, check', CHECKS)
+@pytest.mark.parametrize('name', QUERY_LENGTH)
+def test_the_drawing_of_a_primitive_is_a_sample(name, setup, check):
+    drawing = data.TASKS[name].__doc__
+    n = int(re.findall(r'n=(\d)', drawing)[-1])
+    task = data.TASKS[name](max(n, 4), setup)
+    check(task, name, n, (drawn(drawing, 'prompt'), drawn(drawing, setup)))
 
 
-@pytest.mark.parametrize('task, n', [(task, n) for task, n in PRIMITIVES if n < 30])
-def test_no_shortcut_beats_the_best_guess_which_is_small(task, n):
-    right, total, by_query = collections.Counter(), 0, []
-    for row in data.TASKS[task].generate(2_000, n, 'direct', 10)[0]:
-        sequence, questions = sequence_and_questions(task, words_of(row))
-        for name, guesses in shortcuts(task, sequence, questions):
-            right[name] += sum(guess == answer for guess, (_, answer, _) in zip(guesses, questions))
+@pytest.mark.parametrize('name, prompt, answers, failing', [
+    ('index', '13 0 4 1 12 ~ 2', {'- 0': '13', '- 1': '0', '- 4': '12'},
+     ['- 5', '-', '- -', '- 1 1', '[FAILED]']),
+    ('recall', '1 15 0 13 12 14 ~ 0', {'1': '15', '12': '14', '0': '13'},
+     ['2', '14', '~', '0 ~', '3', '5']),
+    ('cgram', '0 3 1 3 2 1 3 0 ~ 1 3', {'1 3': '2', '3 2': '1'}, ['3 0', '2 3', '1 3 2', '0']),
+    ('counting', '4 14 41 4 1 4 ~ 4', {'4 ~ 1': '4', '4 ~ 3': '4', '1 ~ 1': '1'},
+     ['4 ~ 4', '1 ~ 2', '4 ~ 0', '4 ~']),
+    ('counting', '4 1 ' * 500 + '~ 4', {'1 ~ 500': '1'}, ['4 ~ 501'])])     # soon enough, too
+def test_what_a_sequence_does_not_hold_and_malformed_queries_get_failed(
+        name, prompt, answers, failing):
+    task = data.TASKS[name](16, 'retrieval')
+    for query, answer in {**answers, **dict.fromkeys(failing, '[FAILED]')}.items():
+        text = f'[BOS] {prompt} [STARTSEARCH] {query} [ENDSEARCH]'
+        assert task.retrieve(text)[0] == [answer]
+
+
+def guesses_of(name, sequence, questions):
+    """What players who do not look the query up say to the questions, {player: answers}."""
+    values = sequence[1::2] if name == 'recall' else sequence
+    if name == 'counting':
+        values = ['0', '1', '2', '3'] * len(sequence)
+    answers = [answer for _, answer in questions]
+    guesses = {f'place {i}': [value] * len(answers) for i, value in enumerate(values)}
+    guesses['the answer before'] = [values[0], *answers]
+    guesses['the query'] = [query[-1] for query, _ in questions]
+    left, guesses['crossing out'] = collections.Counter(values), []
+    for answer in answers:
+        guesses['crossing out'].append(max(left, key=left.get))
+        left[answer] -= 1
+    guesses['the most frequent'] = guesses['crossing out'][:1] * len(answers)
+    return guesses
+
+
+@pytest.mark.parametrize('name, n', SMALL_PRIMITIVES)
+def test_no_shortcut_beats_the_best_guess(name, n):
+    task, right, total = data.TASKS[name](n, 'direct'), collections.Counter(), 0
+    for sample in data.draw(task, n, 2_000, seed=10):
+        sequence, questions = questions_of(name, sample)
         total += len(questions)
-        by_query += [(query[-1], answer, sequence[-1]) for query, answer, _ in questions]
-    best = data.best_guess(task, n, n)
-    for name, count in right.items():
-        assert count / total < best + 0.03, (name, count / total, best)
-    if task in ('recall', 'index') and n > 2:       # ... and the best guess is what crossing out can reach
-        assert abs(right['elimination'] / total - best) < 0.02
-    half = total // 2                           # what training samples with this query, or end, were answered
-    for key in (0, 2):
-        table = collections.defaultdict(collections.Counter)
-        for question in by_query[:half]:
-            table[question[key]][question[1]] += 1
-        learned = sum(bool(table[question[key]]) and table[question[key]].most_common(1)[0][0] == question[1]
-                      for question in by_query[half:])
-        assert learned / (total - half) < best + 0.03
-    assert task in ('cgram', 'counting') or best < {2: 0.6, 4: 0.4, 16: 0.17}[n]          # so it is small
+        for player, guesses in guesses_of(name, sequence, questions).items():
+            for guess, (_, answer) in zip(guesses, questions):
+                right[player] += guess == answer
+    assert max(right.values()) / total < task.chance(n) + 0.03, right.most_common(3)
+    if name in ('index', 'recall') and n > 2:           # crossing out is the best guess
+        assert abs(right['crossing out'] / total - task.chance(n)) < 0.02
+        assert n < 16 or task.chance(n) < 0.17          # and small
 
 
-def test_the_best_guess_is_the_hand_worked_one():
-    # recall n=2 asks one of two questions, whose answers are equal in 1 of 64 samples: there are 64 values
-    assert abs(data.best_guess('recall', 2, 2, samples=20_000) - (1 + 1 / 64) / 2) < 0.01
-    # counting n=2: the answers are c and 3-c, never equal; n=4 asks 2 of c, 3-c, d, 3-d. Half the time they
-    # are four different ones: 1/4, then 1/3; else two and two: 1/2, then 2/3
-    assert abs(data.best_guess('counting', 4, 2) - 1 / 2) < 1e-9
-    assert abs(data.best_guess('counting', 4, 4, samples=20_000) - (7 / 24 + 7 / 12) / 2) < 0.01
-    assert abs(data.best_guess('counting', 4, 4, 'retrieval', samples=20_000) - (1 / 4 + 1 / 2) / 2) < 0.01
-    assert data.best_guess('istree', 16, 16) == 1 / 2
+@pytest.mark.parametrize('name, n', SMALL_PRIMITIVES)
+def test_the_query_or_the_last_number_alone_says_nothing_about_the_answer(name, n):
+    task, total = data.TASKS[name](n, 'direct'), 0
+    right, known = collections.Counter(), collections.defaultdict(collections.Counter)
+    for sample in data.draw(task, n, 2_000, seed=11):
+        sequence, questions = questions_of(name, sample)
+        for query, answer in questions:
+            total += 1
+            for seen in (('query', query[-1]), ('last', sequence[-1])):
+                most_frequent_so_far = max(known[seen], key=known[seen].get, default='')
+                right[seen[0]] += most_frequent_so_far == answer
+                known[seen][answer] += 1
+    assert max(right.values()) / total < task.chance(n) + 0.03
+
+
+@pytest.mark.parametrize('name, n, setup, by_hand', [
+    # one of two questions is asked, whose answers are equal once in 64
+    ('recall', 2, 'direct', (1 + 1 / 64) / 2),
+    # two of c, 3-c, d, 3-d are asked. Half the time these are four different ones: 1/4, then 1/3;
+    # otherwise two and two: 1/2, then 2/3
+    ('counting', 4, 'direct', (7 / 24 + 7 / 12) / 2),
+    ('counting', 4, 'retrieval', (1 / 4 + 1 / 2) / 2),
+    ('istree', 16, 'cot', 1 / 2)])
+def test_the_best_guess_is_the_hand_worked_one(name, n, setup, by_hand):
+    assert abs(data.TASKS[name](n, setup).chance(n) - by_hand) < 0.01
 
 
 def test_the_second_number_of_a_cgram_leaves_two_answers():
-    answers_left, right = collections.Counter(), []
-    for row in data.TASKS['cgram'].generate(500, 16, 'direct', 11)[0]:
-        sequence, questions = sequence_and_questions('cgram', words_of(row))
-        for (_, second), answer, _ in questions:
+    task, left, first = data.TASKS['cgram'](16, 'direct'), [], []
+    for sample in data.draw(task, 16, 500, seed=11):
+        sequence, questions = questions_of('cgram', sample)
+        for (_, second), answer in questions:
             followers = [b for a, b in zip(sequence[1:], sequence[2:]) if a == second]
-            answers_left[len(followers)] += 1
-            right.append(answer == followers[0])
-    assert set(answers_left) == {1, 2} and answers_left[2] > 5 * answers_left[1]  # 1: it ends the sequence
-    assert 0.45 < np.mean(right) < 0.6
+            left.append(len(followers))
+            first.append(answer == followers[0])
+    assert set(left) == {1, 2} and np.mean(left) > 1.8  # (1 if the second number ends the sequence)
+    assert 0.45 < np.mean(first) < 0.6
 
 
-@pytest.mark.parametrize('task', data.PRIMITIVES)
-def test_counts_positions_and_values_are_equally_likely(task):
-    answers = data.TASKS[task].generate(4_000, 16, 'direct', 12)[2]
-    share = np.bincount(answers.ravel() - data.NODE)
-    share = share[share > 0] / share.sum()
-    assert len(share) == dict(counting=4, cgram=20).get(task, 64) and abs(share * len(share) - 1).max() < 0.15
+@pytest.mark.parametrize('name, different', dict(index=64, recall=64, cgram=20, counting=4).items())
+def test_all_answers_are_equally_likely_although_samples_are_held_out(name, different):
+    task = data.TASKS[name](16, 'direct')
+    for n in task.mixed():
+        held_out = prompts_of(data.held_out_samples(task, n, 1_000))
+        answers = collections.Counter()
+        for sample in data.fresh_samples(task, n, 10_000, (0, 0), held_out):
+            answers.update(answer for _, answer in questions_of(name, sample)[1])
+        expected = answers.total() / different
+        assert len(answers) == different
+        assert 0.7 * expected < min(answers.values()) <= max(answers.values()) < 1.3 * expected
 
 
-@pytest.mark.parametrize('task', data.PRIMITIVES)
-def test_primitives_are_deterministic_and_refuse_what_they_do_not_have(task):
-    generate = data.TASKS[task].generate
-    one, two, other = (generate(64, 10, 'retrieval', (3, 1, seed)) for seed in (4, 4, 5))
-    assert all((a == b).all() for a, b in zip(one, two)) and one[0].tolist() != other[0].tolist()
-    smallest = 4 if task in ('cgram', 'counting') else 2
-    for arguments, word in (((8, 10, 'cot', 0), 'direct, retrieval'), ((8, 1, 'direct', 0), 'n_nodes=1'),
-                            ((8, 514, 'direct', 0), '512'), ((0, 10, 'direct', 0), 'batch_size'),
-                            ((8, 10, 'direct', 0, 'two_star'), 'uniform'),
-                            ((8, 10, 'direct', 0, 'uniform', 12), f'n=12 is .* from {smallest} to 10')):
-        with pytest.raises(ValueError, match=word):
-            generate(*arguments)
-    assert generate(2, 512, 'retrieval', 0)[0].max() < data.NODE + data.MAX_NODES
-    small = generate(50, 64, 'direct', 0, n=4)[0]
-    assert small.shape[1] == data.TASKS[task].max_length(4, 'direct')
-    assert small.max() > data.NODE + dict(cgram=60).get(task, 100)          # the vocabulary is that of n=64
-
-
-@pytest.mark.parametrize('task', data.PRIMITIVES)
-def test_what_is_held_out_takes_no_answer_from_training(task):
-    for n in data.TASKS[task].lengths(16):
-        held_out = [data.validation_set(task, 1000, 16, 'direct', n=n, tuning=tuning)
-                    for tuning in (False, True)]
-        trained = data.Batches(task, 2000, 16, 'direct', 0, held_out=[tokens for tokens, _, _ in held_out])
-        share = [np.bincount(answers.ravel(), minlength=300) / answers.size
-                 for answers in (trained.samples(n, (0, 0))[2], held_out[0][2])]
-        assert abs(share[0] - share[1]).sum() / 2 < 0.2, n
-
-
-def test_counting_refuses_an_odd_n():
-    with pytest.raises(ValueError, match='n_nodes=9 .* an even one'):
-        data.TASKS['counting'].generate(8, 9, 'direct', 0)
-
-
-def test_a_run_mixes_doubling_n_up_to_its_own():
-    lengths = {n: data.TASKS['recall'].lengths(n) for n in (2, 8, 12)}
-    assert lengths == {2: (2,), 8: (2, 4, 8), 12: (2, 4, 8, 12)}
-    assert [data.TASKS['istree'].lengths(n) for n in (5, 8, 14)] == [(5,), (6, 8), (7, 14)]
-    assert data.TASKS['hotpot'].lengths(10) == (10,)
+@pytest.mark.parametrize('name, n, mixed', [
+    ('recall', 8, [2, 4, 8]), ('index', 12, [2, 4, 8, 12]), ('counting', 8, [4, 8]),
+    ('istree', 5, [5]), ('istree', 8, [6, 8]), ('istree', 14, [7, 14])])
+def test_a_run_mixes_doubling_n_up_to_its_own_or_its_half(name, n, mixed):
+    assert data.TASKS[name](n, 'direct').mixed() == mixed
 
 
 # --- scan_cuda/ --------------------------------------------------------------------------------------
