@@ -31,7 +31,8 @@ runs over the text so far. Such words are marked with a star, here and in the co
   v -        Which is the first neighbour of v? The other end of the prompt's first edge with v.
   v - w      Which neighbour of v comes after w? The other end of the next edge with v.
 
-Below the line: another distribution of graphs, the four retrieval primitives, an export. Try it:
+Below the line: another distribution of graphs, the four retrieval primitives, a Turing machine, an
+export. Try it:
 
   python data.py                            prints a sample of every task
   python data.py --task=istree --setup=cot --n=16 --count=1000 --seed=3 > samples.jsonl
@@ -44,7 +45,7 @@ import re
 import sys
 from collections import Counter
 from functools import lru_cache
-from itertools import cycle, islice
+from itertools import cycle, islice, product
 
 import numpy as np
 
@@ -357,7 +358,7 @@ class Batches:
 
 # ==================================================================================================
 # This is all that the default run needs. Below: another distribution of graphs, what each word of a
-# trace is for, the four retrieval primitives, and the command line.
+# trace is for, the four retrieval primitives, a Turing machine, and the command line.
 
 def random_graph(rng, n):
     r"""A random recursive tree: each node is joined to a uniform earlier one. Half the time, one
@@ -604,6 +605,114 @@ class Counting(Primitive):
 TASKS |= {'index': Index, 'recall': Recall, 'cgram': Cgram, 'counting': Counting}
 
 
+# --- a Turing machine (paper, section 5: with a retriever, an RNN can work any) ------------------
+
+# Is the tape a palindrome? The machine takes the first letter (it erases and carries it), runs
+# right to the end, compares the last letter and erases it, runs left, and takes the next one. A
+# machine begins in the state of its first row, on cell 1. X and Y are any letters. If several rows
+# fit, the first one counts.
+#   state       reads  writes  moves  next state
+PALINDROME = '''
+    take        X      _       +1     right-X
+    take        _      _        0     [TRUE]
+    right-X     Y      Y       +1     right-X
+    right-X     _      _       -1     compare-X
+    compare-X   X      _       -1     left
+    compare-X   Y      Y        0     [FALSE]
+    compare-X   _      _        0     [TRUE]
+    left        X      X       -1     left
+    left        _      _       +1     take
+'''
+
+
+def transitions(machine, letters):
+    """The table of a machine as a dict {(state, symbol): [what it writes, move, next state]}, with
+    all letters in place of X and Y."""
+    table = {}
+    for row in machine.strip().splitlines():
+        for x, y in product(letters, repeat=2):
+            state, symbol, *then = row.replace('X', x).replace('Y', y).split()
+            table.setdefault((state, symbol), then)
+    return table
+
+
+class Turing(Task):
+    """What does the machine answer? The tape has n letters and a blank, `_`, in numbered cells. Each
+    step is written down: the state, the cell, the symbol there, and, if the machine changes that
+    symbol, a record. In `retrieval`, the symbol is looked up: the last one recorded for the cell,
+    or else the prompt's. So a model with a retriever need remember only its last step. n=3:
+
+        prompt      [BOS] 1 h 2 c 3 h 4 _ [EOS]
+
+        cot         take 1 h 1 ~ _ right-h 2 c right-h 3 h right-h 4 _ compare-h 3 h 3 ~ _
+                    left 2 c left 1 _ take 2 c 2 ~ _ right-c 3 _ compare-c 2 _ [EOS] [TRUE]
+
+        retrieval   take [STARTSEARCH] 1 [ENDSEARCH] *h 1 ~ _
+                    right-h [STARTSEARCH] 2 [ENDSEARCH] *c
+                    right-h [STARTSEARCH] 3 [ENDSEARCH] *h ... [EOS] [TRUE]
+
+    Half of the tapes are palindromes. Each of the others is one but for a single letter, so that
+    the length tells nothing, and only the parities of all letters' counts do. A subclass may have
+    other letters, or the table of another machine and tapes for it."""
+    setups = ('cot', 'retrieval')
+    letters = 'abcdefgh'
+    table = transitions(PALINDROME, letters)
+    patterns = ((r'(\d+)', r'^\[BOS\][^[]*? V ([a-z_])| V ~ ([a-z_])\b'),)
+
+    def words_of(self, n):
+        states = {state for state, symbol in self.table}
+        return [*numbers(n + 2), *self.letters, '_', *sorted(states)]
+
+    def sample(self, rng, n):
+        tape = rng.choices(self.letters, k=n)
+        for i in range(n // 2):
+            tape[-1 - i] = tape[i]
+        if rng.random() < 0.5:
+            i = rng.randrange(n // 2)
+            tape[i] = rng.choice(self.letters.replace(tape[i], ''))
+        return self.write(tape)
+
+    def write(self, tape):
+        """The sample of a tape, a sequence of letters."""
+        cells = dict(enumerate([*tape, '_'], 1))
+        prompt = ['[BOS]']
+        for cell, symbol in cells.items():
+            prompt += [str(cell), symbol]
+        step = '{} {} {}' if self.setup == 'cot' else '{} [STARTSEARCH] {} [ENDSEARCH] *{}'
+        (state, _), *_ = self.table
+        trace, cell = [], 1
+        while state not in ('[TRUE]', '[FALSE]'):
+            symbol = cells[cell]
+            trace += step.format(state, cell, symbol).split()
+            written, move, state = self.table[state, symbol]
+            if written != symbol:
+                trace += [str(cell), '~', written]
+                cells[cell] = written
+            cell += int(move)
+        return prompt + ['[EOS]'], trace + ['[EOS]', state]
+
+    def chance(self, n):
+        return 1 / 2
+
+    def mixed(self):
+        """Half as many letters (but at least 7, of shorter palindromes there are too few), and
+        all."""
+        return sorted({max(self.n // 2, min(7, self.n)), self.n})
+
+    def longest(self, n):
+        """That of any palindrome: (n+1)(n+2)/2 steps and n records."""
+        return len(self.write(self.letters[0] * n)[1])
+
+
+class Turing26(Turing):
+    """The same machine with 26 letters."""
+    letters = 'abcdefghijklmnopqrstuvwxyz'
+    table = transitions(PALINDROME, letters)
+
+
+TASKS |= {'turing': Turing, 'turing26': Turing26}
+
+
 # --- the command line -----------------------------------------------------------------------------
 
 N_HELD_OUT = 5000               # samples of an export's validation split: as many as in the paper
@@ -613,7 +722,7 @@ def print_samples():
     """A sample of every task in each of its setups."""
     for name, kind in TASKS.items():
         for setup in kind.setups:
-            n = 7 if name == 'istree' else 6
+            n = 7 if name == 'istree' else 4
             [(prompt, completion)] = draw(kind(n, setup), n, 1, seed=2)
             print(f'{name}, setup {setup}')
             print('  prompt     ', *prompt)

@@ -969,6 +969,196 @@ def test_a_run_mixes_doubling_n_up_to_its_own_or_its_half(name, n, mixed):
     assert data.TASKS[name](n, 'direct').mixed() == mixed
 
 
+# --- data.py: the Turing machine ------------------------------------------------------------------
+
+def turing_steps(tape):
+    """The machine for palindromes without its table: its two ends are compared, pair by pair.
+    Returns the steps (state, cell, symbol, whether it is erased) and the answer."""
+    steps, first, last = [], 1, len(tape)
+
+    def step(state, cell, symbol, erased=False):
+        steps.append((state, str(cell), symbol, erased))
+
+    while first <= last:
+        x, y = tape[first - 1], tape[last - 1]
+        step('take', first, x, erased=True)
+        for cell in range(first + 1, last + 1):
+            step(f'right-{x}', cell, tape[cell - 1])
+        step(f'right-{x}', last + 1, '_')
+        if first == last:                           # the middle has just been taken
+            step(f'compare-{x}', last, '_')
+            return steps, '[TRUE]'
+        step(f'compare-{x}', last, y, erased=x == y)
+        if x != y:
+            return steps, '[FALSE]'
+        for cell in range(last - 1, first, -1):
+            step('left', cell, tape[cell - 1])
+        step('left', first, '_')
+        first, last = first + 1, last - 1
+    step('take', first, '_')
+    return steps, '[TRUE]'
+
+
+def turing_trace(tape, setup):
+    steps, answer = turing_steps(tape)
+    words = []
+    for state, cell, symbol, erased in steps:
+        words += [state, cell, symbol]
+        if setup == 'retrieval':
+            words[-2:] = ['[STARTSEARCH]', cell, '[ENDSEARCH]', '*' + symbol]
+        if erased:
+            words += [cell, '~', '_']
+    return words + ['[EOS]', answer]
+
+
+def turing_samples(kind, n, setup='cot', count=200):
+    """The task, and samples of it as (tape, prompt, completion)."""
+    task = kind(n, setup)
+    samples = data.draw(task, n, count, seed=1)
+    return task, [(prompt[2:-2:2], prompt, completion) for prompt, completion in samples]
+
+
+TURING = [(kind, n) for kind in (data.Turing, data.Turing26) for n in (2, 3, 7, 12)]
+
+
+@pytest.mark.parametrize('setup', ['cot', 'retrieval'])
+@pytest.mark.parametrize('kind, n', TURING)
+def test_the_machine_compares_the_two_ends_pair_by_pair(kind, n, setup):
+    task, samples = turing_samples(kind, n, setup)
+    assert len(task.tokens) == len(task.words)
+    for tape, prompt, completion in samples:
+        assert prompt[1::2] == [str(cell) for cell in range(1, n + 2)] + ['[EOS]']
+        assert len(tape) == n and prompt[-2] == '_'
+        assert completion == turing_trace(tape, setup)
+        assert (completion[-1] == '[TRUE]') == (tape == tape[::-1])
+        data.collate(task, [(prompt, completion)])          # (every word is one of the task's)
+
+
+@pytest.mark.parametrize('kind, letters', [(data.Turing, 8), (data.Turing26, 26)])
+def test_a_tape_is_a_palindrome_half_of_the_time_or_else_but_for_one_letter(kind, letters):
+    _, samples = turing_samples(kind, 9, count=4000)
+    tapes = [tape for tape, _, _ in samples]
+    unequal = [[i for i in range(4) if tape[i] != tape[-1 - i]] for tape in tapes]
+    assert {len(places) for places in unequal} == {0, 1}
+    where = collections.Counter(places[0] for places in unequal if places)
+    assert abs(sum(where.values()) - 2000) < 130                # four standard deviations
+    assert all(abs(count - 500) < 90 for count in where.values()) and len(where) == 4
+    for palindromes in (True, False):               # in both kinds, all letters are as frequent
+        words = [''.join(tape) for tape in tapes if (tape == tape[::-1]) == palindromes]
+        found = collections.Counter(''.join(words))
+        share = np.array([*found.values()]) / found.total() * letters
+        assert len(found) == letters and abs(share - 1).max() < 0.25
+
+
+def test_the_drawing_of_the_machine_is_the_sample_of_its_tape():
+    drawn = {}
+    for paragraph in inspect.cleandoc(data.Turing.__doc__).split('\n\n'):
+        label, *words = paragraph.split()
+        drawn[label] = words
+    prompt, trace = data.Turing(3, 'cot').write('hch')
+    assert drawn['prompt'] == prompt and drawn['cot'] == trace
+    _, trace = data.Turing(3, 'retrieval').write('hch')
+    dots = drawn['retrieval'].index('...')
+    assert dots > 15 and drawn['retrieval'][:dots] == trace[:dots]
+    assert drawn['retrieval'][dots + 1:] == trace[-2:]
+
+
+@pytest.mark.parametrize('kind, n', TURING)
+def test_the_longest_trace_of_the_machine_is_that_of_every_palindrome(kind, n):
+    for setup, words_of_a_step in (('cot', 3), ('retrieval', 5)):
+        task, samples = turing_samples(kind, n, setup)
+        longest = (n + 1) * (n + 2) // 2 * words_of_a_step + 3 * n + 2
+        assert task.longest(n) == longest
+        for tape, _, completion in samples:
+            assert (len(completion) == longest) == (tape == tape[::-1])
+            assert len(completion) <= longest
+
+
+@pytest.mark.parametrize('kind, n', TURING)
+def test_replaying_the_queries_of_the_machine_gives_every_symbol(kind, n):
+    task, samples = turing_samples(kind, n, 'retrieval', count=50)
+    for _, prompt, completion in samples:
+        text = ' '.join(prompt)
+        for word in completion:
+            if word.startswith('*'):
+                assert task.retrieve(text) == ([word[1:]], True)
+            text += ' ' + word.removeprefix('*')
+
+
+def symbol_by_brute_force(words):
+    """The retriever's definition, by loops over words, the last of which is [ENDSEARCH]."""
+    start = len(words) - 1 - words[::-1].index('[STARTSEARCH]')
+    query, context = words[start + 1:-1], words[:start]
+    if len(query) != 1 or not query[0].isdigit():
+        return ['[FAILED]'], False
+    prompt = context[:context.index('[EOS]')]
+    answers = [symbol for cell, symbol in zip(prompt[1::2], prompt[2::2]) if cell == query[0]]
+    outside, in_query = [], False
+    for word in context:
+        in_query = in_query or word == '[STARTSEARCH]'
+        outside.append('|' if in_query else word)
+        in_query = in_query and word != '[ENDSEARCH]'
+    for cell, sign, symbol in zip(outside, outside[1:], outside[2:]):
+        if (cell, sign) == (query[0], '~') and symbol in 'abcdefgh_':
+            answers.append(symbol)
+    return (answers or ['[FAILED]'])[-1:], True
+
+
+def test_the_symbol_of_a_cell_equals_brute_force_on_thousands_of_random_contexts():
+    rng, task, answers = random.Random(0), data.Turing(11, 'retrieval'), collections.Counter()
+    prompt, _ = data.draw(task, 11, 1, seed=2)[0]
+    pieces = ['1', '2', '11', 'a', '_', '~', 'left', '[FAILED]', '[STARTSEARCH]', '[ENDSEARCH]',
+              '1 ~ a', '1 ~ _', '11 ~ _', '2 ~ 2 ~ b', '1 c', '1 ~ 1 ~ b', '1 ~ right-a', '1 ~ 12',
+              '[STARTSEARCH] 1 [ENDSEARCH] a', '[STARTSEARCH] 1 ~ b [ENDSEARCH]']
+    queries = ['1', '1', '2', '11', '12', '3', '0', '13', '', 'a', '1 ~', '1 2', '~', '[FAILED]']
+    for _ in range(5000):
+        trace = rng.choices(pieces, k=rng.randrange(12))
+        text = ' '.join([*prompt, *trace, '[STARTSEARCH]', rng.choice(queries), '[ENDSEARCH]'])
+        expected = symbol_by_brute_force(text.split())
+        assert task.retrieve(text) == expected, text
+        answers[expected[0][0], expected[1]] += 1
+    for answer in (('a', True), ('b', True), ('_', True), ('[FAILED]', True), ('[FAILED]', False)):
+        assert answers[answer] > 100
+
+
+class Complement(data.Turing):
+    """A machine that writes letters, and whose rows overlap: it turns a into b and b into a."""
+    letters = 'ab'
+    table = data.transitions('''
+        turn  a  b  +1  turn
+        turn  X  a  +1  turn
+        turn  _  _  -1  back
+        back  X  X   0  [TRUE]''', letters)
+
+
+def test_the_table_of_another_machine_is_all_that_it_takes():
+    prompt, completion = Complement(2, 'cot').write('ab')
+    assert ' '.join(completion) == (
+        'turn 1 a 1 ~ b turn 2 b 2 ~ a turn 3 _ back 2 a [EOS] [TRUE]')
+    task = Complement(2, 'retrieval')
+    prompt, completion = task.write('ab')
+    last = max(i for i, word in enumerate(completion) if word == '*a')
+    text = ' '.join(prompt + completion[:last]).replace('*', '')
+    assert task.retrieve(text) == (['a'], True)     # what was written there, not what was given
+
+
+def test_what_is_held_out_leaves_training_its_palindromes():
+    for n in data.Turing(10, 'cot').mixed():
+        task = data.Turing(n, 'cot')
+        held_out = set()
+        for tuning in (False, True):
+            for prompt, _ in data.held_out_samples(task, n, 1000, tuning):
+                held_out.add(tuple(prompt))
+        fresh = data.fresh_samples(task, n, 2000, (3,), held_out)
+        assert not held_out & {tuple(prompt) for prompt, _ in fresh}
+        assert np.mean([completion[-1] == '[TRUE]' for _, completion in fresh]) > 0.4
+
+
+def test_a_run_mixes_half_of_the_tape_but_at_least_7_letters():
+    mixed = {n: data.Turing(n, 'cot').mixed() for n in (5, 10, 12, 24)}
+    assert mixed == {5: [5], 10: [7, 10], 12: [7, 12], 24: [12, 24]}
+
+
 # --- scan_cuda/ --------------------------------------------------------------------------------------
 CUDA = pytest.param('cuda', marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU'))
 SCANS = [(f, device) for f in (selective_scan, selective_scan_fallback) for device in ('cpu', 'cuda')]
@@ -2273,6 +2463,25 @@ def test_attention_weights_are_those_that_the_layer_uses_and_the_share_is_on_the
     assert looks['prompt'] + looks['trace'] == data.decode(tokens[0]).split()
     mamba = models.make_model('mamba', 'tiny', 30, 1)
     assert train.attention_to_edges(mamba, tokens, loss_mask, None) is None
+
+
+@pytest.mark.parametrize('command, expected', [
+    ('--task=turing', ['mamba-cot', 'mamba-retrieval', 'hybrid-cot']),
+    ('--task=turing --arch=hybrid', ['hybrid-cot', 'hybrid-retrieval']),
+    ('--task=turing --arch=transformer --setup=cot', ['transformer-cot']),
+    ('--task=recall --setup=retrieval',
+     ['transformer-retrieval', 'mamba-retrieval', 'hybrid-retrieval'])])
+def test_the_task_turing_alone_is_three_models(command, expected, monkeypatch):
+    class Begun(Exception):
+        pass
+
+    def run_all(runs, options):
+        raise Begun([f'{run.arch}-{run.setup}' for run in runs])
+
+    monkeypatch.setattr(train, 'run_all', run_all)
+    with pytest.raises(Begun) as begun:
+        train.main(command.split())
+    assert begun.value.args[0] == expected
 
 
 # --- damaged files, hostile input, interrupts --------------------------------------------------------

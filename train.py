@@ -5,6 +5,7 @@
   python train.py --arch=mamba,hybrid --setup=cot --n=16 --lr=4e-3,8e-3 --seed=3,4 --out=out/mine
   python train.py --sweep                                how the learning rates below were chosen
   python train.py --preset=primitives                    the four retrieval primitives
+  python train.py --task=turing                          a Turing machine, three models
   torchrun --nproc_per_node=8 train.py --preset=paper    the paper's grid, on GPUs
   python train.py --help                                 every constant
 
@@ -458,7 +459,8 @@ def load(path):
 
 # DeltaNet and the GRU are architectures of their own (models.py); the GRU was not swept on IsTree.
 # The primitives were swept without a retriever; with one, a single learning rate serves all four.
-# Their order decides whether the Transformer learns them. The columns are those of the first table.
+# Their order decides whether the Transformer learns them. The Turing machine was not swept. The
+# columns are those of the first table.
 RECIPES |= read_recipes('''
 istree   direct    deltanet    14  16  10_000   32   1e-3   0.05  8   alone       0
 istree   cot       deltanet    14  16  200_000  16   8e-3   0.25  8   alone       0
@@ -490,14 +492,23 @@ counting direct    hybrid      16  1   256_000  16   4e-3   0.25  16  large-firs
 counting retrieval transformer 16  1   8_000    16   8e-3   0.25  16  large-first 0.75
 counting retrieval mamba       16  1   8_000    16   16e-3  0.25  16  large-first 0.75
 counting retrieval hybrid      16  1   8_000    16   8e-3   0.25  16  large-first 0.75
+turing   cot       transformer 10  1   12_000   8    4e-3   0.25  8   small-first 0.5
+turing   cot       mamba       10  1   12_000   8    8e-3   0.05  8   small-first 0.5
+turing   cot       hybrid      10  1   12_000   8    8e-3   0.05  8   small-first 0.5
+turing   retrieval mamba       10  1   12_000   8    8e-3   0.05  8   small-first 0.5
+turing   retrieval hybrid      10  1   12_000   8    8e-3   0.05  8   small-first 0.5
+turing26 cot       mamba       12  1   12_000   8    8e-3   0.05  8   small-first 0.5
+turing26 retrieval mamba       12  1   12_000   8    8e-3   0.05  8   small-first 0.5
 ''')
 
-# Each preset is a list of command lines, whose runs are carried out together.
+# Each preset is a list of command lines, whose runs are carried out together. A preset that has the
+# name of a task is what --task alone trains.
 PAPER = ('--size=0.5M,1M,2M --n=16,32,64 --n_val=5000 --d_state=16 --frozen_embedding '
          '--samples=1000000 --batch_size=64 --warmup=0.01 --grad_clip=0 --evaluations=10 '
          '--solved=0 --order=alone --join=0')
 PRESETS = {'default': [''],
            'primitives': ['--task=index,recall,cgram,counting'],
+           'turing': ['--task=turing --arch=mamba', '--task=turing --arch=hybrid --setup=cot'],
            'paper': [f'{PAPER} --arch=transformer --lr=1e-3',
                      f'{PAPER} --arch=mamba,hybrid --lr=3e-4']}
 
@@ -1123,7 +1134,10 @@ def main(argv):
         return demo(given['demo'])
     if 'probe' in given:
         return probe(given['probe'], pick_device(options.device))
-    runs = runs_of_preset(given['preset'], texts)
+    preset = given['preset']
+    if preset == 'default' and texts.get('task') in PRESETS and not {'arch', 'setup'} & {*texts}:
+        preset = texts['task']                              # (the Turing machine has a preset)
+    runs = runs_of_preset(preset, texts)
     if texts.get('layers'):
         print(f'--layers={texts["layers"]}: with the dimensions and the recipe of --arch')
     results = (sweep if 'sweep' in given else run_all)(runs, options)
