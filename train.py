@@ -70,16 +70,20 @@ istree retrieval hybrid      14 1       24_000  8          8e-3  0.05   8       
 '''
 
 
-def read_recipes(table, columns=TABLE.split()[3:12]):
-    """The rows of a table as {(task, setup, arch): {field of a Run: its value as text}}."""
+HEADER, ROWS = TABLE.strip().split('\n', 1)
+COLUMNS = HEADER.split()[3:]
+
+
+def read_recipes(rows):
+    """Rows like those of TABLE as {(task, setup, arch): {field of a Run: its value as text}}."""
     recipes = {}
-    for line in table.strip().splitlines():
-        task, setup, arch, *values = line.split()
-        recipes[task, setup, arch] = dict(zip(columns, values))
+    for row in rows.strip().splitlines():
+        task, setup, arch, *values = row.split()
+        recipes[task, setup, arch] = dict(zip(COLUMNS, values))
     return recipes
 
 
-RECIPES = read_recipes(TABLE)
+RECIPES = read_recipes(ROWS)
 
 
 def constant(default, meaning, low=0, high=10 ** 9, choices=None):
@@ -340,7 +344,8 @@ def evaluate(model, task, n, samples, batch_size, device):
     Returns a dict for the log and result.json, and the completions that the model wrote."""
     written, queries, well_formed = [], 0, 0
     model.eval()
-    for i in tqdm(range(0, len(samples), batch_size), 'evaluating', leave=False):
+    starts = range(0, len(samples), batch_size)
+    for i in tqdm(starts, 'evaluating', leave=False, disable=len(starts) == 1):
         batch = samples[i:i + batch_size]
         if task.setup == 'direct':
             completions, _ = teacher_forced(model, task, batch, device)
@@ -450,7 +455,7 @@ def load(path):
         model.load_state_dict(checkpoint['model'])
         return model, run
     except Exception as error:
-        raise UserError(f'{path} cannot be read ({type(error).__name__}): damaged or of another version')
+        raise UserError(f'{path} cannot be read ({type(error).__name__}): it is damaged or older')
 
 
 # ==================================================================================================
@@ -739,8 +744,8 @@ def sweep(runs, options):
             this_round += candidates[run.name()]
         results = run_all(this_round, options)
         if any(is_busy(run, options) for run in this_round):
-            raise UserError('another process is working on this round: when it is done, run the same '
-                            'command again')
+            raise UserError('another process is working on this round: run the same command '
+                            'again when it is done')
         for tried in candidates.values():
             tried.sort(key=lambda candidate: rank(results.get(candidate.name())))
     for name, tried in candidates.items():
