@@ -196,8 +196,10 @@ class Attention(nn.Module):
         q, k = rotate(q, seen), rotate(k, seen)
         cache = torch.cat((cache, torch.stack((k, v), 1)), 3)
         k, v = cache.unbind(1)                                      # (B, heads, seen + L, d_head)
-        past = torch.ones(L, seen + L, dtype=torch.bool, device=x.device).tril(seen)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=past)     # (B, heads, L, d_head)
+        past = None                                                 # is_causal is faster than a mask
+        if seen:
+            past = torch.ones(L, seen + L, dtype=torch.bool, device=x.device).tril(seen)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=past, is_causal=not seen)
         return self.o_proj(y.transpose(1, 2).flatten(2)), cache
 
 
