@@ -782,19 +782,20 @@ def table(results):
     return '\n'.join(lines)
 
 
-def show(prompt, expected, written):
-    """What a model wrote, as text: long texts are cut, and the first wrong word is pointed out. All
-    three arguments are lists of words."""
-    layout = dict(width=100, max_lines=3, placeholder=' ...', subsequent_indent=' ' * 10,
-                  break_long_words=False, break_on_hyphens=False)
-    lines = textwrap.wrap('prompt    ' + ' '.join(prompt), **layout)
-    lines += textwrap.wrap('written   ' + ' '.join(written), **layout)
+LAYOUT = dict(width=100, max_lines=3, placeholder=' ...', subsequent_indent=' ' * 10,
+              break_long_words=False, break_on_hyphens=False)
+
+
+def show(expected, written):
+    """What a model wrote, as text: long texts are cut, and the first wrong word is pointed out. Both
+    arguments are lists of words."""
+    lines = textwrap.wrap('written   ' + ' '.join(written), **LAYOUT)
     agreed = len(os.path.commonprefix([written, expected]))
     if written == expected:
-        lines.append(f'right     all {agreed} words')
+        lines.append(f'          all {agreed} words are right')
     else:
-        lines.append(f'wrong     word {agreed + 1}: {" ".join(written[agreed:agreed + 10])} ...')
-        lines.append(f'right     would be {" ".join(expected[agreed:agreed + 10])} ...')
+        lines.append(f'wrong     word {agreed + 1}: {" ".join(written[agreed:agreed + 12])} ...')
+        lines.append(f'right     would be: {" ".join(expected[agreed:agreed + 12])} ...')
     return '\n'.join(lines)
 
 
@@ -984,33 +985,38 @@ def probe(paths, device):
 # --- the demo -------------------------------------------------------------------------------------
 
 WEIGHTS = Path(__file__).parent / 'results' / 'weights'
-DEMO = (('transformer', 'cot'), ('mamba', 'cot'), ('hybrid', 'cot'), ('mamba', 'retrieval'))
+DEMO = (('Transformer with chain of thought', 'transformer', 'cot'),
+        ('RNN with chain of thought', 'mamba', 'cot'),
+        ('hybrid with chain of thought', 'hybrid', 'cot'),
+        ('RNN with a retriever', 'mamba', 'retrieval'))
 
 
 def demo(text):
-    """What trained models write on one graph, and a memory transplant. text: a seed, or edges such
-    as `2-1 4-0 ...`."""
+    """What trained models write on one graph, and a memory transplant. text: a seed, or edges such as
+    `2-1 4-0 ...`."""
     n = Run().n
     if '-' in text:
         edges = read_edges(text, n)
     else:
         edges, _ = data.two_star(random.Random(text), n)
+    prompt, _ = write_graph(make_task(Run()), edges)
+    print(*textwrap.wrap('prompt    ' + ' '.join(prompt), **LAYOUT), sep='\n')
     other, _ = data.two_star(random.Random(f'another graph than {text}'), n)
-    for arch, setup in DEMO:
+    for title, arch, setup in DEMO:
         model, run = load(WEIGHTS / f'{Run(arch=arch, setup=setup).name()}.pt')
         task = make_task(run)
-        prompt, completion = write_graph(task, edges)
+        _, completion = write_graph(task, edges)
         [written], _, _ = generate(model, task, n, [prompt], 'cpu')
-        print(f'--- {arch}, {setup}\n{show(prompt, completion, written)}')
+        print(f'\n--- {title}\n{show(completion, written)}')
         donor_prompt, donor_completion = write_graph(task, other)
         _, state = model.prefill(as_tokens(task, [donor_prompt], 'cpu'))
         [written], _, _ = generate(model, task, n, [prompt], 'cpu', state)
         whose = 'neither trace'
         if written == completion:
-            whose = 'the trace of the graph above: it does not notice'
+            whose = 'the trace of the graph above: the new memory changes nothing'
         if written == donor_completion:
-            whose = 'the trace of the other graph'
-        print(f'With its memory of another graph after the prompt, it writes {whose}.\n')
+            whose = 'the trace of that other graph'
+        print(f'With the memory of another graph after the prompt, the model writes {whose}.')
 
 
 def write_graph(task, edges):
@@ -1055,7 +1061,7 @@ def parse(argv, program='train.py', presets=PRESETS):
     group = parser.add_argument_group('what to do')
     group.add_argument('--preset', choices=presets, default='default', help='a list of runs')
     group.add_argument('--sweep', action='store_true', help='try all learning rates and warm-ups')
-    group.add_argument('--demo', nargs='?', const='0', metavar='GRAPH',
+    group.add_argument('--demo', nargs='?', const='2', metavar='GRAPH',
                        help='what trained models write: a seed, or edges such as "2-1 4-0 ..."')
     group.add_argument('--probe', nargs='+', metavar='PATH',
                        help='memory transplant and rounding of trained models')
@@ -1150,8 +1156,8 @@ def main(argv):
         print('\n' + table(results))
         for name, result in results.items():
             for example in result['examples'][:options.show]:
-                words = {key: text.split() for key, text in example.items()}
-                print(f'\n{name}\n{show(**words)}')
+                print('', name, *textwrap.wrap('prompt    ' + example['prompt'], **LAYOUT), sep='\n')
+                print(show(example['expected'].split(), example['written'].split()))
         if 'sweep' not in given:            # in a sweep, a loss that is not finite is a result, too
             report_missing(runs, options)
 
