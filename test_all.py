@@ -1181,6 +1181,14 @@ def scan_inputs(batch, L, d_inner, d_state, dtype=torch.float32, device='cpu', d
     return [t.to(device, dtype).requires_grad_() for t, dtype in inputs]
 
 
+def conv_inputs(batch, L, d, width=4, dtype=torch.float32, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=rng)
+    shapes = (batch, L, d), (d, width), (d,), (batch, width - 1, d)
+    dtypes = dtype, torch.float32, torch.float32, dtype
+    return [draw(*shape).to(dtype).requires_grad_() for shape, dtype in zip(shapes, dtypes)]
+
+
 def with_gradients(f, inputs):
     """Outputs of f, and gradients of every input through both (or the one) of them."""
     outputs = f(*inputs)
@@ -1245,14 +1253,6 @@ def test_autocast_does_not_reach_inside(f, device):
 
 
 @pytest.mark.parametrize('f, device', SCANS)
-def test_no_skip_and_no_initial_state_are_zeros(f, device):
-    inputs = scan_inputs(2, 70, 9, 4, device=device)
-    zeros = [torch.zeros_like(t) for t in inputs[5:]]
-    for got, want in zip(with_gradients(f, inputs[:5]), with_gradients(lambda *a: f(*a, *zeros), inputs[:5])):
-        assert torch.equal(got, want)
-
-
-@pytest.mark.parametrize('f, device', SCANS)
 def test_decay_that_underflows_leaves_no_trace(f, device):
     """delta A below -200 forgets everything (no 0/0): h_t = delta_t u_t B_t; all is finite, gradients too."""
     inputs = scan_inputs(1, 100, 4, 4, device=device)
@@ -1274,6 +1274,35 @@ def test_non_contiguous_inputs_make_no_difference(f, device):
     for other in (flip, wide, every_second):
         for got, w in zip(with_gradients(f, other), want):
             torch.testing.assert_close(got, w)
+
+
+def in_order(t, i, j):
+    """t, with dimensions i and j the other way round in memory."""
+    return t.detach().transpose(i, j).clone(memory_format=torch.contiguous_format).transpose(i, j).requires_grad_()
+
+
+@pytest.mark.parametrize('f, device', SCANS)
+def test_strides_of_a_single_step_state_or_channel_make_no_difference(f, device):
+    """What torch calls contiguous may have any stride where it has size 1."""
+    for batch, L, d_inner, d_state in ((3, 1, 8, 4), (3, 5, 8, 1), (1, 5, 8, 4), (3, 5, 1, 4)):
+        inputs = scan_inputs(batch, L, d_inner, d_state, device=device)
+        want = with_gradients(f, inputs)
+        for dims in ((0, 1), (-2, -1)):
+            other = [in_order(t, *dims) if t.dim() > 1 else t for t in inputs]
+            for got, w in zip(with_gradients(f, other), want):
+                torch.testing.assert_close(got, w)
+
+
+@pytest.mark.parametrize('f, device', SCANS)
+def test_one_step_cut_from_a_time_major_tensor_reads_that_step_only(f, device):
+    inputs = scan_inputs(3, 1, 8, 4, device=device)
+    cut = list(inputs)
+    for k in (0, 1, 3, 4):                                              # u, delta, B, C
+        steps = torch.full((9, 3, inputs[k].shape[2]), math.nan, device=device)     # (L, batch, ...)
+        steps[8] = inputs[k][:, 0].detach()
+        cut[k] = steps.transpose(0, 1)[:, 8:]
+    for got, want in zip(f(*cut), f(*inputs)):
+        torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize('f, device', SCANS)
@@ -1303,6 +1332,37 @@ def test_same_input_same_bits(f, device):
 @pytest.mark.parametrize('f, L', [(selective_scan_reference, 3), (selective_scan_fallback, 66)])
 def test_gradients_are_the_difference_quotients(f, L):
     assert torch.autograd.gradcheck(f, scan_inputs(1, L, 2, 1, torch.float64))
+
+
+def test_second_derivatives_of_the_fallback_are_the_difference_quotients(monkeypatch):
+    monkeypatch.setattr(scan_cuda, 'CHUNK', 2)
+    assert torch.autograd.gradgradcheck(selective_scan_fallback, scan_inputs(1, 5, 2, 1, torch.float64))
+
+
+def gradient_penalty(f, inputs):
+    """Gradients of a loss that holds the size of another one's gradients."""
+    y = f(*inputs)
+    y = y[0] if isinstance(y, tuple) else y
+    first = torch.autograd.grad(y.sum(), inputs[0], create_graph=True)[0]
+    return torch.autograd.grad(y.sum() + (first ** 2).sum(), inputs)
+
+
+@pytest.mark.parametrize('backend', [None, 'eager', 'aot_eager'])
+@pytest.mark.parametrize('f, reference, inputs', [
+    (selective_scan, selective_scan_reference, scan_inputs(2, 70, 3, 2)),
+    (selective_scan_fallback, selective_scan_reference, scan_inputs(2, 70, 3, 2)),
+    (causal_conv1d, causal_conv1d_reference, conv_inputs(2, 9, 5))])
+def test_second_derivatives_are_right_or_an_error(f, reference, inputs, backend):
+    def call(*inputs):
+        return f(*inputs)
+    compiled = torch.compile(call, backend=backend, fullgraph=True) if backend else call
+    try:
+        found = gradient_penalty(compiled, inputs)
+    except RuntimeError as error:
+        assert 'not implemented' in str(error) or 'double backward' in str(error)
+    else:
+        for got, want in zip(found, gradient_penalty(reference, inputs)):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize('L', [1, 2, 3, 4, 5, 8, 21, 64])
@@ -1353,12 +1413,15 @@ def test_fallback_never_holds_the_states_of_more_than_a_chunk():
 def test_operators_pass_opcheck(device):
     if not scan_cuda.build.load(device):
         pytest.skip('no compiler')
-    inputs = scan_inputs(2, 70, 5, 3, device=device)
-    torch.library.opcheck(torch.ops.scan_cuda.scan_forward.default, (*inputs, scan_cuda.CHUNK))
-    without = *inputs[:5], None, None
-    torch.library.opcheck(torch.ops.scan_cuda.scan_forward.default, (*without, scan_cuda.CHUNK))
+    ops = torch.ops.scan_cuda
+    inputs = [t.detach() for t in scan_inputs(2, 70, 5, 3, device=device)]
+    y, final_state, starts = ops.scan_forward(*inputs)
+    torch.library.opcheck(ops.scan_forward.default, inputs)
+    torch.library.opcheck(ops.scan_backward.default, (y, final_state, *inputs, starts))
     if device == 'cpu':
-        torch.library.opcheck(torch.ops.scan_cuda.conv_forward.default, conv_inputs(2, 9, 5))
+        inputs = [t.detach() for t in conv_inputs(2, 9, 5)]
+        torch.library.opcheck(ops.conv_forward.default, inputs)
+        torch.library.opcheck(ops.conv_backward.default, (inputs[0], *inputs))
 
 
 @pytest.mark.parametrize('device', ['cpu', CUDA])
@@ -1373,8 +1436,8 @@ def test_torch_compile_goes_across_the_scan(device):
 
 
 @pytest.mark.parametrize('change, complaint', [
-    (dict(u=torch.zeros(2, 5)), 'u must be'), (dict(A=torch.zeros(3, 65)), 'd_state from 1 to 64'),
-    (dict(u=torch.zeros(2, 0, 3)), 'L >= 1'), (dict(u=torch.zeros(2, 5, 3, dtype=torch.float16)), 'float32'),
+    (dict(u=torch.zeros(2, 5)), 'u must be'), (dict(A=torch.zeros(3, 5)), 'B must be'),
+    (dict(u=torch.zeros(2, 5, 3, dtype=torch.float16)), 'float32'),
     (dict(delta=torch.zeros(2, 5, 4)), 'delta must be'), (dict(B=torch.zeros(2, 5, 3)), 'B must be'),
     (dict(C=torch.zeros(2, 5, 4, dtype=torch.bfloat16)), 'C must be'), (dict(D=torch.zeros(3, 1)), 'D must'),
     (dict(A=torch.zeros(3, 4, dtype=torch.bfloat16)), 'A must be'),
@@ -1388,12 +1451,12 @@ def test_wrong_scan_inputs_are_one_clear_line(change, complaint):
     assert '\n' not in str(error.value)
 
 
-def conv_inputs(batch, L, d, width=4, dtype=torch.float32, seed=0):
-    rng = torch.Generator().manual_seed(seed)
-    draw = lambda *shape: torch.randn(*shape, generator=rng)
-    shapes = (batch, L, d), (d, width), (d,), (batch, width - 1, d)
-    dtypes = dtype, torch.float32, torch.float32, dtype
-    return [draw(*shape).to(dtype).requires_grad_() for shape, dtype in zip(shapes, dtypes)]
+@pytest.mark.parametrize('L, d_state', [(0, 4), (5, 65), (5, 0)])
+def test_a_kernel_refuses_sizes_that_it_has_no_room_for(L, d_state):
+    if not scan_cuda.build.load('cpu'):
+        pytest.skip('no compiler')
+    with pytest.raises(ValueError, match='L must be at least 1, d_state from 1 to 64'):
+        selective_scan(*scan_inputs(2, L, 3, d_state))
 
 
 def shifted_sums(x, weight, bias, initial_state):
@@ -1417,10 +1480,19 @@ def test_convolution_continues_from_its_last_inputs():
     for cut in (1, 2, 19):
         rest = causal_conv1d(x[:, cut:], weight, bias, torch.cat([before, x[:, :cut]], 1)[:, -3:])
         assert torch.equal(whole[:, cut:], rest)
-    slices = causal_conv1d(torch.cat([x, x], 2)[..., :7], weight, bias, before)
-    assert torch.equal(slices, whole)
-    zeros = torch.zeros_like(before)
-    assert torch.equal(causal_conv1d(x, weight, bias), causal_conv1d(x, weight, bias, zeros))
+
+
+def test_the_layout_of_its_inputs_makes_no_difference_to_the_convolution():
+    x, weight, bias, before = conv_inputs(3, 20, 7)
+    whole = causal_conv1d(x, weight, bias, before)
+    for other in (torch.cat([x, x], 2)[..., :7], in_order(x, 1, 2), in_order(x, 0, 1)):
+        assert torch.equal(causal_conv1d(other, weight, bias, before), whole)
+    time_major = torch.full((20, 3, 7), math.nan)
+    time_major[19] = x[:, 19].detach()
+    step = causal_conv1d(time_major.transpose(0, 1)[:, 19:], weight, bias, x[:, 16:19])
+    assert torch.equal(step[:, 0], whole[:, 19])
+    one = causal_conv1d(in_order(x[:, :1], 1, 2), weight, bias, in_order(before, 1, 2))
+    assert torch.equal(one, whole[:, :1])
 
 
 @pytest.mark.parametrize('change, complaint', [
@@ -1433,7 +1505,8 @@ def test_wrong_convolution_inputs_are_one_clear_line(change, complaint):
         causal_conv1d(**(right | change))
 
 
-# What can go wrong with a build, how to make it so, and the reason and remedy that the one line must name.
+# Builds, of a source that takes no time to compile. What can go wrong, how to make it so, and the reason that
+# the one line must name.
 
 def script(path, text):
     path.parent.mkdir(exist_ok=True)
@@ -1442,49 +1515,60 @@ def script(path, text):
     return str(path)
 
 
+@pytest.fixture
+def stub(monkeypatch, tmp_path):
+    """The kernels' source is a stub, the cache empty, nothing is loaded. Returns the tests' own folder."""
+    if not shutil.which('c++'):
+        pytest.skip('no C++ compiler')
+    source, cuda = tmp_path / 'stub.cpp', tmp_path / 'stub.cu'
+    for path in (source, cuda):
+        path.write_text('extern "C" int stub() { return 1; }')
+    monkeypatch.setattr(scan_cuda.build, 'SOURCES', {'cpu': [str(source)], 'cuda': [str(cuda)]})
+    monkeypatch.setattr(scan_cuda.build, 'load', functools.cache(scan_cuda.build.load.__wrapped__))
+    monkeypatch.setenv('TORCH_EXTENSIONS_DIR', str(tmp_path / 'cache'))
+    monkeypatch.setenv('TORCH_CUDA_ARCH_LIST', '8.0')
+    return tmp_path
+
+
+def no_compiler(patch, folder):
+    patch.setenv('CXX', 'no-such-compiler')
+
+
 def broken_compiler(patch, folder):
-    fail = 'case "$*" in *scan_cpu.cpp*) echo a note; echo "a.cpp:1:1: error: no luck"; exit 1;; esac\n'
+    fail = 'case "$*" in *stub.cpp*) echo a note; echo "a.cpp:1:1: error: no luck"; exit 1;; esac\n'
     patch.setenv('CXX', script(folder / 'c++', fail + 'exec c++ "$@"'))
 
 
-def no_gpu_named(patch, folder):
-    script(folder / 'bin' / 'nvcc', '')
-    patch.setenv('CUDA_HOME', str(folder))
-    patch.delenv('TORCH_CUDA_ARCH_LIST', raising=False)
+def read_only_cache(patch, folder):
+    patch.setenv('TORCH_EXTENSIONS_DIR', f'{__file__}/cache')       # below a file
 
 
-def nvcc_without_headers(patch, folder):
+def no_nvcc(patch, folder):
+    patch.setattr('torch.utils.cpp_extension.CUDA_HOME', None)
+
+
+def broken_nvcc(patch, folder):
     script(folder / 'bin' / 'nvcc', 'echo "fatal error: cuda_runtime.h: No such file"; exit 1')
-    patch.setenv('CUDA_HOME', str(folder))
+    patch.setattr('torch.utils.cpp_extension.CUDA_HOME', str(folder))
 
 
-FAILURES = {
-    'no compiler': ('cpu', lambda patch, folder: patch.setenv('CXX', 'no-such-compiler'), 'no C++ compiler',
-                    'apt install g++'),
-    'a compiler that fails': ('cpu', broken_compiler, 'error: no luck', 'CXX'),
-    'read-only cache': ('cpu', lambda patch, _: patch.setenv('TORCH_EXTENSIONS_DIR', f'{__file__}/cache'),
-                        'cannot write', 'TORCH_EXTENSIONS_DIR'),     # below a file
-    'no nvcc': ('cuda', lambda patch, folder: patch.setenv('CUDA_HOME', str(folder)), 'no nvcc',
-                'CUDA toolkit 12.6'),
-    'no architecture': ('cuda', no_gpu_named, 'no GPU to build for', 'TORCH_CUDA_ARCH_LIST'),
-    'no headers': ('cuda', nvcc_without_headers, 'cuda_runtime.h: No such file', 'CUDA_HOME'),
-}
+FAILURES = {no_compiler: ('cpu', 'no-such-compiler'), broken_compiler: ('cpu', 'error: no luck'),
+            read_only_cache: ('cpu', 'Not a directory'), no_nvcc: ('cuda', 'CUDA_HOME'),
+            broken_nvcc: ('cuda', 'cuda_runtime.h: No such file')}
 
 
-@pytest.mark.skipif(not shutil.which('c++'), reason='no C++ compiler')
-@pytest.mark.parametrize('what', FAILURES)
-def test_a_build_that_fails_is_one_line_with_reason_and_remedy(what, monkeypatch, tmp_path, capfd):
-    device, break_it, reason, remedy = FAILURES[what]
-    monkeypatch.setattr(scan_cuda.build, 'loaded', {})
-    monkeypatch.setenv('TORCH_EXTENSIONS_DIR', str(tmp_path))
-    monkeypatch.setattr(torch.version, 'cuda', '12.6')
-    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
-    monkeypatch.setenv('TORCH_CUDA_ARCH_LIST', '8.0')
-    break_it(monkeypatch, tmp_path)
+@pytest.mark.parametrize('break_it', FAILURES)
+def test_a_build_that_fails_is_one_line_with_reason_and_remedy(break_it, stub, monkeypatch, capfd):
+    device, reason = FAILURES[break_it]
+    break_it(monkeypatch, stub)
     assert not scan_cuda.build.load(device) and not scan_cuda.build.load(device)
     out, err = capfd.readouterr()
-    assert out == '' and err.count('\n') == 1
-    assert reason in err and 'remedy: ' in err and remedy in err.split('remedy: ')[1]
+    *building, line = err.splitlines()
+    assert out == '' and all(line.endswith('kernel, once') for line in building)
+    assert line.startswith(f'scan_cuda: no {device.upper()} kernel') and reason in line.split('remedy: ')[0]
+    assert all(remedy in line.split('remedy: ')[1] for remedy in (
+        'requirements.txt', 'apt install g++', 'CXX', 'CUDA_HOME', 'TORCH_EXTENSIONS_DIR', 'SCAN_CUDA_BUILD=0'))
+    assert scan_cuda.build.load('cpu') == (device == 'cuda')        # a failing nvcc leaves the CPU its kernel
 
 
 def run_python(code, **environment):
@@ -1499,8 +1583,8 @@ import torch, scan_cuda
 torch.manual_seed(0)
 u, delta, B, C = (torch.rand(2, 70, n, requires_grad=True) for n in (5, 5, 3, 3))
 for _ in range(2):
-    y, h = scan_cuda.selective_scan(u, delta, -torch.ones(5, 3), B, C)
-    y = scan_cuda.causal_conv1d(y, torch.ones(5, 4), torch.ones(5))
+    y, h = scan_cuda.selective_scan(u, delta, -torch.ones(5, 3), B, C, torch.zeros(5), torch.zeros(2, 5, 3))
+    y = scan_cuda.causal_conv1d(y, torch.ones(5, 4), torch.ones(5), torch.zeros(2, 3, 5))
     print(f"{torch.autograd.grad(y.sum() + h.sum(), u)[0].sum():.3f}")
 '''
 
@@ -1510,73 +1594,130 @@ def test_without_a_kernel_the_fallback_does_the_work(tmp_path):
     with_kernel, _ = run_python(TRAIN_A_STEP)
     without, complaint = run_python(TRAIN_A_STEP, CXX='no-such-compiler', TORCH_EXTENSIONS_DIR=str(tmp_path))
     assert without == with_kernel and len(set(without.split())) == 1
-    assert complaint.count('\n') == 0 and 'no C++ compiler' in complaint
+    building, line = complaint.splitlines()
+    assert building == 'scan_cuda: building the CPU kernel, once' and 'no-such-compiler' in line
     unasked = run_python(TRAIN_A_STEP, SCAN_CUDA_BUILD='0', TORCH_EXTENSIONS_DIR=str(tmp_path))
     assert unasked == (with_kernel, '')
 
 
-@pytest.mark.skipif(not shutil.which('c++'), reason='no C++ compiler')
-def test_a_built_kernel_is_cached_and_needs_no_compiler_any_more():
-    assert scan_cuda.build.load('cpu')
-    assert run_python(TRAIN_A_STEP, CXX='no-such-compiler')[1] == ''
+def test_a_built_kernel_needs_neither_compiler_nor_ninja_any_more(tmp_path):
+    if not scan_cuda.build.load('cpu'):
+        pytest.skip('no compiler')
+    assert run_python(TRAIN_A_STEP, CXX='no-such-compiler', PATH=str(tmp_path))[1] == ''
 
 
-@pytest.mark.skipif(not shutil.which('c++'), reason='no C++ compiler')
-def test_a_killed_build_leaves_nothing_behind_that_is_waited_for_or_loaded(monkeypatch, tmp_path):
-    """Killed while the compiler runs, with the lock held; the next process builds."""
-    slow = f'case "$*" in *scan_cpu.cpp*) touch {tmp_path}/begun; sleep 60;; esac; exec c++ "$@"'
-    monkeypatch.setenv('CXX', script(tmp_path / 'compiler', slow))
-    monkeypatch.setenv('TORCH_EXTENSIONS_DIR', str(tmp_path / 'cache'))
-    build = 'import scan_cuda; scan_cuda.build.load("cpu")'
-    first = subprocess.Popen([sys.executable, '-c', build], cwd=HERE, start_new_session=True)
-    while not (tmp_path / 'begun').exists():
+BUILD = '''
+import sys
+from scan_cuda import build
+build.SOURCES["cpu"] = [sys.argv[1]]
+build.load_or_build("cpu")
+'''
+
+
+def start_build(stub):
+    return subprocess.Popen([sys.executable, '-c', BUILD, stub / 'stub.cpp'], cwd=HERE, start_new_session=True,
+                            stderr=subprocess.PIPE, text=True)
+
+
+def test_ninja_is_found_beside_python_that_is_not_activated(stub, monkeypatch):
+    if not (Path(sys.executable).parent / 'ninja').exists():
+        pytest.skip('ninja is elsewhere')
+    for tool in ('sh', 'c++', 'as', 'ld', 'which'):
+        script(stub / 'bin' / tool, f'exec {shutil.which(tool)} "$@"')
+    monkeypatch.setenv('PATH', str(stub / 'bin'))
+    build = start_build(stub)
+    assert build.communicate()[1] == 'scan_cuda: building the CPU kernel, once\n' and build.returncode == 0
+
+
+def test_a_killed_build_leaves_nothing_behind_that_is_waited_for_or_loaded(stub, monkeypatch, capfd):
+    """Killed while the compiler runs, with the locks held; the next process builds."""
+    slow = f'case "$*" in *stub.cpp*) touch {stub}/begun; sleep 60;; esac; exec c++ "$@"'
+    monkeypatch.setenv('CXX', script(stub / 'compiler', slow))
+    first = start_build(stub)
+    while not (stub / 'begun').exists():
         assert first.poll() is None
         time.sleep(0.05)
     os.killpg(first.pid, 9)     # SIGKILL, for the compiler as well
-    first.wait()
-    script(tmp_path / 'compiler', 'exec c++ "$@"')
-    assert ctypes.CDLL(str(scan_cuda.build._build('cpu'))).scan_forward
+    first.communicate()
+    assert list(stub.glob('cache/*/lock'))                          # cpp_extension's, for which it would wait
+    script(stub / 'compiler', 'exec c++ "$@"')
+    second = start_build(stub)
+    assert second.wait(60) == 0 and 'building' in second.communicate()[1]
 
 
-@pytest.mark.skipif(not shutil.which('c++'), reason='no C++ compiler')
-def test_builds_that_start_together_compile_once(monkeypatch, tmp_path):
-    """The lock is on a file: two threads here are as good as two processes."""
-    count = f'case "$*" in *scan_cpu.cpp*) echo >> {tmp_path}/builds;; esac; exec c++ "$@"'
-    monkeypatch.setenv('CXX', script(tmp_path / 'compiler', count))
-    monkeypatch.setenv('TORCH_EXTENSIONS_DIR', str(tmp_path / 'cache'))
-    with ThreadPoolExecutor(3) as pool:
-        libraries = set(pool.map(scan_cuda.build._build, ['cpu'] * 3))
-    assert len(libraries) == 1 and (tmp_path / 'builds').read_text() == '\n'
+def test_a_damaged_library_is_built_again(stub, capfd):
+    folder = scan_cuda.build.cache_folder('cpu')
+    folder.mkdir(parents=True)
+    (folder / 'scan_cpu.so').write_text('no library')
+    scan_cuda.build.load_or_build('cpu')
+    library, = folder.glob('*.so')
+    assert ctypes.CDLL(str(library)).stub() == 1
+    assert capfd.readouterr() == ('', 'scan_cuda: building the CPU kernel, once\n')
 
 
-# The CUDA kernels' own source on a CPU: scan_kernels.cu compiled as C++ against scan_cuda/emulate.h.
+def test_builds_that_start_together_compile_once(stub, monkeypatch):
+    count = f'case "$*" in *stub.cpp*) echo >> {stub}/builds;; esac; exec c++ "$@"'
+    monkeypatch.setenv('CXX', script(stub / 'compiler', count))
+    builds = [start_build(stub) for _ in range(3)]
+    lines = [build.communicate()[1] for build in builds]
+    assert sorted(map(len, lines))[:2] == [0, 0] and not any(build.returncode for build in builds)
+    assert (stub / 'builds').read_text() == '\n'
+
+
+# The CUDA kernels' own source on a CPU: scan_kernels.cu compiled as C++ against scan_cuda/emulate.h, and bound to
+# torch like the real ones.
+
+EMULATED = f"""
+#include "{HERE}/scan_cuda/operators.h"
+#include "{HERE}/scan_cuda/scan_kernels.cu"
+
+template <int (*forward_kernel)(const Scan&, void*), int (*backward_kernel)(const Scan&, void*)>
+struct Emulated {{
+  static constexpr int parts = CUDA_PARTS, channels = CUDA_CHANNELS;
+  static constexpr bool takes_bf16 = true;
+  static void forward(const Scan& p, at::Device) {{ TORCH_CHECK(forward_kernel(p, nullptr) == 0, "barrier"); }}
+  static void backward(const Scan& p, at::Device) {{ TORCH_CHECK(backward_kernel(p, nullptr) == 0, "barrier"); }}
+}};
+using Fast = Emulated<scan_forward, scan_backward>;
+using Plain = Emulated<plain_forward, plain_backward>;
+
+TORCH_LIBRARY(emulated, m) {{
+  m.def("scan_forward", operators::scan_forward<Fast>);
+  m.def("scan_backward", operators::scan_backward<Fast>);
+  m.def("plain_forward", operators::scan_forward<Plain>);
+  m.def("plain_backward", operators::scan_backward<Plain>);
+}}
+"""
+
 
 @pytest.fixture(scope='module')
 def emulated(tmp_path_factory):
-    if not shutil.which('c++'):
+    """The library, built once for all runs of the tests, like the CPU kernel."""
+    if not scan_cuda.build.load('cpu'):
         pytest.skip('no C++ compiler to emulate the CUDA kernels with')
-    library = tmp_path_factory.mktemp('emulated') / 'kernels.so'
-    subprocess.run(['c++', '-x', 'c++', '-std=c++17', '-O1', '-shared', '-fPIC', '-Wno-unknown-pragmas',
-                    HERE / 'scan_cuda' / 'scan_kernels.cu', '-o', library], check=True)
-    return ctypes.CDLL(str(library))
+    source = tmp_path_factory.mktemp('emulated') / 'emulated.cpp'
+    source.write_text(EMULATED)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(scan_cuda.build.SOURCES, 'emulated', [str(source)])
+        patch.setattr(scan_cuda.build, 'HEADERS', ['scan.h', 'operators.h', 'emulate.h', 'scan_kernels.cu'])
+        scan_cuda.build.load_or_build('emulated')
+        return ctypes.CDLL(str(scan_cuda.build.cache_folder('emulated') / 'scan_emulated.so'))
 
 
-def scan_by(library, prefix='scan_'):
-    """selective_scan by the kernels of a library, gradients included."""
-    forward, backward = scan_cuda.build.scan_functions(library, prefix)
-
+def scan_by(prefix):
+    """selective_scan by the emulated kernels, gradients included."""
     class Scan(torch.autograd.Function):
-        setup_context = staticmethod(scan_cuda.build.save)
+        @staticmethod
+        def forward(ctx, *inputs):
+            y, final_state, starts = getattr(torch.ops.emulated, f'{prefix}_forward')(*inputs)
+            ctx.save_for_backward(*inputs, starts)
+            return y, final_state
 
         @staticmethod
-        def forward(*inputs):
-            return forward(*inputs)
+        def backward(ctx, dy, dfinal):
+            return getattr(torch.ops.emulated, f'{prefix}_backward')(dy, dfinal, *ctx.saved_tensors)
 
-        @staticmethod
-        def backward(ctx, *grads):
-            return scan_cuda.build.gradients(backward, ctx, *grads)
-
-    return lambda *inputs: Scan.apply(*inputs, *[None] * (7 - len(inputs)), scan_cuda.CHUNK)[:2]
+    return Scan.apply
 
 
 def rows_of_wider_ones(inputs):
@@ -1585,37 +1726,29 @@ def rows_of_wider_ones(inputs):
     return *inputs[:3], *wide, *inputs[5:]
 
 
-@pytest.mark.parametrize('prefix', ['scan_', 'plain_'])
+@pytest.mark.parametrize('prefix', ['scan', 'plain'])
 @pytest.mark.parametrize('batch, L, d_inner, d_state, decay', [
     (1, 1, 1, 1, 1.), (2, 7, 33, 2, 1.), (1, 64, 32, 16, 1.), (2, 65, 40, 5, 1.), (3, 72, 31, 3, 30.),
     (2, 70, 40, 2, -1e-3), (1, 129, 5, 64, 1e-2), (1, 150, 70, 17, 1e-2)])
 def test_emulated_kernel_and_its_gradients_equal_float64(emulated, prefix, batch, L, d_inner, d_state, decay):
     inputs = rows_of_wider_ones(scan_inputs(batch, L, d_inner, d_state, decay=decay, seed=L))
-    assert_close_to_float64(scan_by(emulated, prefix), selective_scan_reference, inputs, 2e-6)
+    assert_close_to_float64(scan_by(prefix), selective_scan_reference, inputs, 2e-6)
 
 
-@pytest.mark.parametrize('prefix', ['scan_', 'plain_'])
+@pytest.mark.parametrize('prefix', ['scan', 'plain'])
 def test_emulated_kernel_rounds_bf16_on_the_way_in_and_out_only(emulated, prefix):
     inputs = rows_of_wider_ones(scan_inputs(2, 70, 40, 5, torch.bfloat16))
-    assert_close_to_float64(scan_by(emulated, prefix), selective_scan_reference, inputs, 2**-8)
+    assert_close_to_float64(scan_by(prefix), selective_scan_reference, inputs, 2**-8)
     exact = selective_scan_reference(*(t.double() for t in inputs))[1]
-    torch.testing.assert_close(scan_by(emulated, prefix)(*inputs)[1].double(), exact, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize('prefix', ['scan_', 'plain_'])
-def test_emulated_kernel_takes_no_skip_and_no_initial_state_for_zeros(emulated, prefix):
-    f, inputs = scan_by(emulated, prefix), scan_inputs(2, 70, 9, 4)
-    zeros = [torch.zeros_like(t) for t in inputs[5:]]
-    for got, want in zip(with_gradients(f, inputs[:5]), with_gradients(lambda *a: f(*a, *zeros), inputs[:5])):
-        assert torch.equal(got, want)
+    torch.testing.assert_close(scan_by(prefix)(*inputs)[1].double(), exact, rtol=1e-4, atol=1e-5)
 
 
 def test_emulated_kernel_has_the_same_bits_in_any_order_of_threads(emulated):
     seed = ctypes.c_int.in_dll(emulated, 'emulate_seed')
     inputs = scan_inputs(2, 150, 40, 3)
-    want = with_gradients(scan_by(emulated), inputs)
+    want = with_gradients(scan_by('scan'), inputs)
     for seed.value in (1, 2, 3):
-        assert all(map(torch.equal, with_gradients(scan_by(emulated), inputs), want))
+        assert all(map(torch.equal, with_gradients(scan_by('scan'), inputs), want))
 
 
 def test_each_barrier_of_the_kernel_is_needed_and_its_loss_noticed(emulated):
@@ -1623,10 +1756,10 @@ def test_each_barrier_of_the_kernel_is_needed_and_its_loss_noticed(emulated):
     source = (HERE / 'scan_cuda' / 'scan_kernels.cu').read_text().splitlines()
     barriers = [k + 1 for k, line in enumerate(source) if line.strip().startswith('__syncthreads();')]
     inputs = scan_inputs(1, 150, 5, 3)
-    want = with_gradients(scan_by(emulated), inputs)
+    want = with_gradients(scan_by('scan'), inputs)
     assert len(barriers) == 6
     for skip.value in barriers:
-        got = with_gradients(scan_by(emulated), inputs)
+        got = with_gradients(scan_by('scan'), inputs)
         assert not all(map(torch.equal, got, want)), f'line {skip.value}'
     skip.value = 0
 
@@ -1642,7 +1775,9 @@ def test_a_model_keeps_to_its_device(arch, device, autocast, monkeypatch):
             pytest.skip('fake CUDA tensors need a CUDA build of torch')
         if tuple(map(int, torch.__version__.split('.')[:2])) < (2, 13) and not torch.cuda.is_available():
             pytest.skip('fake CUDA tensors of older versions of torch need a driver')
-        monkeypatch.setitem(scan_cuda.build.loaded, 'cuda', True)
+        if not scan_cuda.build.load('cpu'):
+            pytest.skip('no compiler')
+        monkeypatch.setattr(scan_cuda.build, 'load', lambda device: True)
     with FakeTensorMode() if device == 'cuda' else contextlib.nullcontext():
         try:
             with torch.device(device):
@@ -1656,7 +1791,7 @@ def test_a_model_keeps_to_its_device(arch, device, autocast, monkeypatch):
                 torch.optim.Adam(p for p in model.parameters() if p.requires_grad).step()
             with torch.no_grad():
                 _, state = model.prefill(tokens)
-                logits = model.step(tokens[:, 0], state)
+                logits, _ = model.step(tokens[:, 0], state)
         assert logits.device.type == loss.device.type == device and logits.shape == (2, 50)
 
 
@@ -1679,23 +1814,32 @@ def test_cuda_extension_builds_and_loads_without_a_gpu(tmp_path):
         import torch, scan_cuda
         torch.cuda.is_available = lambda: False
         has = lambda op: torch._C._dispatch_has_kernel_for_dispatch_key('scan_cuda::' + op, 'CUDA')
-        assert not has('scan_forward') and not has('scan_backward')
+        assert scan_cuda.build.load('cpu') and not has('scan_forward') and not has('scan_backward')
         assert scan_cuda.build.load('cuda')
         assert has('scan_forward') and has('scan_backward')"""
     run_python(code, TORCH_CUDA_ARCH_LIST='8.0;9.0', TORCH_EXTENSIONS_DIR=str(tmp_path))
-    library, = tmp_path.glob('*.so')
+    library, = tmp_path.glob('*/scan_cuda.so')
     assert all(f'sm_{a}'.encode() in library.read_bytes() for a in (80, 90))
 
 
-def test_benchmark_prints_a_line_for_everything_at_hand(monkeypatch, capsys):
+def test_benchmark_prints_a_line_for_every_scan(monkeypatch, capsys):
     from scan_cuda import bench
-    for name, value in dict(D_INNER=(8,), LENGTHS=(5, 70), CALLS=1, BATCH=2).items():
+    for name, value in dict(DEVICE='cpu', D_INNER=8, LENGTHS=(5, 70), BATCH=2).items():
         monkeypatch.setattr(bench, name, value)
-    bench.time_scans('cpu')
-    bench.time_models('cpu')
-    out = capsys.readouterr().out
-    assert all(out.count(name) == 2 for name in ('fallback', 'reference', *models.ARCHS))
-    assert out.count('cpu kernel') == 2 * scan_cuda.build.load('cpu')
+    bench.time_scans()
+    names = [line.split()[1] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert names == 2 * ['selective_scan', 'selective_scan_fallback', 'selective_scan_reference']
+
+
+def test_one_more_token_costs_memory_in_attention_only(monkeypatch, capsys):
+    from scan_cuda import bench
+    monkeypatch.setattr(bench, 'DEVICE', 'cpu')
+    rows = bench.generation_cost('tiny', (16, 64))
+    memory = {(row['arch'], row['length']): row['bytes'] for row in rows}
+    per_token = {'transformer': 2 * 2 * 64 * 4, 'mamba': 0, 'hybrid': 2 * 64 * 4}       # keys and values, fp32
+    for arch, each in per_token.items():
+        assert memory[arch, 64] - memory[arch, 16] == 48 * each
+    assert all(row['seconds'] > 0 for row in rows)
 
 
 # --- models.py ------------------------------------------------------------------------------------

@@ -1,91 +1,93 @@
-"""How fast is the scan, and the models that use it?   python -m scan_cuda.bench [cpu|cuda]
+"""How fast are the scan and the models?
 
-Times in fp32, with the paper's batch of 64: every implementation of the scan at hand (mamba-ssm if installed)
-on the shapes of the paper's grid; then the training and generation step of each architecture of size 0.5M.
-Medians on a CPU; on a GPU, CUDA events around queued calls: launching counts only where the GPU waits for it.
+    python -m scan_cuda.bench               every scan at the lengths of the paper's grid
+    python -m scan_cuda.bench generation    what one more token costs; writes out/generation.json,
+                                            which plot.py draws
+
+Medians, in fp32, on the GPU if there is one.
 """
-import platform
-import statistics
+import json
 import sys
-import timeit
+from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+from torch.utils.benchmark import Timer
 
+import models       # which uses the scan: only this program looks ahead
 import scan_cuda
 
-D_INNER, D_STATE, LENGTHS, BATCH = (128, 256), 16, (80, 320, 620, 2500), 64
-CALLS = 10      # of one measurement, after one to warm up
+DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
+BATCH, LENGTHS, D_INNER, D_STATE = 64, (80, 320, 620, 2500), 128, 16
+SCANS = (scan_cuda.selective_scan, scan_cuda.selective_scan_fallback,
+         scan_cuda.selective_scan_reference)
 
 
-def milliseconds(call, device):
+def milliseconds(function, *arguments):
     """The time of one call."""
-    call()
-    if device == 'cpu':
-        return 1e3 * statistics.median(timeit.repeat(call, number=1, repeat=CALLS))
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record()
-    for _ in range(CALLS):
-        call()
-    end.record()
-    torch.cuda.synchronize()
-    return begin.elapsed_time(end) / CALLS
+    names = {'function': function, 'arguments': arguments}
+    timer = Timer('function(*arguments)', globals=names, num_threads=torch.get_num_threads())
+    return 1e3 * timer.blocked_autorange().median
 
 
-def implementations(device, inputs):
-    """name -> (scan, its inputs): scan(*inputs)[0] is y."""
-    scans = {'fallback': scan_cuda.selective_scan_fallback, 'reference': scan_cuda.selective_scan_reference}
-    if scan_cuda.build.load(device):
-        scans = {f'{device} kernel': scan_cuda.selective_scan} | scans
-    found = {name: (scan, inputs) for name, scan in scans.items()}
-    try:
-        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
-        u, delta, A, B, C, D = inputs
-        own = [t.detach().transpose(1, 2).contiguous().requires_grad_() for t in (u, delta, B, C)]
-        found['mamba-ssm'] = (lambda u, delta, B, C: (selective_scan_fn(u, delta, A, B, C, D),), own)
-    except ImportError:
-        pass
-    return found
+def scan_inputs(L):
+    u, delta = torch.rand(2, BATCH, L, D_INNER)
+    A = -torch.arange(1.0, D_STATE + 1).repeat(D_INNER, 1)
+    B, C = torch.randn(2, BATCH, L, D_STATE)
+    D, initial_state = torch.randn(D_INNER), torch.zeros(BATCH, D_INNER, D_STATE)
+    return [t.to(DEVICE).requires_grad_() for t in (u, delta, A, B, C, D, initial_state)]
 
 
-def time_scans(device):
-    print('batch     L d_inner  scan by         forward  + backward  (ms)')
-    for d_inner in D_INNER:
-        for L in LENGTHS:
-            make = lambda *shape: torch.randn(*shape, device=device)
-            inputs = [make(BATCH, L, d_inner), F.softplus(make(BATCH, L, d_inner) - 3),
-                      -torch.arange(1.0, D_STATE + 1, device=device).repeat(d_inner, 1),
-                      make(BATCH, L, D_STATE), make(BATCH, L, D_STATE), make(d_inner)]
-            for name, (scan, own) in implementations(device, [t.requires_grad_() for t in inputs]).items():
-                with torch.no_grad():
-                    forward = milliseconds(lambda: scan(*own), device)
-                both = milliseconds(lambda: torch.autograd.grad(scan(*own)[0].sum(), own), device)
-                print(f'{BATCH:5} {L:5} {d_inner:7}  {name:12} {forward:10.2f} {both:11.2f}', flush=True)
+def forward_and_backward(scan, *inputs):
+    y, _ = scan(*inputs)
+    torch.autograd.grad(y.sum(), inputs)
 
 
-def time_models(device):
-    import models       # which uses the scan: only this program looks ahead
-    print('batch     L  model        training step  generation step  (ms)')
+def time_scans():
+    print(f'torch {torch.__version__}, {DEVICE}, {torch.get_num_threads()} threads')
+    print('    L  scan                          forward  + backward  (ms)')
+    for L in LENGTHS:
+        inputs = scan_inputs(L)
+        for scan in SCANS:
+            with torch.no_grad():
+                forward = milliseconds(scan, *inputs)
+            both = milliseconds(forward_and_backward, scan, *inputs)
+            print(f'{L:5}  {scan.__name__:26} {forward:10.2f} {both:11.2f}')
+
+
+def generation_cost(size='0.5M', lengths=tuple(2 ** k for k in range(6, 18))):
+    """Time (seconds) and memory (bytes) of one more token after `lengths` tokens, batch 1, of
+    freshly initialised models: neither depends on what the tokens are. Returns a list of dicts."""
+    rows, token = [], torch.ones(1, dtype=torch.int64, device=DEVICE)
     for arch in models.ARCHS:
-        for L in LENGTHS:
-            model = models.make_model(arch, '0.5M', 80).to(device)
-            optimizer = torch.optim.Adam(p for p in model.parameters() if p.requires_grad)
-            tokens = torch.randint(80, (BATCH, L), device=device)
-
-            def train():
-                optimizer.zero_grad()
-                F.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten()).backward()
-                optimizer.step()
-            training = milliseconds(train, device)
+        model = models.make_model(arch, size, 128).to(DEVICE)
+        for length in lengths:
+            state = state_after(model, length)
+            memory = sum(t.nbytes for carried in state for t in carried.values())
             with torch.inference_mode():
-                _, state = model.prefill(tokens)
-                generation = milliseconds(lambda: model.step(tokens[:, 0], state), device)
-            print(f'{BATCH:5} {L:5}  {arch:12} {training:13.2f} {generation:16.2f}', flush=True)
+                time = milliseconds(model.step, token, state)
+            rows.append(dict(arch=arch, size=size, length=length, seconds=time / 1e3,
+                             bytes=memory, device=DEVICE, threads=torch.get_num_threads()))
+            print(f'{arch:12} {size}  {length:>8,} tokens of context   {time:8.2f} ms a token   '
+                  f'{memory / 1e6:10.3f} MB')
+    return rows
+
+
+def state_after(model, length):
+    """A state as large as after so many tokens."""
+    state = model.init_state(1)
+    for carried in state:
+        if 'cache' in carried:
+            shape = list(carried['cache'].shape)        # (1, 2, heads, 0, d_head)
+            shape[3] = length
+            carried['cache'] = torch.zeros(shape, device=DEVICE)
+    return state
 
 
 if __name__ == '__main__':
-    device = sys.argv[1] if len(sys.argv) > 1 else 'cuda' if torch.cuda.is_available() else 'cpu'
-    name = torch.cuda.get_device_name() if device == 'cuda' else platform.machine()
-    print(f'{name}, torch {torch.__version__}, {torch.get_num_threads()} threads')
-    time_scans(device)
-    time_models(device)
+    if 'generation' in sys.argv:
+        path = Path('out', 'generation.json')
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(generation_cost(), indent=1))
+        print(path)
+    else:
+        time_scans()

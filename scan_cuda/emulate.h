@@ -1,13 +1,13 @@
-// Enough of CUDA to compile scan_kernels.cu with a C++ compiler and run it on any CPU, slowly: this is how
-// the tests check the kernel without a GPU, and how you can change it without one:
+// Enough of CUDA to compile scan_kernels.cu with a C++ compiler and run it on any CPU, slowly: this
+// is how the tests check the kernel without a GPU, and how you can change it without one:
 //
 //     pytest test_all.py -k emulated
 //
-// The threads of a block are fibres: each runs until it waits at a barrier, then another one does, in an
-// order drawn anew for each round from `emulate_seed`. So any order that a GPU may choose between two
-// barriers can happen here, and a result that depends on it shows as different bits for another seed. Shared
-// memory is all NaNs when a block starts. The __syncthreads on line `emulate_skip` is left out: a test must
-// notice. Linux and macOS (ucontext.h).
+// The threads of a block are fibres: each runs until it waits at a barrier, then another one does,
+// in an order drawn anew for each round from `emulate_seed`. So any order that a GPU may choose
+// between two barriers can happen here, and a result that depends on it shows as different bits for
+// another seed. Shared memory is all NaNs when a block starts. The __syncthreads on line
+// `emulate_skip` is left out: a test must notice. Linux and macOS (ucontext.h).
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -52,7 +52,8 @@ extern "C" { int emulate_seed = 0, emulate_skip = 0; }
 
 namespace emulation {
 
-constexpr int READY = 0, IN_WARP = -1, DONE = -2;  // or the line of the __syncthreads where it waits
+// What a fibre waits for: one of these, or the line of a __syncthreads.
+constexpr int READY = 0, IN_WARP = -1, DONE = -2;
 struct Fibre {
   ucontext_t context;
   std::vector<char> stack = std::vector<char>(256 * 1024);
@@ -77,10 +78,12 @@ inline float shuffle(float x, int lanes) {  // two places in turn: the last valu
   return fibres[thread ^ lanes].shuffled[turn];
 }
 inline bool all_wait(int from, int to, int where) {
-  return std::all_of(&fibres[from], &fibres[0] + to, [=](const Fibre& f) { return f.waits == where; });
+  return std::all_of(&fibres[from], &fibres[0] + to,
+                     [=](const Fibre& f) { return f.waits == where; });
 }
 
-// A block, from start to end. Returns false where some threads wait at a barrier that others never reach.
+// A block, from start to end. Returns false where some threads wait at a barrier that others never
+// reach.
 inline bool run_block(int threads, std::mt19937& random) {
   std::vector<int> order(threads);
   for (int i = 0; i < threads; ++i) {
@@ -109,7 +112,8 @@ inline bool run_block(int threads, std::mt19937& random) {
 
 }  // namespace emulation
 
-template <typename P>  // kernel<<<grid, threads>>>(p). Returns 0, or 1 for a barrier that not all reach.
+// kernel<<<grid, threads>>>(p). Returns 0, or 1 for a barrier that not all reach.
+template <typename P>
 int emulate(void (*kernel)(P), const P& p, dim3 grid, int threads) {
   emulation::kernel = [=] { kernel(p); };
   emulation::fibres.resize(std::max<size_t>(emulation::fibres.size(), threads));

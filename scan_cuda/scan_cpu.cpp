@@ -1,30 +1,37 @@
 // The selective scan and the convolution on the CPU, forward and backward, in fp32 (the formulas:
-// __init__.py).
+// __init__.py), and at the end the operators that torch calls.
 //
-// The scan runs over the tokens one by one, and in vectors over the channels: a vector holds the same state
-// index n of LANES neighbouring channels, for which B_t[n] and C_t[n] are one number. Backward, with g_t =
-// dLoss/dh_t and a_t = exp(delta_t A), g_t = C_t dy_t + a_{t+1} g_{t+1}. The forward pass saves h before
-// every chunk; a chunk's a and h are computed again, onto a tape that fits the L2 cache.
+// The scan runs over the tokens one by one, and in vectors over the channels: a vector holds the
+// same state index n of LANES neighbouring channels, for which B_t[n] and C_t[n] are one number.
+// Backward, with g_t = dLoss/dh_t and a_t = exp(delta_t A), g_t = C_t dy_t + a_{t+1} g_{t+1}. The
+// forward pass saves h before every chunk; a chunk's a and h are computed again, onto a tape that
+// fits the L2 cache.
 
-#include "scan.h"
+#include <ATen/Parallel.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <cstring>
 #include <utility>
 #include <vector>
 
+#include "operators.h"
+
 namespace {
 
-constexpr int LANES = __BIGGEST_ALIGNMENT__ / 4;  // floats in a register: 16 with AVX-512, 4 without AVX
+constexpr int LANES = __BIGGEST_ALIGNMENT__ / 4;  // floats in a register: 8 with AVX, 4 without
 typedef float V __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
-typedef int I __attribute__((vector_size(LANES * 4)));  // gcc and clang: arithmetic goes element by element
+typedef int I __attribute__((vector_size(LANES * 4)));  // arithmetic goes element by element
 
 constexpr float LOG2E = 1.44269504f;  // exp(x) = 2^(x log2 e); A is multiplied by it once
 
-// 2^x to 1.7e-7 relative: 2^round(x) put together in the exponent bits, times a polynomial (minimax, p(0) =
-// 1) for the rest in [-1/2, 1/2]. Below 2^-126.5 the result is 0, above 2^127.5 infinity.
+// 2^x to 1.7e-7 relative: 2^round(x) put together in the exponent bits, times a polynomial
+// (minimax, p(0) = 1) for the rest in [-1/2, 1/2]. Below 2^-126.5 the result is 0, above 2^127.5
+// infinity.
 inline V exp2(V x) {
-  const V shifted = x + 12582912.f;  // 1.5 * 2^23: there floats are 1 apart, the last bits are round(x)
+  // 1.5 * 2^23: there floats are 1 apart, the last bits are round(x)
+  const V shifted = x + 12582912.f;
   const V f = x - (shifted - 12582912.f);
   I k = (I)shifted - (0x4B400000 - 127);  // the bits of 1.5 * 2^23; 127: the bias of the exponent
   k = k < 0 ? I{} : k;
@@ -89,22 +96,25 @@ int64_t start(const Scan& p, int64_t b, int64_t chunk, int n) {  // a row of `st
 
 struct Channels {  // LANES neighbouring ones, in rows of d_inner
   int64_t d_inner, first;
-  V read(const void* from, int64_t row) const { return load(from, row * d_inner + first, d_inner - first); }
-  V read_if(const void* from, int64_t row) const { return from ? read(from, row) : V{}; }
-  void write(void* to, int64_t row, V v) const { store(to, row * d_inner + first, v, d_inner - first); }
+  V read(const void* from, int64_t row) const {
+    return load(from, row * d_inner + first, d_inner - first);
+  }
+  void write(void* to, int64_t row, V v) const {
+    store(to, row * d_inner + first, v, d_inner - first);
+  }
 };
 
-void forward(const Scan& p, int64_t b, int64_t c0) {
+void walk(const Scan& p, int64_t b, int64_t c0) {
   const Channels at{p.d_inner, c0};
   const int N = p.N;
   struct { V A, h; } s[MAX_STATE];
-  for (int n = 0; n < N; ++n) s[n] = {at.read(p.A, n) * LOG2E, at.read_if(p.initial, b * N + n)};
-  const V D = at.read_if(p.D, 0);
+  for (int n = 0; n < N; ++n) s[n] = {at.read(p.A, n) * LOG2E, at.read(p.initial, b * N + n)};
+  const V D = at.read(p.D, 0);
   for (int64_t t = 0; t < p.L; ++t) {
     if (t && t % CHUNK == 0)
       for (int n = 0; n < N; ++n) at.write(p.starts, start(p, b, t / CHUNK, n), s[n].h);
     const int64_t row = b * p.L + t;
-    const float *B = row_of(p.B, row * p.B_stride), *C = row_of(p.C, row * p.C_stride);
+    const float *B = row_of(p.B, row * N), *C = row_of(p.C, row * N);
     const V u = at.read(p.u, row), delta = at.read(p.delta, row), du = delta * u;
     V y = D * u;
     for (int n = 0; n < N; ++n) {
@@ -116,19 +126,19 @@ void forward(const Scan& p, int64_t b, int64_t c0) {
   for (int n = 0; n < N; ++n) at.write(p.final_state, b * N + n, s[n].h);
 }
 
-constexpr int J = 2;  // vectors of channels that share B_t[n], C_t[n] and the sums for their gradients
+constexpr int J = 2;  // vectors of channels that share B_t[n], C_t[n] and sums for their gradients
 struct alignas(2 * LANES * sizeof(float)) Token { V a[J], h[J]; };  // a_t and h_{t-1}, of one n
 
-void backward(const Scan& p, int64_t b, int64_t c0, Token* tape) {
+void walk_back(const Scan& p, int64_t b, int64_t c0, Token* tape) {
   const Channels at[J] = {{p.d_inner, c0}, {p.d_inner, c0 + LANES}};
   const int N = p.N;
   struct { V A[J], g[J], dA[J]; } s[MAX_STATE];  // g: a_{t+1} g_{t+1}, from the token after
   V sum_B[MAX_STATE] = {}, sum_C[MAX_STATE] = {}, dD[J] = {}, D[J];
-  for (int j = 0; j < J; ++j) D[j] = at[j].read_if(p.D, 0);
+  for (int j = 0; j < J; ++j) D[j] = at[j].read(p.D, 0);
   for (int n = 0; n < N; ++n)
     for (int j = 0; j < J; ++j) {
       s[n].A[j] = at[j].read(p.A, n) * LOG2E;
-      s[n].g[j] = at[j].read_if(p.dfinal, b * N + n);
+      s[n].g[j] = at[j].read(p.dfinal, b * N + n);
       s[n].dA[j] = V{};
     }
   for (int64_t first = (p.L - 1) / CHUNK * CHUNK; first >= 0; first -= CHUNK) {
@@ -136,10 +146,10 @@ void backward(const Scan& p, int64_t b, int64_t c0, Token* tape) {
     for (int n = 0; n < N; ++n)
       for (int j = 0; j < J; ++j)
         tape[n].h[j] = first ? at[j].read(p.starts, start(p, b, first / CHUNK, n))
-                             : at[j].read_if(p.initial, b * N + n);
+                             : at[j].read(p.initial, b * N + n);
     for (int t = 0; t < T; ++t) {
       const int64_t row = b * p.L + first + t;
-      const float* B = row_of(p.B, row * p.B_stride);
+      const float* B = row_of(p.B, row * N);
       Token *now = tape + t * N, *next = now + N;
       V delta[J], du[J];
       for (int j = 0; j < J; ++j)
@@ -152,11 +162,14 @@ void backward(const Scan& p, int64_t b, int64_t c0, Token* tape) {
     }
     for (int t = T - 1; t >= 0; --t) {
       const int64_t row = b * p.L + first + t;
-      const float *B = row_of(p.B, row * p.B_stride), *C = row_of(p.C, row * p.C_stride);
+      const float *B = row_of(p.B, row * N), *C = row_of(p.C, row * N);
       const Token *now = tape + t * N, *next = now + N;
-      V u[J], delta[J], dy[J], gB[J] = {}, gA[J] = {};  // gradients of delta u, and of delta through delta A
+      V u[J], delta[J], dy[J];
+      V gB[J] = {}, gA[J] = {};  // gradients of delta u, and of delta through delta A
       for (int j = 0; j < J; ++j) {
-        u[j] = at[j].read(p.u, row), delta[j] = at[j].read(p.delta, row), dy[j] = at[j].read(p.dy, row);
+        u[j] = at[j].read(p.u, row);
+        delta[j] = at[j].read(p.delta, row);
+        dy[j] = at[j].read(p.dy, row);
         dD[j] += dy[j] * u[j];
       }
       for (int n = 0; n < N; ++n) {
@@ -190,87 +203,207 @@ void backward(const Scan& p, int64_t b, int64_t c0, Token* tape) {
   }
 }
 
-// ---------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 // The convolution before the scan: y_t = silu(z_t), z_t = bias + sum over k of weight_k x_{t+k}.
 
 constexpr int WIDTH = 4;
 
 V sigmoid(V z) { return 1.f / (1.f + exp2(z * -LOG2E)); }
 
+// x, y, dy, dx (batch, L, d): contiguous, but tokens of x may be slices of wider ones, its rows
+// lying at b * x_batch + t * x_token. weight, dweight (4, d); bias, dbias (d,); initial, dinitial
+// (batch, 3, d). dweight and dbias are parts, (batch, 4, d) and (batch, d).
+struct Conv {
+  int64_t batch, L, d, x_batch, x_token;
+  const float *x, *weight, *bias, *initial, *dy;
+  float *y, *dx, *dweight, *dbias, *dinitial;
+};
+
 struct Window {  // the inputs of z_t: rows of x, before the first those of the initial state
   const float* x[WIDTH];
-  Window(const float* in, const float* initial, int64_t b, int64_t t, int64_t L, int64_t d, int64_t stride) {
+  Window(const Conv& p, int64_t b, int64_t t) {
     for (int64_t k = 0, s = t - WIDTH + 1; k < WIDTH; ++k, ++s)
-      x[k] = s < 0 ? initial + (b * (WIDTH - 1) + s + WIDTH - 1) * d : in + (b * L + s) * stride;
+      x[k] = s < 0 ? p.initial + (b * (WIDTH - 1) + s + WIDTH - 1) * p.d
+                   : p.x + b * p.x_batch + s * p.x_token;
   }
-  V z(const float* weight, const float* bias, int64_t d, int64_t c) const {
-    V z = load(bias, c, d - c);
-    for (int k = 0; k < WIDTH; ++k) z += load(weight, k * d + c, d - c) * load(x[k], c, d - c);
+  V z(const Conv& p, int64_t c) const {
+    V z = load(p.bias, c, p.d - c);
+    for (int k = 0; k < WIDTH; ++k)
+      z += load(p.weight, k * p.d + c, p.d - c) * load(x[k], c, p.d - c);
     return z;
   }
 };
 
+void convolve(const Conv& p, int64_t b, int64_t t) {
+  const Window at(p, b, t);
+  for (int64_t c = 0; c < p.d; c += LANES) {
+    const V z = at.z(p, c);
+    store(p.y, (b * p.L + t) * p.d + c, z * sigmoid(z), p.d - c);
+  }
+}
+
+void convolve_back(const Conv& p, int64_t b, int64_t c) {
+  const int64_t width = p.d - c;
+  V dz[WIDTH] = {}, dw[WIDTH] = {}, db = {};  // dz[k]: gradient of z_{t+k}
+  for (int64_t t = p.L - 1; t > -WIDTH; --t) {
+    for (int k = WIDTH - 1; k > 0; --k) dz[k] = dz[k - 1];
+    dz[0] = V{};  // before the first token there is only the initial state
+    if (t >= 0) {
+      const Window at(p, b, t);
+      const V z = at.z(p, c), s = sigmoid(z);
+      dz[0] = load(p.dy, (b * p.L + t) * p.d + c, width) * s * (1.f + z * (1.f - s));
+      db += dz[0];
+      for (int k = 0; k < WIDTH; ++k) dw[k] += dz[0] * load(at.x[k], c, width);
+    }
+    V sum = {};
+    for (int k = 0; k < WIDTH; ++k) sum += load(p.weight, (WIDTH - 1 - k) * p.d + c, width) * dz[k];
+    if (t >= 0) store(p.dx, (b * p.L + t) * p.d + c, sum, width);
+    else store(p.dinitial, (b * (WIDTH - 1) + t + WIDTH - 1) * p.d + c, sum, width);
+  }
+  for (int k = 0; k < WIDTH; ++k) store(p.dweight, (b * WIDTH + k) * p.d + c, dw[k], width);
+  store(p.dbias, b * p.d + c, db, width);
+}
+
+// -------------------------------------------------------------------------------------------------
+// The operators
+
+// work(i) for every i below count, on torch's threads, but for little work, which is done before
+// they are awake.
+template <typename Work>
+void in_parallel(int64_t count, int64_t floats_each, const Work& work) {
+  at::parallel_for(0, count, 200'000 / (floats_each + 1) + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) work(i);
+  });
+}
+
+struct Cpu {  // for operators.h
+  static constexpr int parts = 1, channels = INT32_MAX;
+  static constexpr bool takes_bf16 = false;
+
+  static void forward(const Scan& p, at::Device) {
+    const int64_t blocks = (p.d_inner + LANES - 1) / LANES;
+    in_parallel(p.batch * blocks, p.L * LANES * p.N,
+                [&](int64_t i) { walk(p, i / blocks, i % blocks * LANES); });
+  }
+  static void backward(const Scan& p, at::Device) {
+    in_parallel(p.batch, p.L * p.d_inner * p.N, [&](int64_t b) {
+      std::vector<Token> tape((CHUNK + 1) * p.N);
+      // One thread takes all channels of b: dB and dC are sums over them.
+      for (int64_t c0 = 0; c0 < p.d_inner; c0 += J * LANES) walk_back(p, b, c0, tape.data());
+    });
+  }
+};
+
+using operators::Arg;
+using operators::Four;
+using operators::Seven;
+using operators::Tensor;
+using operators::Three;
+
+struct ConvInputs {  // keep alive what `p` points to
+  Tensor x, weight, bias, initial;
+  Conv p = {};
+  ConvInputs(Arg x_, Arg weight_, Arg bias_, Arg initial_state)
+      : x(x_.size(2) == 1 || x_.stride(2) == 1 ? x_ : x_.contiguous()),
+        weight(weight_.t().contiguous()),
+        bias(bias_.contiguous()),
+        initial(initial_state.contiguous()) {
+    p.batch = x.size(0), p.L = x.size(1), p.d = x.size(2);
+    p.x_batch = x.stride(0), p.x_token = x.stride(1);
+    p.x = x.data_ptr<float>();
+    p.weight = weight.data_ptr<float>();
+    p.bias = bias.data_ptr<float>();
+    p.initial = initial.data_ptr<float>();
+  }
+};
+
+Tensor conv_forward(Arg x, Arg weight, Arg bias, Arg initial_state) {
+  at::AutoDispatchBelowADInplaceOrView no_gradients;
+  ConvInputs in(x, weight, bias, initial_state);
+  Conv& p = in.p;
+  const Tensor y = x.new_empty({p.batch, p.L, p.d});
+  p.y = y.data_ptr<float>();
+  in_parallel(p.batch * p.L, 16 * p.d, [&](int64_t row) { convolve(p, row / p.L, row % p.L); });
+  return y;
+}
+
+Four conv_backward(Arg dy_, Arg x, Arg weight, Arg bias, Arg initial_state) {
+  at::AutoDispatchBelowADInplaceOrView no_gradients;
+  ConvInputs in(x, weight, bias, initial_state);
+  Conv& p = in.p;
+  const Tensor dy = dy_.contiguous(), dx = x.new_empty({p.batch, p.L, p.d});
+  const Tensor dweight = x.new_empty({p.batch, WIDTH, p.d}), dbias = x.new_empty({p.batch, p.d});
+  const Tensor dinitial = x.new_empty({p.batch, WIDTH - 1, p.d});
+  p.dy = dy.data_ptr<float>();
+  p.dx = dx.data_ptr<float>();
+  p.dweight = dweight.data_ptr<float>();
+  p.dbias = dbias.data_ptr<float>();
+  p.dinitial = dinitial.data_ptr<float>();
+  in_parallel(p.batch, 16 * p.L * p.d, [&](int64_t b) {
+    for (int64_t c = 0; c < p.d; c += LANES) convolve_back(p, b, c);
+  });
+  return {dx, dweight.sum(0).t().contiguous(), dbias.sum(0), dinitial};
+}
+
+// -------------------------------------------------------------------------------------------------
+// What the results look like, for torch.compile: it calls the operators with tensors that have
+// shapes only.
+
+Tensor like(Arg t) { return t.new_empty_symint(t.sym_sizes()); }
+
+Tensor state_like(Arg u, Arg A) {
+  return A.new_empty_symint({u.sym_size(0), A.sym_size(1), A.sym_size(0)}).transpose(1, 2);
+}
+
+Three scan_forward_like(Arg u, Arg delta, Arg A, Arg B, Arg C, Arg D, Arg initial_state) {
+  const auto saved = (u.sym_size(1) - 1) / CHUNK;
+  const Tensor starts = A.new_empty_symint({u.sym_size(0), saved, A.sym_size(1), A.sym_size(0)});
+  return {like(u), state_like(u, A), starts};
+}
+
+Seven scan_backward_like(Arg dy, Arg dfinal, Arg u, Arg delta, Arg A, Arg B, Arg C, Arg D,
+                         Arg initial_state, Arg starts) {
+  return {like(u), like(delta), like(A), like(B), like(C), like(D), state_like(u, A)};
+}
+
+Tensor conv_forward_like(Arg x, Arg weight, Arg bias, Arg initial_state) {
+  return like(x);
+}
+
+Four conv_backward_like(Arg dy, Arg x, Arg weight, Arg bias, Arg initial_state) {
+  return {like(x), like(weight), like(bias), like(initial_state)};
+}
+
 }  // namespace
 
-extern "C" {
-const int scan_parts = 1, scan_channels = INT32_MAX, scan_takes_bf16 = 0;
-
-int scan_forward(const Scan& p, void*) {
-  const int64_t blocks = (p.d_inner + LANES - 1) / LANES;
-#pragma omp parallel for num_threads(p.threads) schedule(static)
-  for (int64_t i = 0; i < p.batch * blocks; ++i) forward(p, i / blocks, i % blocks * LANES);
-  return 0;
+TORCH_LIBRARY(scan_cuda, m) {  // on CUDA: scan_cuda.cpp
+  m.def("scan_forward(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor D, "
+        "Tensor initial_state) -> (Tensor, Tensor, Tensor)");
+  m.def("scan_backward(Tensor dy, Tensor dfinal, Tensor u, Tensor delta, Tensor A, Tensor B, "
+        "Tensor C, Tensor D, Tensor initial_state, Tensor starts) -> "
+        "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("conv_forward(Tensor x, Tensor weight, Tensor bias, Tensor initial_state) -> Tensor");
+  m.def("conv_backward(Tensor dy, Tensor x, Tensor weight, Tensor bias, Tensor initial_state) -> "
+        "(Tensor, Tensor, Tensor, Tensor)");
 }
 
-int scan_backward(const Scan& p, void*) {
-#pragma omp parallel num_threads(p.threads)
-  {
-    std::vector<Token> tape((CHUNK + 1) * p.N);
-#pragma omp for schedule(static)
-    for (int64_t b = 0; b < p.batch; ++b)  // all channels of it: dB and dC are sums over them
-      for (int64_t c0 = 0; c0 < p.d_inner; c0 += J * LANES) backward(p, b, c0, tape.data());
-  }
-  return 0;
+TORCH_LIBRARY_IMPL(scan_cuda, CPU, m) {
+  m.impl("scan_forward", operators::scan_forward<Cpu>);
+  m.impl("scan_backward", operators::scan_backward<Cpu>);
+  m.impl("conv_forward", conv_forward);
+  m.impl("conv_backward", conv_backward);
 }
 
-// x (batch, L, d), its rows `stride` apart, y, dy, dx (batch, L, d), weight (4, d), initial, dinitial (batch,
-// 3, d); dweight (batch, 4, d) and dbias (batch, d) are parts.
-void conv_forward(int64_t batch, int64_t L, int64_t d, int64_t stride, int64_t threads, float* y,
-                  const float* x, const float* weight, const float* bias, const float* initial) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t row = 0; row < batch * L; ++row) {
-    const Window at(x, initial, row / L, row % L, L, d, stride);
-    for (int64_t c = 0; c < d; c += LANES) {
-      const V z = at.z(weight, bias, d, c);
-      store(y, row * d + c, z * sigmoid(z), d - c);
-    }
-  }
+TORCH_LIBRARY_IMPL(scan_cuda, Meta, m) {
+  m.impl("scan_forward", scan_forward_like);
+  m.impl("scan_backward", scan_backward_like);
+  m.impl("conv_forward", conv_forward_like);
+  m.impl("conv_backward", conv_backward_like);
 }
 
-void conv_backward(int64_t batch, int64_t L, int64_t d, int64_t stride, int64_t threads, const float* dy,
-                   const float* x, const float* weight, const float* bias, const float* initial, float* dx,
-                   float* dweight, float* dbias, float* dinitial) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t b = 0; b < batch; ++b)
-    for (int64_t c = 0; c < d; c += LANES) {
-      const int64_t width = d - c;
-      V dz[WIDTH] = {}, dw[WIDTH] = {}, db = {};  // dz[k]: gradient of z_{t+k}
-      for (int64_t t = L - 1; t > -WIDTH; --t) {
-        for (int k = WIDTH - 1; k > 0; --k) dz[k] = dz[k - 1];
-        dz[0] = V{};  // before the first token there is only the initial state
-        if (t >= 0) {
-          const Window at(x, initial, b, t, L, d, stride);
-          const V z = at.z(weight, bias, d, c), s = sigmoid(z);
-          dz[0] = load(dy, (b * L + t) * d + c, width) * s * (1.f + z * (1.f - s));
-          db += dz[0];
-          for (int k = 0; k < WIDTH; ++k) dw[k] += dz[0] * load(at.x[k], c, width);
-        }
-        V sum = {};
-        for (int k = 0; k < WIDTH; ++k) sum += load(weight, (WIDTH - 1 - k) * d + c, width) * dz[k];
-        store(t < 0 ? dinitial + (b * (WIDTH - 1) + t + WIDTH - 1) * d : dx + (b * L + t) * d, c, sum, width);
-      }
-      for (int k = 0; k < WIDTH; ++k) store(dweight, (b * WIDTH + k) * d + c, dw[k], width);
-      store(dbias, b * d + c, db, width);
-    }
-}
+// Gradients are __init__.py's concern. Whoever asks the operators themselves for them gets an
+// error.
+TORCH_LIBRARY_IMPL(scan_cuda, Autograd, m) {
+  for (const char* name : {"scan_forward", "scan_backward", "conv_forward", "conv_backward"})
+    m.impl(name, torch::autograd::autogradNotImplementedFallback());
 }

@@ -1,6 +1,6 @@
-// The selective scan on the GPU, forward and backward (the formulas: __init__.py), twice: first plainly, one
-// thread walking through the sequence of one channel, to be read and to compare with; then in parallel over
-// the sequence, which is what runs. Without CUDA, emulate.h takes its place.
+// The selective scan on the GPU, forward and backward (the formulas: __init__.py), twice: first
+// plainly, one thread walking through the sequence of one channel, to be read and to compare with;
+// then in parallel over the sequence, which is what runs. Without CUDA, emulate.h takes its place.
 
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
@@ -16,27 +16,31 @@ extern __shared__ float4 shared_memory[];
 namespace {
 
 using Bf16 = __nv_bfloat16;
-// Io, float or Bf16, is the type of u, delta, B, C, dy, y, du and ddelta in memory. All else is float.
+// Io, float or Bf16, is the type of u, delta, B, C, dy, y, du and ddelta in memory. All else is
+// float.
 __device__ float value(float x) { return x; }
 __device__ float value(Bf16 x) { return __bfloat162float(x); }
 __device__ void assign(float& to, float x) { to = x; }
 __device__ void assign(Bf16& to, float x) { to = __float2bfloat16(x); }
 template <typename Io>
-__device__ float read(const void* from, int64_t i) { return value(__ldg(static_cast<const Io*>(from) + i)); }
+__device__ float read(const void* from, int64_t i) {
+  return value(__ldg(static_cast<const Io*>(from) + i));
+}
 template <typename Io>
 __device__ void write(void* to, int64_t i, float x) { assign(static_cast<Io*>(to)[i], x); }
 
-// Where the channels of state n of batch element b lie; in `starts`, those of the state before this chunk.
+// Where the channels of state n of batch element b lie; in `starts`, those of the state before this
+// chunk.
 __device__ int64_t state(const Scan& p, int64_t b, int n) { return (b * p.N + n) * p.d_inner; }
 __device__ int64_t start(const Scan& p, int64_t b, int64_t chunk, int n) {
   return ((b * ((p.L - 1) / CHUNK) + chunk - 1) * p.N + n) * p.d_inner;
 }
 __device__ float state_before(const Scan& p, int64_t b, int64_t chunk, int n, int64_t c) {
   if (chunk > 0) return p.starts[start(p, b, chunk, n) + c];
-  return p.initial ? p.initial[state(p, b, n) + c] : 0.f;
+  return p.initial[state(p, b, n) + c];
 }
 
-// ---------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 // 1. Plain: a thread takes channel c of batch element b from the first token to the last, and back.
 
 template <typename Io>
@@ -47,45 +51,49 @@ __global__ void walk(Scan p) {
   for (int n = 0; n < p.N; ++n) h[n] = state_before(p, b, 0, n, c);
   for (int64_t t = 0; t < p.L; ++t) {
     const int64_t row = b * p.L + t;
-    const float u = read<Io>(p.u, row * p.d_inner + c), delta = read<Io>(p.delta, row * p.d_inner + c);
-    float y = p.D ? p.D[c] * u : 0.f;
+    const float u = read<Io>(p.u, row * p.d_inner + c);
+    const float delta = read<Io>(p.delta, row * p.d_inner + c);
+    float y = p.D[c] * u;
     for (int n = 0; n < p.N; ++n) {
       if (t > 0 && t % CHUNK == 0) p.starts[start(p, b, t / CHUNK, n) + c] = h[n];
       const float a = __expf(delta * p.A[n * p.d_inner + c]);
-      h[n] = a * h[n] + delta * u * read<Io>(p.B, row * p.B_stride + n);
-      y += h[n] * read<Io>(p.C, row * p.C_stride + n);
+      h[n] = a * h[n] + delta * u * read<Io>(p.B, row * p.N + n);
+      y += h[n] * read<Io>(p.C, row * p.N + n);
     }
     write<Io>(p.y, row * p.d_inner + c, y);
   }
   for (int n = 0; n < p.N; ++n) p.final_state[state(p, b, n) + c] = h[n];
 }
 
-// g_t = dLoss/dh_t comes from behind: g_t = C_t dy_t + a_{t+1} g_{t+1}, with a_t = exp(delta_t A). The states
-// of a chunk are computed again from the one saved before it. atomicAdd where threads share a sum.
+// g_t = dLoss/dh_t comes from behind: g_t = C_t dy_t + a_{t+1} g_{t+1}, with a_t = exp(delta_t A).
+// The states of a chunk are computed again from the one saved before it. atomicAdd where threads
+// share a sum.
 template <typename Io>
 __global__ void walk_back(Scan p) {
   const int64_t b = blockIdx.x, c = blockIdx.y * blockDim.x + threadIdx.x;
   if (c >= p.d_inner) return;
   float g[MAX_STATE], h[CHUNK + 1][MAX_STATE];
-  for (int n = 0; n < p.N; ++n) g[n] = p.dfinal ? p.dfinal[state(p, b, n) + c] : 0.f;
+  for (int n = 0; n < p.N; ++n) g[n] = p.dfinal[state(p, b, n) + c];
   for (int64_t chunk = (p.L - 1) / CHUNK; chunk >= 0; --chunk) {
     const int64_t first = b * p.L + chunk * CHUNK, last = min(first + CHUNK, (b + 1) * p.L) - 1;
     for (int n = 0; n < p.N; ++n) h[0][n] = state_before(p, b, chunk, n, c);
     for (int64_t row = first; row <= last; ++row) {
-      const float u = read<Io>(p.u, row * p.d_inner + c), delta = read<Io>(p.delta, row * p.d_inner + c);
+      const float u = read<Io>(p.u, row * p.d_inner + c);
+      const float delta = read<Io>(p.delta, row * p.d_inner + c);
       for (int n = 0; n < p.N; ++n)
         h[row - first + 1][n] = __expf(delta * p.A[n * p.d_inner + c]) * h[row - first][n]
-                                + delta * u * read<Io>(p.B, row * p.B_stride + n);
+                                + delta * u * read<Io>(p.B, row * p.N + n);
     }
     for (int64_t row = last; row >= first; --row) {
-      const float u = read<Io>(p.u, row * p.d_inner + c), delta = read<Io>(p.delta, row * p.d_inner + c);
+      const float u = read<Io>(p.u, row * p.d_inner + c);
+      const float delta = read<Io>(p.delta, row * p.d_inner + c);
       const float dy = read<Io>(p.dy, row * p.d_inner + c);
       const float *before = h[row - first], *now = h[row - first + 1];
       float gB = 0.f, gA = 0.f;  // gradients of delta u, and of delta through delta A
       for (int n = 0; n < p.N; ++n) {
         const float A = p.A[n * p.d_inner + c];
-        g[n] += dy * read<Io>(p.C, row * p.C_stride + n);  // g_t
-        gB += g[n] * read<Io>(p.B, row * p.B_stride + n);
+        g[n] += dy * read<Io>(p.C, row * p.N + n);  // g_t
+        gB += g[n] * read<Io>(p.B, row * p.N + n);
         atomicAdd(p.dB + row * p.N + n, g[n] * delta * u);
         atomicAdd(p.dC + row * p.N + n, dy * now[n]);
         g[n] *= __expf(delta * A);  // a_t g_t
@@ -93,39 +101,44 @@ __global__ void walk_back(Scan p) {
         atomicAdd(p.dA + n * p.d_inner + c, g[n] * before[n] * delta);
       }
       atomicAdd(p.dD + c, dy * u);
-      write<Io>(p.du, row * p.d_inner + c, gB * delta + (p.D ? p.D[c] * dy : 0.f));
+      write<Io>(p.du, row * p.d_inner + c, gB * delta + p.D[c] * dy);
       write<Io>(p.ddelta, row * p.d_inner + c, gB * u + gA);
     }
   }
   for (int n = 0; n < p.N; ++n) p.dinitial[state(p, b, n) + c] = g[n];
 }
 
-// ---------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 // 2. Parallel over the sequence.
 //
-// A token maps the state h to a h + b with a = exp(delta A), b = delta u B. Two tokens in a row are again
-// such a map,   (a1, b1) then (a2, b2)  =  (a1 a2, a2 b1 + b2),   and this joining is associative: pairs may
-// be joined in any grouping as long as they stay in order. So a long sequence is cut into segments; each is
-// reduced to one pair by itself, in parallel, and only these pairs are joined one after the other. Eight
-// tokens, four segments:
+// A token maps the state h to a h + b with a = exp(delta A), b = delta u B. Two tokens in a row are
+// again such a map,   (a1, b1) then (a2, b2)  =  (a1 a2, a2 b1 + b2),   and this joining is
+// associative: pairs may be joined in any grouping as long as they stay in order. So a long
+// sequence is cut into segments; each is reduced to one pair by itself, in parallel, and only these
+// pairs are joined one after the other. Eight tokens, four segments:
 //
 //     tokens     (a,b)0 (a,b)1 | (a,b)2 (a,b)3 | (a,b)4 (a,b)5 | (a,b)6 (a,b)7
-//     1. reduce      P0,H0     |     P1,H1     |     P2,H2     |     P3,H3       from h = 0; the first from
-//     2. join                  | H0            | P1 H0 + H1    | P2 (..) + H2    the state before it
-//     3. replay    h0     h1   |   h2     h3   |   h4     h5   |   h6     h7     from its true start
+//     1. reduce      P0,H0     |     P1,H1     |     P2,H2     |     P3,H3       from h = 0 (*)
+//     2. join                  | H0            | P1 H0 + H1    | P2 (..) + H2
+//     3. replay    h0     h1   |   h2     h3   |   h4     h5   |   h6     h7     from the start
 //
-// Steps 1 and 3 touch each token once, step 2 one pair per segment: the work is proportional to L. The
-// exponentials of step 1 stay in registers for step 3, since nvcc unrolls all loops of constant length.
+// (*) The first segment starts from the state before it.
 //
-// A block takes CHANNELS neighbouring channels of one batch element through the sequence, in chunks of
-// SEGMENTS x TOKENS tokens. A warp takes a segment, a lane of it one channel: what a warp reads of u, delta
-// and dy is contiguous, and B_t[n], C_t[n] are one address for all its lanes. The states n come one after the
-// other; the pairs of n and n + 1 are in different buffers, so each n needs a single __syncthreads.
+// Steps 1 and 3 touch each token once, step 2 one pair per segment: the work is proportional to L.
+// The exponentials of step 1 stay in registers for step 3, since nvcc unrolls all loops of constant
+// length.
 //
-// Backward takes the chunks from last to first with the same steps in both directions: the states forwards,
-// from the one saved before each chunk, their gradients g backwards.
+// A block takes CHANNELS neighbouring channels of one batch element through the sequence, in chunks
+// of SEGMENTS x TOKENS tokens. A warp takes a segment, a lane of it one channel: what a warp reads
+// of u, delta and dy is contiguous, and B_t[n], C_t[n] are one address for all its lanes. The
+// states n come one after the other; the pairs of n and n + 1 are in different buffers, so each n
+// needs a single __syncthreads.
+//
+// Backward takes the chunks from last to first with the same steps in both directions: the states
+// forwards, from the one saved before each chunk, their gradients g backwards.
 
-constexpr int TOKENS = 8, SEGMENTS = CHUNK / TOKENS, CHANNELS = 32, THREADS = SEGMENTS * CHANNELS;
+constexpr int SEGMENTS = CUDA_PARTS, TOKENS = CHUNK / SEGMENTS;
+constexpr int CHANNELS = CUDA_CHANNELS, THREADS = SEGMENTS * CHANNELS;
 
 struct Shared {  // 16 KiB: every card has as much for a block
   float2 pairs[2][SEGMENTS][CHANNELS];    // (P, H)
@@ -138,7 +151,7 @@ struct Place {  // of a thread
   int64_t b = blockIdx.x, c = blockIdx.y * CHANNELS + lane;
   bool exists;    // is there such a channel? If not, c is the last one: read once more, not written
   int64_t row;    // the segment's first token
-  int count = 0;  // how many there are: TOKENS, fewer at the end of the sequence, none (or less) past it
+  int count = 0;  // its tokens: TOKENS, fewer at the end of the sequence, none (or less) past it
   __device__ Place(const Scan& p) : exists(c < p.d_inner) { c = min(c, p.d_inner - 1); }
   __device__ void enter(const Scan& p, int64_t chunk) {
     const int64_t t = chunk * CHUNK + segment * TOKENS;
@@ -147,23 +160,26 @@ struct Place {  // of a thread
   }
 };
 
-// This thread's tokens of u, delta or dy; zeros past the end: a = 1 and b = 0 leave the state as it is.
+// This thread's tokens of u, delta or dy; zeros past the end: a = 1 and b = 0 leave the state as it
+// is.
 template <typename Io>
 __device__ void read_tokens(float (&to)[TOKENS], const void* from, const Scan& p, const Place& at) {
   for (int i = 0; i < TOKENS; ++i)
     to[i] = i < at.count ? read<Io>(from, (at.row + i) * p.d_inner + at.c) : 0.f;
 }
-// B[n] or C[n] of these tokens. Past the end the last one once more: what is multiplied by it is zero.
+// B[n] or C[n] of these tokens. Past the end the last one once more: what is multiplied by it is
+// zero.
 template <typename Io>
-__device__ void read_column(float (&to)[TOKENS], const void* from, int64_t stride, int n, const Place& at) {
-  for (int i = 0; i < TOKENS; ++i) to[i] = read<Io>(from, (at.row + min(i, at.count - 1)) * stride + n);
+__device__ void read_column(float (&to)[TOKENS], const void* from, int64_t N, int n,
+                            const Place& at) {
+  for (int i = 0; i < TOKENS; ++i) to[i] = read<Io>(from, (at.row + min(i, at.count - 1)) * N + n);
 }
 
 template <typename Io>
 __global__ void __launch_bounds__(THREADS) forward(Scan p) {
   Shared& shared = *reinterpret_cast<Shared*>(shared_memory);
   Place at(p);
-  const float D = p.D ? p.D[at.c] : 0.f;
+  const float D = p.D[at.c];
 
   for (int n = at.segment; n < p.N; n += SEGMENTS)
     shared.carry[n][at.lane] = state_before(p, at.b, 0, n, at.c);
@@ -181,7 +197,7 @@ __global__ void __launch_bounds__(THREADS) forward(Scan p) {
       if (chunk > 0 && at.segment == 0 && at.exists) p.starts[start(p, at.b, chunk, n) + at.c] = h;
       if (at.count > 0) {  // 1. reduce
         const float A = p.A[n * p.d_inner + at.c];
-        read_column<Io>(B, p.B, p.B_stride, n, at);
+        read_column<Io>(B, p.B, p.N, n, at);
         for (int i = 0; i < TOKENS; ++i) {
           a[i] = __expf(delta[i] * A);
           P *= a[i];
@@ -194,7 +210,7 @@ __global__ void __launch_bounds__(THREADS) forward(Scan p) {
         if (s < at.segment) start_h = pairs[s][at.lane].x * start_h + pairs[s][at.lane].y;
       h = start_h;
       if (at.count > 0) {  // 3. replay
-        read_column<Io>(C, p.C, p.C_stride, n, at);
+        read_column<Io>(C, p.C, p.N, n, at);
         for (int i = 0; i < TOKENS; ++i) {
           h = a[i] * h + x[i] * B[i];
           y[i] += C[i] * h;
@@ -210,9 +226,9 @@ __global__ void __launch_bounds__(THREADS) forward(Scan p) {
     if (at.exists) p.final_state[state(p, at.b, n) + at.c] = shared.carry[n][at.lane];
 }
 
-// v[k] summed over the warp, for all 16 k at once: lanes k and k + 16 get the sum of v[k]. Each round hands
-// half of what is left to another lane and adds what comes from there: 16 shuffles, where 16 separate sums
-// take 80.
+// v[k] summed over the warp, for all 16 k at once: lanes k and k + 16 get the sum of v[k]. Each
+// round hands half of what is left to another lane and adds what comes from there: 16 shuffles,
+// where 16 separate sums take 80.
 __device__ float sums(float (&v)[2 * TOKENS], int lane) {
   for (int s = TOKENS; s > 0; s /= 2)
     for (int k = 0; k < s; ++k) {
@@ -226,11 +242,11 @@ template <typename Io>
 __global__ void __launch_bounds__(THREADS, 2) backward(Scan p) {
   Shared& shared = *reinterpret_cast<Shared*>(shared_memory);
   Place at(p);
-  const float D = p.D ? p.D[at.c] : 0.f;
+  const float D = p.D[at.c];
   float dD = 0.f;
 
   for (int n = at.segment; n < p.N; n += SEGMENTS)
-    shared.carry[n][at.lane] = p.dfinal ? p.dfinal[state(p, at.b, n) + at.c] : 0.f;
+    shared.carry[n][at.lane] = p.dfinal[state(p, at.b, n) + at.c];
   for (int64_t chunk = (p.L - 1) / CHUNK; chunk >= 0; --chunk) {
     __syncthreads();
     at.enter(p, chunk);
@@ -247,8 +263,8 @@ __global__ void __launch_bounds__(THREADS, 2) backward(Scan p) {
       float start_h = at.segment == 0 ? state_before(p, at.b, chunk, n, at.c) : 0.f, h = start_h;
       float end_g = at.segment == SEGMENTS - 1 ? shared.carry[n][at.lane] : 0.f, g = end_g;
       if (at.count > 0) {  // 1. reduce, in both directions
-        read_column<Io>(B, p.B, p.B_stride, n, at);
-        read_column<Io>(C, p.C, p.C_stride, n, at);
+        read_column<Io>(B, p.B, p.N, n, at);
+        read_column<Io>(C, p.C, p.N, n, at);
         for (int i = 0; i < TOKENS; ++i) {
           a[i] = __expf(delta[i] * A);
           P *= a[i];
@@ -281,7 +297,8 @@ __global__ void __launch_bounds__(THREADS, 2) backward(Scan p) {
           dA += decay * delta[i];
         }
         if (at.exists) p.dA[((at.b * SEGMENTS + at.segment) * p.N + n) * p.d_inner + at.c] += dA;
-        const float sum = sums(v, at.lane);  // lanes 0..7 have dB of the segment's tokens, lanes 8..15 dC
+        // Lanes 0..7 have dB of the segment's tokens, lanes 8..15 dC.
+        const float sum = sums(v, at.lane);
         const int64_t row = blockIdx.y * p.batch * p.L + at.row + at.lane % TOKENS;
         float* const to = at.lane < TOKENS ? p.dB : p.dC;
         if (at.lane < 2 * TOKENS && at.lane % TOKENS < at.count) to[row * p.N + n] = sum;
@@ -315,9 +332,16 @@ int launch(void (*fp32)(Scan), void (*bf16)(Scan), int threads, const Scan& p, v
 }  // namespace
 
 extern "C" {
-const int scan_parts = SEGMENTS, scan_channels = CHANNELS, scan_takes_bf16 = 1;
-int scan_forward(const Scan& p, void* s) { return launch(forward<float>, forward<Bf16>, THREADS, p, s); }
-int scan_backward(const Scan& p, void* s) { return launch(backward<float>, backward<Bf16>, THREADS, p, s); }
-int plain_forward(const Scan& p, void* s) { return launch(walk<float>, walk<Bf16>, 32, p, s); }
-int plain_backward(const Scan& p, void* s) { return launch(walk_back<float>, walk_back<Bf16>, 32, p, s); }
+int scan_forward(const Scan& p, void* stream) {
+  return launch(forward<float>, forward<Bf16>, THREADS, p, stream);
+}
+int scan_backward(const Scan& p, void* stream) {
+  return launch(backward<float>, backward<Bf16>, THREADS, p, stream);
+}
+int plain_forward(const Scan& p, void* stream) {
+  return launch(walk<float>, walk<Bf16>, 32, p, stream);
+}
+int plain_backward(const Scan& p, void* stream) {
+  return launch(walk_back<float>, walk_back<Bf16>, 32, p, stream);
+}
 }
