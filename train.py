@@ -159,7 +159,7 @@ class Options:
     eval_batch: int = constant(500, 'samples generated at a time', low=1)
     checkpoint_seconds: int = constant(30, 'time between two checkpoints')
     workers: int = constant(0, 'processes that make batches; 0: this one (right for a CPU)')
-    compile: bool = constant(False, 'train and generate through torch.compile, for a GPU')
+    compile: bool = constant(False, 'train through torch.compile, for a GPU')
     show: int = constant(0, 'print so many samples of every run, at most 3', high=3)
 
 
@@ -228,8 +228,6 @@ def train(run, path, options, device):
     peaks = [group['lr'] for group in optimizer.param_groups]
     step, seconds, log = resume(path / 'checkpoint.pt', run, model, optimizer)
     forward = torch.compile(model) if options.compile else model
-    if options.compile:
-        model.step = torch.compile(model.step)
 
     # No prompt of the two held-out sets ever occurs in training. `watched` is for looking at the
     # run.
@@ -571,8 +569,10 @@ def read_result(path):
     version."""
     try:
         result = json.loads(path.read_text(encoding='utf-8'))
-        table({path.parent.name: result}), rank(result), result['examples'][0]['written']
-        return result                                   # (it has what is needed)
+        table({path.parent.name: result}), rank(result)     # (fail if something is missing)
+        for example in result['examples']:
+            ' '.join([example[name] for name in ('prompt', 'expected', 'written')])
+        return result
     except Exception as error:
         raise UserError(f'{path} cannot be read ({type(error).__name__}): damaged, or of another '
                         'version; delete it to start over, or choose another --out')
@@ -1070,6 +1070,8 @@ def parse(argv, program='train.py', presets=PRESETS):
         if name in RENAMED:
             raise UserError(f'{name} is now {RENAMED[name]}')
     given = vars(parser.parse_args(argv))
+    if [] in given.values():                                # (argparse makes this of `--lr=--`)
+        refuse('a value is missing')
     texts = {f.name: given.pop(f.name) for f in fields(Run) if f.name in given}
     options = Options()
     for f in fields(Options):
@@ -1131,9 +1133,9 @@ def runs_of_preset(preset, texts={}):
         of_line, _, _ = parse(line.split())
         if 'arch' in of_line and 'arch' in texts:           # (each line has its own learning rate)
             archs = of_line['arch'].split(',')
-            of_line['arch'] = ','.join([arch for arch in texts['arch'].split(',') if arch in archs])
-            if of_line['arch']:
-                runs += all_runs(texts | of_line)
+            both = [arch for arch in texts['arch'].split(',') if arch in archs]
+            if both:
+                runs += all_runs(of_line | texts | dict(arch=','.join(both)))
         else:
             runs += all_runs(of_line | texts)
     return runs
