@@ -20,7 +20,7 @@
 
 namespace {
 
-constexpr int LANES = __BIGGEST_ALIGNMENT__ / 4;  // floats in a register: 8 with AVX, 4 without
+constexpr int LANES = __BIGGEST_ALIGNMENT__ / 4;  // floats in a register: 16 with AVX-512
 typedef float V __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef int I __attribute__((vector_size(LANES * 4)));  // arithmetic goes element by element
 
