@@ -1,545 +1,598 @@
-"""The figures, drawn from what train.py, models.py and eval_hotpot.py wrote. Knows results, no models.
+"""The figures, drawn from the records of runs. Knows results, no models.
 
-  python plot.py                              out/**/result.json ... -> figures/*.png, *.pdf and walk.gif
-  python plot.py --out=results --figures=figures
+  python plot.py                             all of results/ -> figures/*.png and walk.gif
+  python plot.py --out=out --figures=mine    what is below another folder, to another folder
+  python plot.py --out=results/paper.jsonl   one experiment
 
-Each function takes all that was found (a dict of lists, see load) and yields a name and a figure for each
-picture that there are results for. Colours are Okabe and Ito's, safe for the colour-blind. Points stand where
-they belong: lines differ in width and markers in size, so that three lines at 100% can be told apart.
-"""
-import os
-import signal
+A *record* is what train.py writes of a run, a dict: its constants, what was measured, its log and
+some examples. It is a line of results/EXPERIMENT.jsonl, or a file of its own, out/NAME/result.json.
 
-if __name__ == '__main__':      # before the imports that take seconds: Ctrl-C is one line at any moment
-    line = b'\nplot.py: interrupted, run the same command again\n'
-    signal.signal(signal.SIGINT, lambda *_: (os.write(2, line), os._exit(130)))
-
-import itertools
+Each figure is one function. It takes all that was found (see load) and yields a name and a figure
+if there is something to draw. A picture compares runs that differ in nothing but what it shows; a
+line names the others. A point is a mean over seeds, and its bar goes from the smallest to the
+largest. The colours are Okabe and Ito's, safe for the colour-blind. Lines differ in width and
+markers, so that three lines at 100% can be told apart. """
+import argparse
+import json
 import math
+import os
 import re
 import sys
 import textwrap
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 
+os.environ['MPLBACKEND'] = 'Agg'        # before the import: draw to files, in a notebook, too
+
 import matplotlib
-matplotlib.use('Agg')                       # to files, also where there is no screen
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.patches import FancyArrowPatch, Rectangle
-from matplotlib.ticker import LogLocator, NullLocator
-from PIL import Image
+from matplotlib.animation import PillowWriter
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import NullLocator
 
 import data
-from train import PRESETS, RESULT, SAMPLE, UserError, cli, parse, rank, read_json
+
+LOOKS = {
+    'transformer': dict(label='Transformer', color='#0072B2', marker='s', markersize=8,
+                        linewidth=3.5),
+    'hybrid': dict(label='hybrid', color='#009E73', marker='^', markersize=6, linewidth=2),
+    'mamba': dict(label='RNN (Mamba)', color='#D55E00', marker='o', markersize=3.5, linewidth=0.9),
+    'deltanet': dict(label='RNN (DeltaNet)', color='#CC79A7', marker='D', markersize=4,
+                     linewidth=1.2),
+    'gru': dict(label='RNN (GRU)', color='#E69F00', marker='v', markersize=4, linewidth=1.2),
+}
+RED, YELLOW, GREY = '#C00000', '#F0E442', '#999999'
+SETUPS = {'direct': 'answer at once', 'cot': 'chain of thought', 'retrieval': 'with a retriever'}
+PRIMITIVES = {'index': 'index', 'recall': 'associative recall', 'cgram': 'c-gram retrieval',
+              'counting': 'counting'}
+ORDER = [*LOOKS, *SETUPS, *PRIMITIVES]                          # of lines and panels
+
+# Constants of a run: what makes a kind of model, what all kinds in a picture must share, and what
+# each kind may choose.
+MODEL = ('arch', 'd_state')
+SHARED = ('layers', 'distribution', 'frozen_embedding', 'samples', 'batch_size', 'order', 'join',
+          'mix', 'mix_largest', 'grad_clip', 'dtype')
+OWN = ('lr', 'warmup')
+
+STYLE = {
+    'font.size': 9,
+    'axes.titlesize': 9,
+    'figure.titlesize': 10,
+    'errorbar.capsize': 2,
+    'axes.spines.top': False,
+    'axes.spines.right': False,
+    'savefig.dpi': 200,
+    'savefig.bbox': 'tight',
+    'legend.frameon': False,
+    'hatch.linewidth': 0.6,
+}
 
 
-@dataclass
-class Constants:
-    out: str = 'out'                        # folder of the results, searched with all its subfolders
-    figures: str = 'figures'                # folder of the pictures
+# --- which records go into a picture --------------------------------------------------------------
 
-
-LOOKS = {'transformer': dict(label='Transformer', color='#0072B2', marker='s', markersize=8, linewidth=3.5),
-         'hybrid': dict(label='hybrid', color='#009E73', marker='^', markersize=6, linewidth=2),
-         'mamba': dict(label='RNN (Mamba)', color='#D55E00', marker='o', markersize=3.5, linewidth=0.9)}
-HATCHES = {'hybrid': '...', 'mamba': '///'}
-RED, PINK, YELLOW, GREY = '#C00000', '#FFB0B0', '#F0E442', '#999999'
-NAMES = {'istree': 'IsTree', 'index': 'index', 'recall': 'associative recall', 'cgram': 'c-gram retrieval',
-         'counting': 'counting', 'hotpot': 'two-hop questions', 'direct': 'answer at once',
-         'cot': 'chain of thought', 'retrieval': 'with a retriever'} | {a: LOOKS[a]['label'] for a in LOOKS}
-CELL = ('task', 'arch', 'setup', 'size', 'n_nodes', 'seed')
-CONSTANTS = ('distribution', 'd_state', 'frozen_embedding', 'samples', 'batch_size', 'curriculum',
-             'grad_clip', 'dtype')
-
-plt.rcParams |= {'font.size': 9, 'axes.spines.top': False, 'axes.spines.right': False, 'savefig.dpi': 200,
-                 'savefig.bbox': 'tight', 'legend.frameon': False, 'pdf.fonttype': 42, 'hatch.linewidth': 0.6}
-
-
-# --- what the figures share ------------------------------------------------------------------------------
-
-def where(results, **wanted):
-    """The results with these values."""
-    return [r for r in results if all(r.get(name) == value for name, value in wanted.items())]
-
-
-def groups(results, *names):
-    """[(values of these names, the results with them)], in the order of NAMES, else sorted."""
-    found, known = [((), results)], [*NAMES]
-    order = lambda value: (known.index(value), 0) if value in known else (len(known), value)
-    for name in names:
-        found = [((*key, value), where(rows, **{name: value}))
-                 for key, rows in found for value in sorted({r[name] for r in rows}, key=order)]
+def where(records, **wanted):
+    """The records with these values."""
+    found = records
+    for name, value in wanted.items():
+        found = [r for r in found if r.get(name) == value]
     return found
 
 
-def alike(found, but=(), **wanted):
-    """The results with these values that may be compared: no sweep's, none of other layers, and of those that
-    differ in more than a figure shows, for each setup and size, the largest group with the same constants
-    (except `but`)."""
-    results = [r for r in where(found['results'], **wanted) if not r.get('tuning') and not r.get('layers')]
-    shared = [name for name in CONSTANTS if name not in but]
-    for within, names in (((), shared), (('arch',), ['lr', 'warmup'])):
-        constants = lambda r: tuple(r.get(name) for name in names)
-        best = [(rows, Counter(map(constants, rows)).most_common(1)[0][0])
-                for _, rows in groups(results, 'task', 'setup', 'size', *within)]
-        results = [r for rows, commonest in best for r in rows if constants(r) == commonest]
-    return results
+def rank(item):
+    """For sorting groups: what ORDER names comes first, in that order."""
+    key, _ = item
+    return [(ORDER.index(value), 0) if value in ORDER else (len(ORDER), value) for value in key]
 
+
+def groups(records, *names):
+    """[(values of these names, the records with these values)], sorted by the values."""
+    found = {}
+    for r in records:
+        key = tuple(r[name] for name in names)
+        found.setdefault(key, []).append(r)
+    return sorted(found.items(), key=rank)
+
+
+def largest_group(records, names):
+    """The records with the commonest values of these names; what several tasks share comes
+    first."""
+    found = [same for _, same in groups(records, *names)]
+    return max(found, key=lambda same: (len({r['task'] for r in same}), len(same)), default=[])
+
+
+def comparable(records, figure, *one):
+    """The records that may stand in one picture: of those with the same values of the names `one`,
+    the most; of these, for each task and setup, the largest group that shares its constants. A line
+    names the others."""
+    records = where(records, tuning=False)
+    drawn = []
+    for _, same in groups(largest_group(records, one), 'task', 'setup', 'size'):
+        for _, kind in groups(largest_group(same, SHARED), *MODEL):
+            drawn += largest_group(kind, OWN)
+    others = [r for r in records if not any(r is other for other in drawn)]
+    differ = [name for name in (*one, *SHARED, *OWN)
+              if {r[name] for r in others} - {r[name] for r in drawn}]
+    if others:
+        sources = ', '.join(sorted({r['source'] for r in others}))
+        print(f'{figure}: runs with another {", ".join(differ)} are not drawn ({sources})')
+    return drawn
+
+
+def istree(found):
+    """The runs of IsTree, but for those that mix n of one's choice (see frontier)."""
+    return where(found['records'], task='istree', mix='')
+
+
+def lengths(records):
+    """A record for each n on which the runs were evaluated."""
+    return [r | row for r in records for row in r['by_length']]
+
+
+# --- what the figures share -----------------------------------------------------------------------
 
 def look(arch):
-    return LOOKS.get(arch, dict(label=arch, color='black', marker='D', markersize=5, linewidth=1.5))
+    return dict(LOOKS.get(arch, dict(label=arch, color='black', marker='D')))
 
 
-def curve(axes, results, x, **style):
-    """Accuracy in percent against the value x of the results, mean over seeds; error bars: standard error,
-    between seeds if there are several, else binomial."""
-    points = []
-    for (value,), rows in groups(results, x):
-        accuracy = [100 * r['accuracy'] for r in rows]
-        error = np.std(accuracy, ddof=1) / len(rows) ** 0.5 if len(rows) > 1 else 100 * rows[0]['accuracy_se']
-        points.append((value, np.mean(accuracy), error))
-    axes.errorbar(*zip(*points), capsize=2, **style)
+def kinds(records):
+    """[(look, records)] for each kind of model. Of an architecture with several d_state, the
+    commonest has a full line and the others have dashed ones."""
+    found = []
+    for (arch,), same in groups(records, 'arch'):
+        usual = largest_group(same, MODEL)
+        for (d_state,), rows in groups(same, 'd_state'):
+            style = look(arch)
+            if d_state != usual[0]['d_state']:
+                style['label'] += f', d_state {d_state}'
+                style |= dict(linestyle='--', fillstyle='none')
+            found.append((style, rows))
+    return found
 
 
-def panels(found, width=2.7, columns=4):
-    """A figure with a panel of percents for each group, at most `columns` side by side, and (panel, key,
-    rows)."""
-    columns = min(columns, len(found))
-    rows = -(-len(found) // columns)
-    size = width * columns, 2.8 * rows
-    figure, axes = plt.subplots(rows, columns, figsize=size, sharey=True, squeeze=False)
-    axes[0, 0].set_ylim(0, 105)
-    for panel in axes[:, 0]:
-        panel.set_ylabel('accuracy (%)')
-    for panel in axes.flat[len(found):]:
-        panel.set_axis_off()
-    for panel, (key, _) in zip(axes.flat, found):
-        words = [f'n={part}' if isinstance(part, int) else NAMES.get(part, part) for part in key]
-        title = ', '.join(words)
-        panel.set_title(title if len(title) < 32 else title.replace(', ', ',\n', 1), fontsize=9)
-    return figure, [(panel, key, rows) for panel, (key, rows) in zip(axes.flat, found)]
+def spread(percents):
+    """Mean, and how far the smallest and the largest are from it."""
+    mean = np.mean(percents)
+    return mean, mean - min(percents), max(percents) - mean
 
 
-def finish(figure, unfinished=(), note=''):
-    """The legend of all panels that have none of their own, each label once, at the right; a note and the
-    unfinished cells below."""
-    labels = {text: handle for axes in figure.axes if not axes.get_legend()
-              for handle, text in zip(*axes.get_legend_handles_labels())}
+def curve(panel, records, x, y, **style):
+    """The percents y of records against x."""
+    at, points = [], []
+    for (value,), rows in groups(records, x):
+        at.append(value)
+        points.append(spread([100 * r[y] for r in rows]))
+    means, below, above = zip(*points)
+    panel.errorbar(at, means, (below, above), **style)
+
+
+def bars(panel, series, x, y):
+    """Bars side by side. series: [(look, records)]; the percents y of the records against their
+    x."""
+    labels = list(dict.fromkeys(r[x] for r in series[0][1]))
+    width = 0.8 / len(series)
+    for i, (style, rows) in enumerate(series):
+        at = np.arange(len(labels)) + width * (i - (len(series) - 1) / 2)
+        points = [spread([100 * r[y] for r in where(rows, **{x: label})]) for label in labels]
+        means, below, above = zip(*points)
+        hatch = '////' if 'fillstyle' in style else None
+        drawn = panel.bar(at, means, 0.9 * width, yerr=(below, above), edgecolor='white',
+                          color=style['color'], label=style['label'], hatch=hatch)
+        panel.bar_label(drawn, [f'{mean:.1f}' for mean in means], fontsize=6)
+    panel.set_xticks(range(len(labels)), labels, fontsize=8)
+
+
+def panels(titles, ylabel, width=2.7):
+    """A figure with a panel of percents for each title, side by side, and the panels."""
+    figure, axes = plt.subplots(1, len(titles), figsize=(width * len(titles), 2.8), squeeze=False)
+    for panel, title in zip(axes[0], titles):
+        panel.set_title(title)
+        panel.set(ylim=(0, 105))
+    axes[0, 0].set(ylabel=ylabel)
+    return figure, axes[0]
+
+
+def by_setup(records, ylabel):
+    """A figure with a panel for each setup, and [(panel, records)]."""
+    found = groups(records, 'setup')
+    figure, axes = panels([SETUPS[setup] for (setup,), _ in found], ylabel)
+    for panel, ((setup,), _) in zip(axes, found):
+        if setup == 'direct':
+            panel.axhline(50, linestyle=':', color=GREY, label='a guess of the answer')
+    return figure, [(panel, rows) for panel, (_, rows) in zip(axes, found)]
+
+
+def name_of(figure, r):
+    """The name of a picture."""
+    return f'{figure}-{r["size"]}-n{r["n"]}'
+
+
+def who(setup, arch):
+    """A model in words."""
+    return f'{look(arch)["label"]}, {SETUPS[setup]}'
+
+
+def finish(figure, title, note=''):
+    """A sentence above, a note below and, at the right, the legend of all panels, each label
+    once."""
+    labels = {}
+    for panel in figure.axes:
+        for handle, label in zip(*panel.get_legend_handles_labels()):
+            labels[label] = handle
     figure.tight_layout()
     figure.legend(labels.values(), labels.keys(), loc='center left', bbox_to_anchor=(1, 0.5))
-    names = ['{task} {arch} {setup} {size} n={n_nodes} seed {seed}'.format(**c) for c in unfinished]
-    if names:
-        note += f'not finished: {", ".join(names[:6])}'
-        note += f' and {len(names) - 6} more' if len(names) > 6 else ''
+    figure.suptitle(title, y=1.07)
     figure.text(0.01, -0.02, note, fontsize=7, color='grey', va='top')
     return figure
 
 
 def log_axis(panel, rows, x, label):
     """A logarithmic x-axis, with ticks exactly where there are points."""
-    ticks = [value for (value,), _ in groups(rows, x)]
+    ticks = sorted({r[x] for r in rows})
     panel.set(xscale='log', xlabel=label)
-    panel.set_xticks(ticks, [f'{tick:g}' for tick in ticks])
+    panel.set_xticks(ticks, ticks)
     panel.xaxis.set_minor_locator(NullLocator())
 
 
-def chance(panel, rows, x=None):
-    """The accuracy of a guess and, where that is another, of the best guess that looks nothing up."""
-    for name, text, line in (('chance', 'chance', ':'), ('best_guess', 'best guess without look-up', '--')):
-        points = [(value, 100 * r[name]) for (value,), (r, *_) in groups(rows, x) if name in r] if x else []
-        if points:
-            panel.plot(*zip(*points), line, color=GREY, label=text)
-        elif name in rows[0]:
-            panel.axhline(100 * rows[0][name], linestyle=line, color=GREY, label=text)
+def best_guess(panel, rows):
+    """A dashed line: what the best guess that looks nothing up gets right."""
+    points = [(n, 100 * same[0]['chance']) for (n,), same in groups(rows, 'n')]
+    panel.plot(*zip(*points), '--', color=GREY, label='best guess without look-up')
 
 
-# --- accuracies ------------------------------------------------------------------------------------------
-
-def accuracy(found):
-    """The paper's main figure: accuracy on IsTree against n, a panel for each setup, a line for each
-    architecture (and d_state, if run for about as many cells as the commonest), a picture for each size."""
-    for (size,), results in groups(alike(found, ['d_state'], task='istree'), 'size'):
-        figure, parts = panels(groups(results, 'setup'))
-        for panel, _, rows in parts:
-            chance(panel, rows)
-            for (arch,), line in groups(rows, 'arch'):
-                states = Counter(r['d_state'] for r in line)
-                main, *others = [d for d, count in states.most_common() if 2 * count > max(states.values())]
-                curve(panel, where(line, d_state=main), 'n_nodes', **look(arch))
-                for d in others:
-                    curve(panel, where(line, d_state=d), 'n_nodes', **look(arch) | dict(
-                        label=f'{look(arch)["label"]}, d_state {d} instead of {main}', linestyle='--'))
-            log_axis(panel, rows, 'n_nodes', 'n, nodes of the graph')
-        yield f'accuracy-{size}', finish(figure, where(found['unfinished'], task='istree', size=size))
+def shade(i, count):
+    """The look of the i-th of so many sizes."""
+    colour = plt.get_cmap('viridis')(0.92 * i / max(1, count - 1))
+    return dict(color=colour, marker='osD^v'[i % 5], markersize=4, linewidth=1.3)
 
 
-def sizes(found):
-    """The paper's grid: accuracy on IsTree against n, a panel for each setup and architecture, a line for
-    each size, dashed where the constants were swept. Runs that were given fewer samples than the paper's say
-    how many."""
-    results = [r | dict(constants=constants)                    # gradient clipping tells them apart
-               for constants, clip in (("the paper's constants", 0), ('swept', 1))
-               for r in alike(found, ['samples'], task='istree', frozen_embedding=True, grad_clip=clip)]
-    if not results:
+# --- IsTree: who writes the right trace -----------------------------------------------------------
+
+def exact(found):
+    """The main figure: exact traces against n, a panel for each setup, a line for each kind of
+    model."""
+    records = comparable(istree(found), 'exact', 'size')
+    if not records:
         return
-    names = [size for (size,), _ in groups(results, 'size')]
-    figure, parts = panels(groups(results, 'setup', 'arch'), columns=3)
-    for panel, _, rows in parts:
-        chance(panel, rows)
-        for (size, constants), line in groups(rows, 'size', 'constants'):
-            style = dict(linestyle='--', fillstyle='none') if constants == 'swept' else {}
-            curve(panel, line, 'n_nodes', label=f'{size}, {constants}', **style,
-                  **shade(names.index(size), len(names)))
-            for r in line:
-                if r['samples'] < PRESETS['paper']['samples'][r['setup']]:
-                    panel.annotate(f'{r["samples"] / 1000:g}K', (r['n_nodes'], 100 * r['accuracy']), (2, 4),
-                                   textcoords='offset points', fontsize=7, color='grey')
-        log_axis(panel, results, 'n_nodes', 'n, nodes of the graph')
-        ends = [n for (n,), _ in groups(results, 'n_nodes')]
-        panel.set_xlim(0.9 * ends[0], 1.1 * ends[-1])
-    yield 'sizes', finish(figure)
-
-
-def primitives(found):
-    """The bottleneck in its purest form (paper, section 4): accuracy of the retrieval primitives against the
-    length of the context, a panel for each setup and task. One run has learned all lengths of a line."""
-    several = [r for r in found['results'] if r['task'] in data.PRIMITIVES]
-    for (size, n), results in groups(several, 'size', 'n_nodes'):
-        results = lengths(alike(dict(results=results)))
-        if not results:                                         # (sweeps, other layers)
-            continue
-        figure, parts = panels(groups(results, 'setup', 'task'), columns=len(groups(results, 'task')))
-        for panel, _, rows in parts:
-            for (arch,), line in groups(rows, 'arch'):
-                curve(panel, line, 'n_nodes', **look(arch))
-            chance(panel, rows, 'n_nodes')
-            log_axis(panel, rows, 'n_nodes', 'n, pairs or tokens in the context')
-        unfinished = [c for c in where(found['unfinished'], n_nodes=n) if c['task'] in data.PRIMITIVES]
-        yield f'primitives-{size}-n{n}', finish(figure, unfinished)
-
-
-def chosen(results):
-    """The best result of a sweep, of those with most samples."""
-    return min(results, key=lambda r: (-r['samples'], rank(r)))
-
-
-def sweep(found):
-    """How the constants were found, and who is picky: accuracy against the learning rate, a panel for each
-    task and setup, a line for each architecture and warm-up, each point after its longest run."""
-    swept = [r | dict(name='primitives-' * (r['task'] in data.PRIMITIVES) + r['size'])
-             for r in where(found['results'], tuning=True, layers='')]
-    for (name,), results in groups(swept, 'name'):
-        figure, parts = panels(groups(results, 'task', 'setup', 'n_nodes'))
-        for panel, _, rows in parts:
-            chance(panel, rows)
-            for (arch,), runs in groups(rows, 'arch'):
-                best = chosen(runs)
-                for i, ((warmup,), line) in enumerate(groups(runs, 'warmup')):
-                    longest = [chosen(same) for _, same in groups(line, 'lr')]
-                    style = dict(label=f'{look(arch)["label"]}, warm-up {warmup:.0%}', linewidth=1.3,
-                                 markersize=4, linestyle=['-', (0, (2, 1)), ':'][min(i, 2)])
-                    curve(panel, longest, 'lr', **look(arch) | style)
-                    for r in [r for r in longest if r['samples'] < best['samples']]:
-                        panel.plot(r['lr'], 100 * r['accuracy'], 'kx', zorder=9,
-                                   label='given up after a shorter run')
-                panel.plot(best['lr'], 100 * best['accuracy'], 'o', color=look(arch)['color'], clip_on=False,
-                           fillstyle='none', markersize=13, markeredgewidth=1.8, label='best')
-            log_axis(panel, rows, 'lr', 'learning rate')
-            panel.tick_params(axis='x', labelrotation=60)
-        yield f'sweep-{name}', finish(figure)
+    figure, parts = by_setup(records, 'exact traces (%)')
+    for panel, rows in parts:
+        for style, line in kinds(rows):
+            curve(panel, line, 'n', 'exact', **style)
+        log_axis(panel, rows, 'n', 'n, nodes of the graph')
+    title = 'Is it a tree? An exact trace has every token right, the answer included.'
+    yield f'exact-{records[0]["size"]}', finish(figure, title)
 
 
 def learning(found):
-    """Who learns how fast: accuracy on IsTree against training samples, a panel for each setup, a line for
-    each seed. The last point is the result, on all held-out samples, the others are on 200 of them; there a
-    model that always gives the same answer scores somewhere in the grey band."""
-    all_results = [r for r in alike(found, task='istree') if r['log']]
-    for (size, n), results in groups(all_results, 'size', 'n_nodes'):
-        figure, parts = panels(groups(results, 'setup', 'n_nodes'))
-        for panel, _, rows in parts:
-            chance(panel, rows)
-            panel.axhspan(43, 57, color='#E6E6E6', linewidth=0, label='a guess on 200 samples')        # 95%
-            for r in rows:
-                end = r.get('samples_trained', r['samples'])
-                points = [(line['samples'], line['accuracy']) for line in r['log']
-                          if line['samples'] < 0.99 * end]
-                x, y = zip(*points, (end, r['accuracy']))
-                style = look(r['arch']) | dict(linewidth=1, markersize=3)
-                panel.plot(np.array(x) / 1000, 100 * np.array(y), **style)
-            panel.set_xlabel('thousand samples')
-        yield f'learning-{size}-n{n}', finish(figure)
-
-
-# --- how much a memory holds -------------------------------------------------------------------------------
-
-KINDS = {'M': 'RNN (Mamba)', 'D': 'RNN (DeltaNet)', 'G': 'RNN (GRU)'}
-
-
-def recalls(found):
-    """Associative recall: (name, [(floats carried, results of all seeds), ...]) for each kind of recurrent
-    model that was run with several sizes of memory, and the others with an architecture's own layers."""
-    results = [r for r in where(found['results'], task='recall') if not r.get('tuning')]
-    results = where(results, n_nodes=max([r['n_nodes'] for r in results], default=0))
-    for r in results:
-        r['curriculum'] = r.get('curriculum', 0)
-        letters = {*(r.get('layers') or {'mamba': 'M'}.get(r['arch'], r['arch']))}
-        r['kind'] = KINDS.get(*letters) if len(letters) == 1 and r['setup'] == 'direct' else None
-        r['floats'] = sum(r['memory'].values())
-    kinds = [(kind, [(floats, rows) for (floats,), rows in groups(same, 'floats')])
-             for (kind,), same in groups([r for r in results if r['kind']], 'kind')]
-    several = [(kind, rows) for kind, rows in kinds if len(rows) > 1]
-    return several, [r for r in results if r['kind'] not in dict(several) and not r.get('layers')]
-
-
-def lengths(results):
-    """A result for each length that the runs were evaluated on."""
-    return [r | row | dict(n_nodes=row['n']) for r in results for row in r['by_length']]
-
-
-def shade(i, of):
-    """The look of the i-th of several sizes."""
-    return dict(color=plt.get_cmap('viridis')(0.92 * i / max(1, of - 1)), marker='osD^v'[i % 5], markersize=4,
-                linewidth=1.3)
-
-
-def largest_n(result, accuracy=0.95):
-    """Up to which n a run is that accurate, between two lengths by interpolation over log n; None if it is
-    not even at the smallest, or still is at the largest."""
-    points = [(row['n'], row['accuracy']) for row in result['by_length']]
-    for (n, a), (m, b) in zip(points, points[1:]):
-        if a >= accuracy > b:
-            return n * (m / n) ** ((a - accuracy) / (a - b))
-
-
-def capacity(found):
-    """How much a memory holds: accuracy of associative recall against the number of pairs, a panel for each
-    kind of recurrent model, a line for each size of its memory; and, against that size, the largest n of
-    which 95% is recalled, with the slope of a line through all runs (over logarithms)."""
-    kinds, others = recalls(found)
-    if not kinds:
+    """Who learns how fast: exact traces against training samples, a panel for each setup, a line
+    for each run. Its last point is the result, on all held-out samples."""
+    logged = [r for r in istree(found) if r.get('log')]
+    records = comparable(logged, 'learning', 'size', 'n')
+    if not records:
         return
-    figure, parts = panels([((name,), rows) for name, rows in kinds]
-                           + [(('attention, or a retriever',), others)] * bool(others))
-    for panel, (name,), rows in parts:
-        if name in dict(kinds):
-            for i, (floats, same) in enumerate(rows):
-                curve(panel, lengths(same), 'n_nodes', label=f'{floats:,} floats', **shade(i, len(rows)))
-            rows = [r for _, same in rows for r in same]
-            panel.legend(fontsize=6.5, ncol=3, columnspacing=0.8, handlelength=1.2, loc='upper center',
-                         bbox_to_anchor=(0.5, -0.25))
-        other = groups(rows, 'arch', 'setup', 'curriculum') if name not in dict(kinds) else ()
-        for (arch, setup, curriculum), same in other:
-            style = look(arch)
-            label = style['label'] + f', {NAMES[setup]}' * (setup != 'direct')
-            curve(panel, lengths(same), 'n_nodes', **style | dict(
-                label=label + ', with a curriculum' * (curriculum > 0), linestyle='-:'[curriculum > 0]))
-        chance(panel, lengths(rows), 'n_nodes')
-        log_axis(panel, lengths(rows), 'n_nodes', 'n, pairs in the context')
-    yield 'capacity', finish(figure)
-
-    figure, axes = plt.subplots(figsize=(4, 3.2))
-    for i, (name, rows) in enumerate(kinds):
-        points = [(floats, n) for floats, same in rows for n in map(largest_n, same) if n]
-        if points:
-            floats, largest = np.array(points).T
-            label, colour = name, ['#D55E00', '#0072B2', '#009E73'][i]
-            if len({*floats}) > 1:
-                slope, offset = np.polyfit(np.log(floats), np.log(largest), 1)
-                label += f', slope {slope:.2f}'
-                ends = np.array([floats.min(), floats.max()])
-                axes.plot(ends, np.exp(offset) * ends ** slope, color=colour, linewidth=1)
-            axes.plot(floats, largest, 'osD'[i], color=colour, markersize=5, fillstyle='none', label=label)
-    axes.set(xscale='log', yscale='log', xlabel='floats carried', ylabel='largest n with 95% right')
-    axes.set_xticks([floats for _, rows in kinds for floats, same in rows if any(map(largest_n, same))])
-    axes.set_yticks([row['n'] for row in kinds[0][1][0][1][0]['by_length']])
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter('{x:g}')
-        axis.set_minor_locator(NullLocator())
-    yield 'capacity-law', finish(figure)
-
-
-def best_possible(bits, n, values):
-    """The largest accuracy that anyone, however trained, can reach on average with a message of so many bits
-    about n values, each one of `values` at random, by rate-distortion theory (Cover & Thomas 2006, chapter
-    10): accuracy a takes n (log2(values) - h(a) - (1 - a) log2(values - 1)) bits, with
-    h(a) = -a log2(a) - (1 - a) log2(1 - a)."""
-    def needed(a):
-        wrong = 1 - a
-        h = -sum(p * math.log2(p) for p in (a, wrong) if p > 0)
-        return n * (math.log2(values) - h - wrong * math.log2(values - 1))
-
-    low, high = 1 / values, 1.0
-    if needed(high) <= bits:
-        return 1.0
-    for _ in range(60):
-        low, high = ((low + high) / 2, high) if needed((low + high) / 2) <= bits else (low, (low + high) / 2)
-    return low
-
-
-def bits(found):
-    """The communication game (train.messages): accuracy of recall against the bits of the message that one
-    player sends the other, a panel for each n, a line for each size of the memory; and the theorem's side of
-    it, what is possible with so many bits. One picture for each kind of recurrent model."""
-    for name, rows in recalls(found)[0]:
-        rows = [(floats, [r for r in same if r.get('messages')]) for floats, same in rows]
-        rows = [(floats, same) for floats, same in rows if same]
-        played = sorted({m['n'] for _, same in rows for r in same for m in r['messages']} & {8, 16, 32, 64})
-        if not played:
-            continue
-        figure, parts = panels([((n,), n) for n in played])
-        for panel, _, n in parts:
-            for i, (floats, same) in enumerate(rows):
-                games = [m for r in same for m in r['messages'] if m['n'] == n]
-                points = [(b, 100 * np.mean([m['accuracy'] for m in same]))
-                          for (b,), same in groups(games, 'bits')]
-                panel.plot(*zip(*points), label=f'{floats:,} floats', **shade(i, len(rows)))
-            values = data.numbers_for('recall', rows[0][1][0]['n_nodes'])
-            enough = n * math.log2(values)
-            x = np.geomspace(enough / 30, enough, 100)
-            panel.plot(x, [100 * best_possible(b, n, values) for b in x], color='black',
-                       label='what is possible (theorem)')
-            panel.axvline(enough, color='black', linestyle=':', label='all n values: $H = n\\,\\log_2 |V|$')
-            panel.set(xscale='log', xlabel='bits of the message')
-        yield f'bits-{re.sub("[^a-z]", "", name.lower().removeprefix("rnn"))}', finish(figure)
-
-
-# --- what it costs, what goes wrong ------------------------------------------------------------------------
-
-def memory(found):
-    """The claim itself: accuracy on IsTree with chain of thought, and what a model carries from token to
-    token at the end of the prompt, in floats."""
-    all_results = [r for r in alike(found, ['d_state'], task='istree', setup='cot') if r.get('memory')]
-    for (size, n), results in groups(all_results, 'size', 'n_nodes'):
-        rows = groups(results, 'arch', 'd_state')
-        if len(rows) < 4:
-            continue
-        figure, (right, bars) = plt.subplots(1, 2, figsize=(7.5, 0.9 + 0.3 * len(rows)), sharey=True)
-        for y, ((arch, _), group) in enumerate(rows):
-            percent, left = np.mean([100 * r['accuracy'] for r in group]), 0
-            right.plot(percent, y, 'o', color=look(arch)['color'])
-            right.text(percent - 3, y, f'{percent:.0f}', ha='right', va='center', fontsize=8)
-            for part, name, colour, hatch in (('state', 'scan state', '#D55E00', ''),
-                                              ('cache', 'KV cache', '#0072B2', '...'),
-                                              ('window', 'convolution window', '#E69F00', '///')):
-                floats = group[0]['memory'].get(part, 0)
-                bars.barh(y, floats, 0.7, left, color=colour, hatch=hatch, edgecolor='white', label=name)
-                left += floats
-            bars.text(left, y, f' {left:,.0f}', va='center', fontsize=8)
-        right.axvline(50, linestyle=':', color=GREY, label='chance')
-        right.set_yticks(range(len(rows)), [NAMES.get(arch, arch) + f', d_state {d}' * (arch != 'transformer')
-                                            for (arch, d), _ in rows])
-        right.set(xlim=(0, 105), ylim=(len(rows) - 0.5, -0.5), xlabel='accuracy (%)')
-        bars.set_xlabel('floats carried at the end of the prompt')
-        figure.suptitle(f'IsTree, n={n}, chain of thought', fontsize=9)
-        yield f'memory-{size}-n{n}', finish(figure)
+    figure, parts = by_setup(records, 'exact traces (%)')
+    for panel, rows in parts:
+        for style, line in kinds(rows):
+            style |= dict(linewidth=1, markersize=3)
+            for r in line:
+                points = [*r['log'], dict(samples=r['samples_trained'], exact=r['exact'])]
+                thousands = [p['samples'] / 1000 for p in points]
+                panel.plot(thousands, [100 * p['exact'] for p in points], **style)
+        panel.set_xlabel('thousand samples')
+    r = records[0]
+    title = f'IsTree, n={r["n"]}: each line is a run, watched on 200 held-out samples.'
+    yield name_of('learning', r), finish(figure, title)
 
 
 def errors(found):
-    """Where it goes wrong: share of wrong tokens of each kind, all tokens before them given: in-context
-    retrieval (the next neighbour) against bookkeeping. A setup in which no model errs in 1% of a kind has a
-    note, not a panel."""
-    all_results = [r for r in alike(found, task='istree') if r.get('errors') and r['setup'] != 'direct']
-    for (size, n), results in groups(all_results, 'size', 'n_nodes'):
-        found_by_setup, note = [], ''
-        for key, rows in groups(results, 'setup', 'n_nodes'):
-            if (worst := max(max(r['errors'].values()) for r in rows)) < 0.01:
-                rate = max(100 * worst, 0.1)
-                note += f'{NAMES[key[0]]}: no model errs in more than {rate:.1f}% of any kind. '
-            else:
-                found_by_setup.append((key, rows))
-        if not found_by_setup:
-            continue
-        figure, parts = panels(found_by_setup, 3.7)
-        for panel, _, rows in parts:
-            kinds = [kind for kind in data.KINDS if all(kind in r['errors'] for r in rows)]
-            for i, ((arch,), group) in enumerate(groups(rows, 'arch')):
-                rates = [np.mean([100 * r['errors'][kind] for r in group]) for kind in kinds]
-                bars = panel.bar(np.arange(len(kinds)) + 0.27 * (i - 1), rates, 0.25, edgecolor='white',
-                                 color=look(arch)['color'], label=look(arch)['label'],
-                                 hatch=HATCHES.get(arch))
-                panel.bar_label(bars, ['<0.1' if 0 < r < 0.1 else f'{r:.1f}' for r in rates], fontsize=6)
-            panel.set_xticks(range(len(kinds)), [textwrap.fill(kind, 10) for kind in kinds], fontsize=8)
-            panel.autoscale(axis='y')
-        figure.axes[0].set_ylabel('wrong tokens (%)')
-        yield f'errors-{size}-n{n}', finish(figure, note=note)
-
-
-def generation(found):
-    """What one more token costs against the tokens before it, in time and in memory, measured by
-    models.py."""
-    for rows in found['generation']:
-        figure, axes = plt.subplots(1, 2, figsize=(7, 2.9))
-        for panel, name, unit, text in zip(axes, ('seconds', 'bytes'), (1e3, 1e-6),
-                                           ('ms a token', 'memory (MB)')):
-            for (arch,), line in groups(rows, 'arch'):
-                panel.plot([r['length'] for r in line], [unit * r[name] for r in line], **look(arch))
-            log_axis(panel, rows, 'length', 'tokens of context')
-            panel.tick_params(axis='x', labelrotation=60)
-            panel.set(yscale='log', ylabel=f'{text}, {rows[0]["size"]}')
-            panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            panel.yaxis.set_major_formatter('{x:g}')
-            panel.yaxis.set_minor_locator(NullLocator())
-        yield f'generation-{rows[0]["size"]}', finish(figure)
-
-
-def hotpot(found):
-    """HotpotQA: exact match of each model under the three conditions, on all questions; mean over seeds.
-    Error bars: standard error, between seeds if there are several, else between questions."""
-    models = {}
-    for name, rows in found['hotpot']:
-        arch, _, size = re.sub(r'-s\d+$', '', name).partition('-')
-        label = f'{look(arch)["label"]}\n{size}' if arch in LOOKS else textwrap.fill(name, 18)
-        questions = [r.get('id') for r in rows]                 # files on the same ones are seeds
-        models.setdefault((label, *questions), []).append(rows)
-    if not models:
+    """Where it goes wrong: the share of wrong tokens of each kind, all tokens before them given.
+    In-context retrieval (the next neighbour) against bookkeeping."""
+    traced = [r for r in istree(found) if r.get('errors') and r['setup'] != 'direct']
+    records = comparable(traced, 'errors', 'size', 'n')
+    if not records:
         return
-    figure, axes = plt.subplots(figsize=(1.5 + 1.6 * len(models), 2.9))
-    conditions = {r['condition'] for _, rows in found['hotpot'] for r in rows}
-    conditions = sorted(conditions, key='gold full retrieval'.find)
-    looks = zip(conditions, (GREY, '#E69F00', '#56B4E9'), ('', '///', '...'))
-    for i, (condition, colour, hatch) in enumerate(looks):
-        scores = []
-        for seeds in models.values():
-            runs = [[100 * r['em'] for r in where(rows, condition=condition)] for rows in seeds]
-            scores.append(np.array([np.mean(run) for run in runs] if len(runs) > 1 else runs[0]))
-        spread = [s.std(ddof=1) / len(s) ** 0.5 if len(s) > 1 else 0 for s in scores]
-        bars = axes.bar(np.arange(len(scores)) + 0.27 * (i - 1), [s.mean() for s in scores], 0.25,
-                        yerr=spread, capsize=2, color=colour, hatch=hatch, edgecolor='white', label=condition)
-        axes.bar_label(bars, [f'{s.mean():.0f}' for s in scores], fontsize=7, padding=2)
-    for r in where(found['results'], task='hotpot')[:1]:
-        axes.axhline(100 * r.get('chance', math.nan), linestyle=':', color='black',
-                     label='a guess (mean of the three)')
-    axes.set_xticks(range(len(models)), [label for label, *_ in models])
-    axes.set(ylabel='exact match (%)', ylim=(0, 108))
-    yield 'hotpot', finish(figure)
+    figure, parts = by_setup(records, 'wrong tokens (%)')
+    figure.set_size_inches(4.5 * len(parts), 2.8)
+    worst = max(max(r['errors'].values()) for r in records)
+    for panel, runs in parts:
+        rows = []
+        for r in runs:
+            for kind, wrong in r['errors'].items():
+                rows.append(r | dict(kind=kind.replace(' ', '\n', 1), wrong=wrong))
+        bars(panel, kinds(rows), 'kind', 'wrong')
+        panel.set(ylim=(0, 115 * worst))
+    title = f'IsTree, n={r["n"]}: how often a token is wrong if all tokens before it are right.'
+    yield name_of('errors', r), finish(figure, title)
 
 
 def attention(found):
-    """What the mechanism looks like: where the top attention layer looks, a row for each token that was
-    written, a column for each of the prompt; framed is the edge that leads from this token to the next."""
-    for r in [r for r in alike(found, task='istree') if r['attention']]:
-        prompt, wrote, share = [r['attention'][name] for name in ('prompt', 'trace', 'share')]
-        figure, axes = plt.subplots(figsize=(8, 8 * (len(wrote) + 6) / (len(prompt) + 6)))
-        weights = np.array(r['attention']['weights'])[:, :len(prompt)]
-        figure.colorbar(axes.imshow(weights, cmap='Blues', vmin=0, vmax=1), label='attention', shrink=0.6)
-        for i, move in enumerate(zip(wrote, wrote[1:])):
-            for j, edge in enumerate(edges_of(' '.join(prompt))):
-                if {*edge} == {*move}:
-                    frame = Rectangle((3 * j + 0.5, i - 0.5), 3, 1, fill=False, color=RED, linewidth=1)
-                    axes.add_patch(frame)
+    """What the mechanism looks like: where the top attention layer of the hybrid looks, a row for
+    each token that was written, a column for each of the prompt. Framed: the edge that leads to the
+    next."""
+    for r in where(found['attention'], arch='hybrid')[:1]:
+        prompt, wrote = r['prompt'], r['trace']
+        figure, axes = plt.subplots(figsize=(8, 6))
+        weights = np.array(r['weights'])[:, :len(prompt)]
+        image = axes.imshow(weights, cmap='Blues', vmin=0, aspect='auto')
+        figure.colorbar(image, label='attention, mean over heads')
+        edges = edges_of(' '.join(prompt))
+        for i, step in enumerate(zip(wrote, wrote[1:])):
+            for j, edge in enumerate(edges):
+                if set(edge) == set(step):
+                    axes.add_patch(Rectangle((3 * j + 0.5, i - 0.5), 3, 1, fill=False, color=RED))
         axes.set_xticks(range(len(prompt)), prompt, fontsize=6, rotation=90)
         axes.set_yticks(range(len(wrote)), wrote, fontsize=6)
         axes.set(xlabel='the prompt', ylabel='the right trace, from top to bottom')
-        title = f'Where the attention layer looks ({r["arch"]}); framed: the edge to the next node'
-        if share is not None:
-            title += f'\n(on average {share:.0%} of its attention is there if that node is a new neighbour)'
-        axes.set_title(title, fontsize=9)
-        yield f'attention-{r["arch"]}-{r["size"]}-n{r["n_nodes"]}-s{r["seed"]}', figure
+        axes.set_title('Where the hybrid looks. Framed: the edge that leads to the next node.')
+        yield name_of('attention', r), figure
 
 
-# --- what happens: one sample, a film of it, the idea ------------------------------------------------------
+# --- IsTree: what is needed from memory -----------------------------------------------------------
+
+def transplant(found):
+    """Memory transplant and rounding. Left: exact traces before and after a model's memory of the
+    prompt is replaced by its memory of another graph, the donor's. Right: exact traces on trees if
+    each float of the memory is rounded to k bits."""
+    records = comparable(found['probes'], 'transplant', 'size', 'n')
+    if not records:
+        return
+    figure, (left, right) = panels(["what is written with another graph's memory",
+                                    'how finely must the memory be kept'], 'exact traces (%)', 5)
+    series = []
+    cases = (('own graph, before', 'nothing', 'own', '#444444'),
+             ('own graph, after', 'everything', 'own', '#56B4E9'),
+             ("donor's graph, after", 'everything', 'donor', '#E69F00'))
+    for label, replaced, whose, colour in cases:
+        rows = []
+        for (setup, arch, _), runs in groups(records, 'setup', *MODEL):
+            for r in runs:
+                model = f'{look(arch)["label"]}\n{SETUPS[setup]}'
+                rows.append(dict(model=model, share=r['transplant'][replaced][whose]))
+        series.append((dict(label=label, color=colour), rows))
+    bars(left, series, 'model', 'share')
+    left.tick_params(axis='x', labelsize=6, labelrotation=20)
+    rows = []
+    for r in records:
+        for k, measured in r['rounding'].items():
+            rows.append(r | dict(k=int(k), exact_trees=measured['exact_trees']))
+    for style, line in with_setup(rows):
+        curve(right, line, 'k', 'exact_trees', **style)
+    right.set(xlabel='bits of a float', ylabel='exact traces on trees (%)')
+    title = f'IsTree, n={r["n"]}: what is carried from the prompt to the trace is changed.'
+    note = 'The models were not trained with rounding: the bits are an upper bound on those in use.'
+    yield name_of('transplant', r), finish(figure, title, note)
+
+
+def with_setup(records):
+    """[(look, records)] for each kind of model in each setup, which the label names."""
+    found = []
+    for (setup,), runs in groups(records, 'setup'):
+        for style, line in kinds(runs):
+            style['label'] += f', {SETUPS[setup]}'
+            if setup == 'retrieval':
+                style['linestyle'] = ':'
+            found.append((style, line))
+    return found
+
+
+def frontier(found):
+    """What is learned on IsTree with a recurrent memory of so many floats. Each run mixes all n."""
+    mixed = [r for r in where(found['records'], task='istree') if r['mix']]
+    records = comparable(mixed, 'frontier', 'size', 'n')
+    if records:
+        figure = against_memory(records, 'exact', 'exact traces (%)')
+        title = f'IsTree: what is learned from {records[0]["samples"]:,} samples of all n.'
+        yield f'frontier-{records[0]["size"]}', finish(figure, title)
+
+
+def looks_back(r):
+    """Whether a model can look at its whole context: has it attention, or a retriever?"""
+    return r['setup'] == 'retrieval' or r['memory'].get('cache', 0) > 0
+
+
+def against_memory(records, y, ylabel):
+    """A figure of three panels: y against n, a line for each size of a recurrent memory (its state,
+    without windows); the same of what looks back; and, of each recurrent run, the largest n of
+    which 95% is right, with the slope of a line through them over logarithms."""
+    figure, (left, middle, right) = panels(
+        ['recurrent memory', 'attention, or a retriever', 'largest n with 95%'], ylabel, 3.2)
+    recurrent = with_floats([r for r in records if not looks_back(r)])
+    sizes, inside = groups(recurrent, 'floats', 'arch'), []
+    for i, ((floats, arch), runs) in enumerate(sizes):
+        style = shade(i, len(sizes)) | dict(marker=look(arch)['marker'])
+        label = f'{look(arch)["label"]}, {floats:,} floats of state'
+        curve(left, lengths(runs), 'n', y, label=label, **style)
+        for r in runs:
+            n, sign = largest_n(r, y)
+            right.plot(floats, n, fillstyle='none', **style)
+            right.annotate(sign, (floats, n), (-12, -3), textcoords='offset points')
+            if not sign:
+                inside.append((floats, n))
+    for style, line in with_setup([r for r in records if looks_back(r)]):
+        curve(middle, lengths(line), 'n', y, **style)
+    for panel in (left, middle):
+        log_axis(panel, lengths(records), 'n', 'n')
+    if len({floats for floats, _ in inside}) > 1:
+        floats, n = np.array(inside).T
+        slope, offset = np.polyfit(np.log(floats), np.log(n), 1)
+        right.plot(floats, np.exp(offset) * floats ** slope, '--', color='black',
+                   label=f'slope {slope:.2f}')
+    ticks = [row['n'] for row in records[0]['by_length']]
+    right.set(yscale='log', ylim=(ticks[0] / 1.3, ticks[-1] * 1.3), ylabel='n')
+    right.set_yticks(ticks, ticks)
+    right.yaxis.set_minor_locator(NullLocator())
+    log_axis(right, recurrent, 'floats', 'floats of recurrent state')
+    right.tick_params(axis='x', labelrotation=60)
+    return figure
+
+
+def largest_n(r, name, share=0.95):
+    """Up to which n is a run that good, between two n by interpolation over log n? Returns n and
+    ''; if not even the smallest n is, the smallest and '<'; if all are, the largest and '≥'."""
+    points = [(row['n'], row[name]) for row in r['by_length']]
+    if points[0][1] < share:
+        return points[0][0], '<'
+    for (n, a), (m, b) in zip(points, points[1:]):
+        if a >= share > b:
+            return n * (m / n) ** ((a - share) / (a - b)), ''
+    return points[-1][0], '≥'
+
+
+def with_floats(records):
+    """Records with the number of floats of their recurrent memory: the state, not the windows."""
+    return [r | dict(floats=r['memory'].get('state', 0)) for r in records]
+
+
+# --- the primitives, and how much a memory holds --------------------------------------------------
+
+def primitives(found):
+    """The bottleneck in its purest form (paper, section 4): accuracy against the length of the
+    context. One run has learned all lengths of a line."""
+    asked = [r for r in where(found['records'], setup='direct') if r['task'] in PRIMITIVES]
+    records = comparable(asked, 'primitives', 'size', 'n')
+    if not records:
+        return
+    tasks = groups(records, 'task')
+    figure, axes = panels([PRIMITIVES[task] for (task,), _ in tasks], 'accuracy (%)')
+    for panel, (_, runs) in zip(axes, tasks):
+        rows = lengths(runs)
+        for style, line in kinds(rows):
+            curve(panel, line, 'n', 'accuracy', **style)
+        best_guess(panel, rows)
+        log_axis(panel, rows, 'n', 'n, pairs or tokens')
+    title = 'Questions about a sequence of n parts, answered at once. Each run is trained on all n.'
+    yield name_of('primitives', runs[0]), finish(figure, title)
+
+
+def recall(found, figure):
+    """The runs of associative recall with the largest n, but of recurrent models that answer at
+    once only DeltaNets. (Mamba and the GRU stay near the best guess, see results/README.md.)"""
+    runs = where(found['records'], task='recall')
+    runs = where(runs, n=max([r['n'] for r in runs], default=0))
+    records = comparable(runs, figure, 'size', 'n')
+    return [r for r in records if looks_back(r) or r['arch'] == 'deltanet']
+
+
+def capacity(found):
+    """How many pairs a DeltaNet recalls whose memory has so many floats. Each run mixes all n."""
+    records = recall(found, 'capacity')
+    if where(records, arch='deltanet', setup='direct'):
+        figure = against_memory(records, 'accuracy', 'accuracy (%)')
+        for panel in figure.axes[:2]:
+            best_guess(panel, lengths(records))
+        title = 'Associative recall of n pairs: what is learned with a memory of so many floats.'
+        yield 'capacity', finish(figure, title, 'Other recurrent models are not drawn.')
+
+
+def bits(found):
+    """The communication game (train.messages): accuracy of recall against the bits of the message
+    that one player sends the other, a line for each size of a DeltaNet's memory; and what is
+    possible with so many bits."""
+    played = [r for r in recall(found, 'bits-deltanet') if r.get('messages')]
+    sizes = groups(with_floats(played), 'floats')
+    if not sizes:
+        return
+    figure, axes = panels(['n=16', 'n=64'], 'accuracy (%)', 3.6)
+    for panel, n in zip(axes, (16, 64)):
+        for i, ((floats,), runs) in enumerate(sizes):
+            games = [game for r in runs for game in where(r['messages'], n=n)]
+            label = f'{floats:,} floats of state'
+            draw_game(panel, games, shade(i, len(sizes)) | dict(label=label))
+        task = data.Recall(runs[0]['n'], 'direct')
+        values = task.how_many_numbers(task.n)
+        enough = n * math.log2(values)
+        sent = np.geomspace(enough / 30, enough, 100)
+        possible = [100 * best_possible(some, n, values) for some in sent]
+        panel.plot(sent, possible, color='black', label='what is possible')
+        panel.axvline(enough, color='black', linestyle=':', label='the bits of n values')
+        panel.set(xscale='log', xlabel='bits of the message')
+    title = "One player reads n pairs and sends a DeltaNet's memory; the other answers from it."
+    note = 'At the points: k, the bits of a float. All floats count, those of the windows, too.'
+    yield 'bits-deltanet', finish(figure, title, note)
+
+
+def draw_game(panel, games, style):
+    """Accuracy against the bits of the message, with the bits of a float beside some points."""
+    sent, right = [], []
+    for (some, k), same in groups(games, 'bits', 'bits_per_float'):
+        sent.append(some)
+        right.append(100 * np.mean([game['accuracy'] for game in same]))
+        if k in (1, 2, 4) and right[-1] > 20:
+            panel.annotate(k, (sent[-1], right[-1]), (-2, -9), textcoords='offset points',
+                           fontsize=6)
+    panel.plot(sent, right, **style)
+
+
+def best_possible(message_bits, n, values):
+    """The largest accuracy that anyone, however trained, can reach on average with a message of so
+    many bits about n values, each one of `values` at random, by rate-distortion theory (Cover &
+    Thomas 2006, chapter 10): accuracy a takes n (log2(values) - h(a) - (1 - a) log2(values - 1))
+    bits, with h(a) = -a log2(a) - (1 - a) log2(1 - a)."""
+    if message_bits >= n * math.log2(values):
+        return 1.0
+    low, high = 1 / values, 1.0
+    for _ in range(60):
+        a = (low + high) / 2
+        h = -a * math.log2(a) - (1 - a) * math.log2(1 - a)
+        needed = n * (math.log2(values) - h - (1 - a) * math.log2(values - 1))
+        if needed <= message_bits:
+            low = a
+        else:
+            high = a
+    return low
+
+
+# --- what it costs, and HotpotQA ------------------------------------------------------------------
+
+def generation(found):
+    """What one more token costs against the tokens before it, in time and in memory."""
+    for (size,), rows in groups(found['generation'], 'size'):
+        figure, axes = plt.subplots(1, 2, figsize=(7, 2.9))
+        for (arch,), line in groups(rows, 'arch'):
+            tokens = [r['length'] for r in line]
+            axes[0].plot(tokens, [1e3 * r['seconds'] for r in line], **look(arch))
+            axes[1].plot(tokens, [1e-6 * r['bytes'] for r in line], **look(arch))
+        for panel, label in zip(axes, ('ms a token', 'memory (MB)')):
+            log_axis(panel, rows, 'length', 'tokens of context')
+            panel.tick_params(axis='x', labelrotation=60)
+            panel.set(yscale='log', ylabel=label)
+        yield f'generation-{size}', finish(figure, f'What one more token costs a model of {size}.')
+
+
+def asks_for_a_name(answer):
+    """Not for yes or no, which can be guessed: what HotpotQA calls a bridge question, mostly."""
+    return answer.get('type') == 'bridge' or answer.get('answer', 'no') not in ('yes', 'no')
+
+
+def hotpot(found):
+    """HotpotQA: exact match of each model under the three conditions, without the questions that
+    are answered by yes or no. In the small world a guess is one of the towns shown."""
+    rows = []
+    for name, answers in found['hotpot']:
+        asked = [r for r in answers if asks_for_a_name(r)]
+        if not asked:
+            print(f'hotpot: {name} is not drawn, the type of its questions is not known')
+        arch, _, rest = re.sub(r'-s\d+$', '', name).partition('-')
+        model = f'{look(arch)["label"]}\n{rest}'
+        for (condition,), same in groups(asked, 'condition'):
+            em = np.mean([r['em'] for r in same])
+            rows.append(dict(model=model, condition=condition, em=em))
+    if not rows:
+        return
+    figure, axes = plt.subplots(figsize=(7, 2.9))
+    series = []
+    for condition, colour in (('gold', GREY), ('full', '#E69F00'), ('retrieval', '#56B4E9')):
+        look_of_condition = dict(label=condition, color=colour)
+        series.append((look_of_condition, where(rows, condition=condition)))
+    bars(axes, series, 'model', 'em')
+    axes.axhline(100 / 3, linestyle='--', color='black', label='a guess: one of 3 towns (gold)')
+    axes.axhline(100 / 15, linestyle=':', color='black', label='one of 15 (full, retrieval)')
+    axes.set(ylabel='exact match (%)', ylim=(0, 112))
+    title = 'HotpotQA: questions that ask for a name (in the small world: for a town).'
+    yield 'hotpot', finish(figure, title)
+
+
+# --- what happens: one sample, a film of it, the idea ---------------------------------------------
 
 def edges_of(prompt):
     """The edges of a prompt, read from its text: [(u, v), ...], nodes as words."""
@@ -547,362 +600,302 @@ def edges_of(prompt):
 
 
 def tour(words):
-    """Where a search has been: {index: node} of the nodes that were written outside queries and records."""
-    steps, query = {}, False
-    for i, word in enumerate(words):
-        query = word == '[STARTSEARCH]' or query and word != '[ENDSEARCH]'
-        before = words[max(0, i - 1)]
-        record = before == '~' or words[i + 1:i + 2] == ['~']
-        if word.isdigit() and not query and not record and before != '[ENDSEARCH]':
-            steps[i] = word
+    """Where a search has been: {index: node} of the nodes that it has entered or returned to."""
+    steps = {}
+    for i, kind in enumerate(data.kinds(words)):
+        if kind in ('next neighbour', 'return to the parent'):
+            steps[i] = words[i]
     return steps
 
 
-def mistake(sample):
-    """The first wrong word of a sample: its index, the wrong step (u, w), the right one (u, x), each None if
-    it is no step, and a sentence. All None if nothing is wrong."""
-    written, expected = sample['written'].split(), sample['expected'].split()
-    if written == expected:
-        return None, None, None, None
-    end = min(len(written), len(expected))
-    i = next((i for i in range(end) if written[i] != expected[i]), end)
-    w, x = [*written, 'nothing'][i], [*expected, 'nothing'][i]
-    here = ['nowhere', *[node for j, node in tour(expected).items() if j < i]][-1]
-    edges = [{*edge} for edge in edges_of(sample['prompt'])]
-    why = f'At {here} it wrote {w} instead of {x}'
-    if {here, x} in edges:
-        why += f': the prompt has {here} - {x}' + ('' if {here, w} in edges else f', but no {here} - {w}')
-    return i, (here, w) if i in tour(written) else None, (here, x) if i in tour(expected) else None, why
+def first_wrong(written, expected):
+    """The index of the first wrong word of a list; None if all are right."""
+    for i in range(max(len(written), len(expected))):
+        if written[i:i + 1] != expected[i:i + 1]:
+            return i
+    return None
 
 
-def cases(found):
-    """For each size and n of IsTree, of the held-out samples that were kept, the one that tells most: on
-    which the RNN errs without a retriever and the others do not. Yields size, n and {(setup, arch): (result,
-    sample)}."""
-    results = [r for r in alike(found, task='istree', distribution='two_star')
-               if r['setup'] != 'direct' and r['arch'] in LOOKS]
-    for (size, n), rows in groups(results, 'size', 'n_nodes'):
-        told = {}
-        for r in reversed(rows):                                            # of several seeds, the first
-            for kept in r['kept']:
-                told.setdefault(kept['prompt'], {})[r['setup'], r['arch']] = r, kept
-        fails = lambda case, key: key in case and case[key][1]['written'] != case[key][1]['expected']
-        score = lambda case: (fails(case, ('cot', 'mamba')), -sum(fails(case, key) for key in case))
-        if told:
-            yield size, n, max(told.values(), key=score)
+def chosen_example(found):
+    """Of the held-out graphs of which examples were kept, the one that tells most: the first on
+    which the RNN errs without a retriever. Returns {(setup, arch): (record, example)} and a
+    sentence that says how it was chosen; ({}, '') if there is none."""
+    runs = [r for r in istree(found) if r.get('examples')]
+    asked = {}                                                  # prompt -> who wrote what
+    for _, same in groups(comparable(runs, 'sample and walk', 'size', 'n'), 'arch'):
+        for r in largest_group(same, MODEL):
+            for example in r['examples']:
+                of_all = asked.setdefault(example['prompt'], {})
+                of_all.setdefault((r['setup'], r['arch']), (r, example))    # of seeds, the first
+    best = next(iter(asked.values()), {})
+    why = f'One of {len(asked)} held-out graphs whose traces were kept.'
+    for of_all in asked.values():
+        told = of_all.get(('cot', 'mamba'))
+        if told and told[1]['written'] != told[1]['expected']:
+            best = of_all
+            why = (f'Of {len(asked)} held-out graphs whose traces were kept, the first on which '
+                   'the RNN without a retriever errs.')
+            break
+    return best, why
 
 
-def tape(axes, items, marks, columns, lines):
-    """Write texts in lines of `columns` characters, the last `lines` if there are more. marks: {index of a
-    text: (colour, background)}."""
-    axes.clear()
-    axes.set(xlim=(0, columns), ylim=(-lines, 0))
-    axes.set_axis_off()
-    size = axes.get_window_extent().width / axes.figure.dpi * 72 / columns / 0.602      # monospaced
-    places, x, y = [], 0, 0
-    for item in items:
-        x, y = (0, y + 1) if x + len(item) > columns else (x, y)
-        places.append((x, y))
-        x += len(item) + 1
-    for i, (item, (x, line)) in enumerate(zip(items, places)):
-        if line > y - lines:
-            colour, background = marks.get(i, ('black', 'none'))
-            axes.text(x, max(y + 1 - lines, 0) - line, item, family='monospace', fontsize=size, va='top',
-                      color=colour, bbox=dict(facecolor=background, edgecolor='none', pad=1))
+def places_of(edges):
+    """Where to draw the nodes of a two-star graph: {node: (x, y)}. The nodes with most edges are
+    the centres; then come the two leaves that are joined."""
+    degree = Counter(v for edge in edges for v in edge)
+    nodes = [v for v, _ in degree.most_common()]
+    place = {nodes[0]: (-1.45, 0), nodes[1]: (1.45, 0)}
+    beside = {v for edge in edges if nodes[0] in edge for v in edge}
+    left = [v for v in nodes[2:] if v in beside]
+    right = [v for v in nodes[2:] if v not in beside]
+    for leaves, x, first in ((left, -1.45, 0), (right, 1.45, math.pi)):
+        for i, v in enumerate(leaves):
+            angle = first + 2 * math.pi * i / len(leaves)
+            place[v] = (x + math.cos(angle), math.sin(angle))
+    return place
 
 
-def stars(axes, prompt, read, steps, colour, wrong=None, right=None, match=None):
-    """Draw the two stars of a prompt, its first `read` edges: a walk (nodes) in colour, its wrong last step
-    in red, the step that would have been right dotted, the edge that the retriever has found in yellow."""
-    edges = edges_of(prompt)
-    nodes, pairs = [str(v) for v in range(len(edges) + 1)], [{*edge} for edge in edges]
-    touches = lambda pair: sum(not {*edge}.isdisjoint(pair) for edge in edges)
-    centres = max(itertools.combinations(nodes, 2), key=touches)
-    joined = {v for edge in edges if {*edge}.isdisjoint(centres) for v in edge}         # two leaves
-    place = {}
-    for hub, x, first in zip(centres, (-1.45, 1.45), (0, np.pi)):
-        near = lambda v: {hub, v} in pairs or hub == centres[0] and {centres[1], v} not in pairs
-        leaves = [v for v in nodes if v not in centres and near(v)]
-        leaves.sort(key=lambda v: v not in joined)
-        for v, angle in zip(leaves, first + 2 * np.pi * np.arange(len(leaves)) / max(1, len(leaves))):
-            place[v] = x + np.cos(angle), np.sin(angle)
-        place[hub] = x, 0
-    axes.clear()
-    axes.set(xlim=(-2.7, 2.7), ylim=(-1.25, 1.25), aspect='equal')
-    axes.set_axis_off()
-    lines = [*[(edge, '#CCCCCC', 1, '-') for edge in edges[:read]], (match, YELLOW, 9, '-'),
-             *[(step, colour, 3, '-') for step in zip(steps, steps[1:])], (right, 'black', 3, (0, (1, 0.8)))]
-    for pair, line_colour, width, dashes in lines:
-        if pair and {*pair} <= {*place}:
-            axes.plot(*zip(*[place[v] for v in pair]), color=line_colour, linewidth=width, linestyle=dashes,
-                      zorder=1)
-    if wrong and {*wrong} <= {*place}:
-        axes.add_patch(FancyArrowPatch(*[place[v] for v in wrong], arrowstyle='-|>', mutation_scale=14,
-                                       color=RED, linewidth=2, connectionstyle='arc3,rad=0.25', shrinkA=7,
-                                       shrinkB=8, zorder=3))
+def tell(graph, text, example, t, title, colour):
+    """Draw the first t words that were written (None: all): in the graph, the walk in colour, a
+    wrong step as a red arrow, the right one dotted; the last lines of the text, its first wrong
+    word in > <."""
+    words, expected = example['written'].split()[:t], example['expected'].split()[:t]
+    edges, at = edges_of(example['prompt']), first_wrong(words, expected)
+    place = places_of(edges)
+    walked = list(tour(words[:at]).values())
+    for axes in (graph, text):
+        axes.clear()
+        axes.set_axis_off()
+    graph.set(xlim=(-2.7, 2.7), ylim=(-1.25, 1.25), aspect='equal')
+    graph.set_title(title, color=colour, weight='bold')
+    for edge in edges:
+        draw_step(graph, place, edge, color='#CCCCCC', linewidth=1)
+    for step in zip(walked, walked[1:]):
+        draw_step(graph, place, step, color=colour, linewidth=3)
+    if at is not None:
+        here, wrong, right = [''.join(part) or 'nothing' for part in (
+            walked[-1:], words[at:at + 1], expected[at:at + 1])]
+        draw_step(graph, place, (here, right), color='black', linewidth=3, linestyle=':')
+        draw_step(graph, place, (here, wrong), color=RED, linewidth=2, linestyle='--')
+        graph.text(0, -1.4, f'At {here} it wrote {wrong} instead of {right}.', color=RED,
+                   fontsize=7, ha='center')
+        words[at:at + 1] = [f'>{wrong}<']
     for v, (x, y) in place.items():
-        here = [v] == steps[-1:]
-        circle = dict(boxstyle='circle,pad=0.3', facecolor=colour if here else 'white',
-                      edgecolor=colour if v in steps else '#BBBBBB')
-        axes.text(x, y, v, ha='center', va='center', fontsize=7, color='white' if here else 'black',
-                  bbox=circle)
+        circle = dict(boxstyle='circle', edgecolor=colour if v in walked else '#BBBBBB',
+                      facecolor=YELLOW if v in walked[-1:] else 'white')
+        graph.text(x, y, v, ha='center', va='center', fontsize=7, bbox=circle)
+    lines = textwrap.wrap(' '.join(words), 60, break_on_hyphens=False, break_long_words=False)
+    text.text(0, 1, '\n'.join(lines[-3:]), family='monospace', fontsize=6.5, va='top')
+
+
+def draw_step(graph, place, nodes, **style):
+    """A line between two nodes; what is no node is left out."""
+    x, y = zip(*[place[v] for v in nodes if v in place] or [(0, 0)])
+    graph.plot(x, y, zorder=1, **style)
+
+
+SHOWN = [('cot', 'transformer'), ('cot', 'hybrid'), ('cot', 'mamba'), ('retrieval', 'mamba')]
 
 
 def sample(found):
-    """One held-out graph, the right search and the one that each architecture wrote, with its first wrong
-    step."""
-    for size, n, told in cases(found):
-        shown = [key for key in (*[('cot', arch) for arch in LOOKS], ('retrieval', 'mamba')) if key in told]
-        rows = (len(shown) + 2) // 2
-        figure, axes = plt.subplots(2 * rows, 2, figsize=(8, 2.7 * rows), height_ratios=[4, 1] * rows)
-        for panel in axes.flat:
-            panel.set_axis_off()
-        for i, key in enumerate([None, *shown]):
-            kept = told.get(key, next(iter(told.values())))[1]
-            words = kept['written' if key else 'expected'].split()
-            steps, colour = tour(words), look(key[1])['color'] if key else '#444444'
-            at, wrong, right, why = mistake(kept) if key else (None,) * 4
-            graph, text = axes[i // 2 * 2:, i % 2][:2]
-            walked = [v for j, v in steps.items() if at is None or j < at]
-            stars(graph, kept['prompt'], len(edges_of(kept['prompt'])), walked, colour, wrong, right)
-            who = f'{NAMES[key[1]]}, {NAMES[key[0]]}' if key else 'Is it a tree? The right search'
-            graph.set_title(f'{who}: {["nothing", *words][-1]}', fontsize=9, color=colour, weight='bold')
-            graph.text(0.5, 0, why or '', fontsize=7, color=RED, ha='center', va='top',
-                       transform=graph.transAxes)
-            places = [j for j in range(len(words)) if j in steps or j == at or j == len(words) - 1]
-            bad = {k: j for k, j in enumerate(places) if at is not None and j >= at}
-            marks = {k: ('white', RED) if j == at else (GREY, 'none') for k, j in bad.items()}
-            tape(text, [words[j] for j in places], marks, 56, 2)
-        edges = [f'{u}-{v}' for u, v in edges_of(kept['prompt'])]
-        text = textwrap.fill('the prompt:  ' + '  '.join(edges), 100, break_on_hyphens=False)
-        figure.suptitle(text, fontsize=8, y=0.95)
-        yield f'sample-{size}-n{n}', figure
+    """One held-out graph and the search that each model wrote, with its first wrong step."""
+    asked, why = chosen_example(found)
+    shown = [model for model in SHOWN if model in asked]
+    if not shown:
+        return
+    figure, axes = plt.subplots(4, 2, figsize=(8, 6.4), height_ratios=[4, 1, 4, 1])
+    for panel in axes.flat:
+        panel.set_axis_off()
+    for i, (setup, arch) in enumerate(shown):
+        graph, text = axes[2 * (i // 2):, i % 2][:2]
+        record, example = asked[setup, arch]
+        title = f'{who(setup, arch)}: {example["written"].split(" ")[-1]}'
+        tell(graph, text, example, None, title, look(arch)['color'])
+    edges = '  '.join(f'{u}-{v}' for u, v in edges_of(example['prompt']))
+    yield name_of('sample', record), finish(figure, f'Is it a tree?  {edges}', why)
 
 
-def scenes(told):
-    """The film, frame by frame: who (setup, arch), how many edges have been read and words written, which
-    edge the retriever has found, what is said, and seconds. All of it stands in the samples that were
-    kept."""
-    edges = edges_of(next(iter(told.values()))[1]['prompt'])
-    for read in range(len(edges) + 1):
-        yield None, read, 0, None, f'Is this graph a tree?\nThe models read its {len(edges)} edges.', 0.2
-    acts = ('cot', 'transformer'), ('cot', 'mamba'), ('retrieval', 'mamba')
-    for key in [key for key in acts if key in told]:
-        kept, who = told[key][1], f'{NAMES[key[1]]}, {NAMES[key[0]]}'
-        words, (at, *_, why) = kept['written'].split(), mistake(kept)
-        steps, start = tour(words), 0
-        slow = [*steps, len(words), len(words), len(words)][2]      # the first two steps of a retriever's
-        scene = lambda t, say, seconds, match=None: (key, len(edges), t, match, f'{who}\n{say}', seconds)
-        yield scene(0, 'It writes its search.', 1)
-        match = None
-        for t, word in enumerate(words[:at], 1):
-            query = ' '.join(words[start:t]).partition(' [ENDSEARCH]')[0]
-            if word == '[STARTSEARCH]':
-                start, match = t, None
-            elif word == '[ENDSEARCH]':
-                ends = {*query.split()[:1], *words[t:t + 1]}
-                match = next((edge for edge in edges if {*edge} == ends and '-' in query), None)
-                if t < slow:
-                    yield scene(t, f'It asks:  {query}', 0.6)
-                    yield scene(t, f'It asks:  {query}   The retriever searches the text.', 0.5, match)
-            elif t - 1 in kept['retrieved'] and t < slow:
-                yield scene(t, f'It asks:  {query}   The answer, {word}, is pasted.', 0.6, match)
-            elif t - 1 in steps and (t > slow or key[0] == 'cot'):
-                more = ' And so on.' if key[0] == 'retrieval' else ''
-                yield scene(t, f'The search is at {word}.{more}', 0.2)
-        if at is not None:
-            yield scene(at + 1, why, 2.5)
-        right = 'right' if words[-1:] == kept['expected'].split()[-1:] else 'wrong'
-        yield scene(len(words), f'Its answer is {["nothing", *words][-1]}: {right}.', 2)
+def frames(example):
+    """After how many words a frame of the film is drawn (None: all). It stops at the first wrong
+    word and at the end."""
+    words, expected = example['written'].split(), example['expected'].split()
+    at = first_wrong(words, expected)
+    every = 1 if len(words) < 60 else 5
+    stop = [] if at is None else 8 * [at + 1]
+    return sorted([*range(0, len(words), every), *stop]) + 8 * [None]
 
 
-def draw_scene(figure, told, scene):
-    """Draw a frame of the film."""
-    key, read, t, match, say, _ = scene
-    kept = told.get(key, next(iter(told.values())))[1]
-    edges, words = edges_of(kept['prompt']), kept['written'].split() if key else []
-    at, wrong, right, _ = mistake(kept)
-    if not key or at is None or at >= t:
-        at, wrong, right = t, None, None
-    colour = look(key[1])['color'] if key else '#444444'
-    said, prompt, graph, carried, wrote = figure.axes
-    for axes in (said, carried):
-        axes.clear()
-        axes.set_axis_off()
-    said.text(0, 0, say, fontsize=11, color=RED if at < t else colour)
-    paint = lambda edge: YELLOW if edge == match else PINK if right and {*edge} == {*right} else '#EEEEEE'
-    marks = {i: ('black', paint(edge)) for i, edge in enumerate(edges)}
-    tape(prompt, [' - '.join(edge) for edge in edges[:read]], marks, 90, 3)
-    steps = [node for i, node in tour(words).items() if i < at]
-    stars(graph, kept['prompt'], read, steps, colour, wrong, right, match)
-    marks = {i: ('black', YELLOW if i == t - 1 else '#EEEEEE') for i in kept['retrieved'] if i < at}
-    marks |= {i: ('white', RED) if i == at else (GREY, 'none') for i in range(at, t)}
-    tape(wrote, words[:t], marks, 90, 4)
-
-    carried.set(xlim=(0, 27), ylim=(-16, 2), aspect='equal')
-    prompt_tokens, tokens = 3 * len(edges) + 2, 1 + 3 * read + (read == len(edges)) + t
-    unit = max(r['memory'].get('cache', 0) for r, _ in told.values()) / prompt_tokens or 256    # of a square
-    who = [key] if key else [k for k in (('cot', 'mamba'), ('cot', 'transformer')) if k in told]
-    for x, k in zip((0, 14), who):
-        floats, style = told[k][0]['memory'], dict(color=look(k[1])['color'], linewidth=0)
-        fixed = floats.get('state', 0) + floats.get('window', 0)
-        squares = int(tokens * floats.get('cache', 0) / prompt_tokens / unit)
-        side = (fixed / unit) ** 0.5
-        carried.add_patch(Rectangle((x, -side), side, side, **style))
-        for i in range(squares):
-            carried.add_patch(Rectangle((x + i % 12, -1 - i // 12), 0.85, 0.85, **style))
-        text = f'{squares * unit:,.0f} numbers' if squares else f'{fixed:,.0f} numbers, always'
-        carried.text(x, 0.5, f'{look(k[1])["label"]}\n{text}', fontsize=9, color=style['color'])
+def draw_frame(parts, setup, arch, record, example, t, most):
+    """A frame of the film, after t words: the graph, the text, and the floats that are carried, of
+    at most `most`. The cache grows with every word, the rest does not."""
+    graph, text, axes = parts
+    tell(graph, text, example, t, who(setup, arch), look(arch)['color'])
+    words, prompt = example['written'].split()[:t], example['prompt'].split()
+    cache = record['memory'].get('cache', 0)                    # after the prompt
+    floats = sum(record['memory'].values()) + cache * len(words) / len(prompt)
+    axes.clear()
+    axes.barh(0, floats, color=look(arch)['color'])
+    axes.set(xlim=(0, most), yticks=[], xlabel=f'{floats:,.0f} floats are carried')
 
 
-def walk(found):
-    """A film of one sample, of the largest n that has some: what is read, what is carried from token to
-    token, to scale, and where the search goes. Yields its frames and their seconds."""
-    for told in [case for *_, case in cases(found) if all(r.get('memory') for r, _ in case.values())][-1:]:
-        figure, frames = plt.figure(figsize=(8, 5.2), dpi=100), []
-        for place in ((.02, .92, .96, .07), (.02, .74, .96, .12), (0, .22, .6, .53), (.6, .22, .39, .47),
-                      (.02, .01, .96, .17)):
-            figure.add_axes(place)
-        for x, y, text in ((.02, .87, 'the prompt'), (.02, .19, 'what is written'),
-                           (.6, .72, 'what is carried, to scale')):
-            figure.text(x, y, text, fontsize=8, color='grey')
-        for scene in scenes(told):
-            draw_scene(figure, told, scene)
-            figure.canvas.draw()
-            frames.append(np.array(figure.canvas.buffer_rgba())[..., :3])
-        paints = np.array([[int(c[i:i + 2], 16) for i in (1, 3, 5)] for c in (RED, YELLOW, PINK)], np.uint8)
-        swatches = paints.repeat(80, 0)[:, None].repeat(800, 1)
-        palette = Image.fromarray(np.concatenate((*frames[::10], swatches))).quantize(48)   # one for all
-        frames = [Image.fromarray(frame).quantize(palette=palette, dither=0) for frame in frames]
-        seconds = [scene[-1] for scene in scenes(told)]
-        yield 'walk', [*zip(frames, np.array(seconds) * min(1, 38 / sum(seconds)))]
+def film(found, path):
+    """Write the film of one sample: what each model writes, where its search goes, and what it
+    carries. Returns whether there is something to tell."""
+    asked, _ = chosen_example(found)
+    shown = [model for model in SHOWN if model in asked]
+    if shown:
+        figure, parts = plt.subplots(3, 1, figsize=(6, 5), height_ratios=(8, 1.5, 0.5))
+        most = 2 * max(sum(asked[model][0]['memory'].values()) for model in shown)
+        writer = PillowWriter(fps=6)
+        with writer.saving(figure, path, dpi=100):
+            for model in shown:
+                for t in frames(asked[model][1]):
+                    draw_frame(parts, *model, *asked[model], t, most)
+                    writer.grab_frame()
+    return bool(shown)
 
 
 def idea(found):
-    """The paper in a drawing: what each kind of model carries from token to token. Needs no results."""
-    figure, axes = plt.subplots(1, 3, figsize=(8, 2.6))
+    """The paper in a drawing: what each kind of model carries from token to token. Needs no
+    results."""
+    figure, axes = plt.subplots(1, 4, figsize=(10.6, 2.6))
     text = ['2-1', '4-0', '4-3', '...', '4-?']
-    boxes = (('mamba', text, 'RNN: a box of fixed size',
-              'The longer the text, the more\nof it is forgotten.'),
-             ('transformer', text, 'Transformer: a growing cache',
-              'Nothing is forgotten; the memory\ngrows with the text.'),
-             ('mamba', [*text, '3'], 'RNN with a retriever',
-              'What was forgotten is looked up\nin the text and pasted at its end.'))
-    for panel, (arch, words, title, below) in zip(axes, boxes):
-        colour, retrieves, height = look(arch)['color'], len(words) > 5, 0.6 if arch == 'mamba' else 0.27
+    drawings = (('mamba', text, 'RNN: a box of fixed size',
+                 'The longer the text, the more\nof it is forgotten.'),
+                ('transformer', text, 'Transformer: a growing cache',
+                 'Nothing is forgotten; the memory\ngrows with the text.'),
+                ('hybrid', text, 'Hybrid: a box and a cache',
+                 'One layer of attention on top:\nwhat the box forgets is in its cache.'),
+                ('mamba', [*text, '3'], 'RNN with a retriever',
+                 'What was forgotten is looked up\nin the text and pasted at its end.'))
+    for panel, (arch, words, title, below) in zip(axes, drawings):
         panel.set(xlim=(-0.7, 5.7), ylim=(-2.75, 2.4), aspect='equal', xticks=[], yticks=[])
         panel.spines[:].set(visible=True, color='#CCCCCC')
-        panel.set_title(title, fontsize=10, weight='bold', color=colour)
-        panel.text(2.5, -1.65, below, ha='center', va='top', fontsize=8.5)
-        for x, word in zip(np.arange(len(words)) + (0 if retrieves else 0.5), words):
-            lit = retrieves and x in (2, 5)
-            panel.text(x, 1, f'{word:^3}', ha='center', va='center', fontsize=8.5, family='monospace',
-                       bbox=dict(boxstyle='square,pad=0.25', facecolor=YELLOW if lit else 'white',
-                                 edgecolor=GREY))
-            for i in range(int(x) + 1 if arch == 'transformer' else 1):
-                panel.add_patch(Rectangle((x - 0.3, 0.35 - height - 0.35 * i), 0.6, height, color=colour,
-                                          linewidth=0))
-            if x >= 1 and arch == 'mamba':
-                panel.annotate('', (x - 0.25, 0.05), (x - 0.75, 0.05), arrowprops=dict(arrowstyle='->'))
-        if retrieves:
-            panel.add_patch(FancyArrowPatch((2, 1.4), (5, 1.4), connectionstyle='arc3,rad=-0.3',
-                                            arrowstyle='-|>', mutation_scale=12, color='black'))
-            panel.text(3.5, 1.9, 'the retriever', ha='center', va='bottom', fontsize=8.5)
-    figure.tight_layout(rect=(0, 0.06, 1, 1))
-    figure.text(0.5, 0.02, "Hybrid: an RNN with one Transformer layer on top carries the box and its cache.",
-                ha='center', fontsize=9, color=LOOKS['hybrid']['color'])
+        panel.set_title(title, fontsize=10, weight='bold', color=look(arch)['color'])
+        panel.text(2.5, -1.75, below, ha='center', va='top', fontsize=8)
+        for i, word in enumerate(words):
+            lit = words != text and word in ('4-3', '3')
+            box = dict(facecolor=YELLOW if lit else 'white', edgecolor=GREY, pad=2)
+            panel.text(i, 1, f'{word:^3}', ha='center', va='center', fontsize=7.5,
+                       family='monospace', bbox=box)
+            draw_carried(panel, arch, i)
+    arrow = dict(arrowstyle='-|>', color='black', connectionstyle='arc3,rad=-0.3')
+    axes[3].annotate('', (5, 1.4), (2, 1.4), arrowprops=arrow)
+    axes[3].text(3.5, 1.9, 'the retriever', ha='center')
+    figure.tight_layout()
     yield 'idea', figure
 
 
-FIGURES = [idea, accuracy, sizes, primitives, sweep, learning, capacity, bits, memory, errors, generation,
-           hotpot, attention, sample, walk]
+def draw_carried(panel, arch, i):
+    """What is carried after the i-th word: a box, a slice of a cache for each word, or both."""
+    heights = {'mamba': [0.6], 'hybrid': [0.4], 'transformer': []}[arch]
+    if arch != 'mamba':
+        heights = heights + (i + 1) * [0.2]
+    top, colour = 0.4, look(arch)['color']
+    for height in heights:
+        panel.add_patch(Rectangle((i - 0.3, top - height), 0.6, height, color=colour, linewidth=0))
+        top -= height + 0.07
+    if i and arch != 'transformer':
+        panel.annotate('', (i - 0.25, 0.15), (i - 0.75, 0.15), arrowprops=dict(arrowstyle='->'))
 
 
-# --- reading the results -----------------------------------------------------------------------------------
-
-# What a file must hold, see train.fits.
-LENGTH = {'n': int, 'accuracy': float, 'accuracy_se': float, 'best_guess?': float, 'chance': float}
-MESSAGE = {'n': int, 'bits': int, 'accuracy': float}
-CELL_RESULT = RESULT | {'distribution': str, 'errors?': {str: float}, 'by_length': [LENGTH],
-                        'messages?': [MESSAGE]}
-LOG = {'samples': int, 'accuracy': float}
-ATTENTION = {'prompt': [str], 'trace': [str], 'weights': [[float]]}
-HOTPOT = {'condition': str, 'em': float}
-GENERATION = {'arch': str, 'size': str, 'length': int, 'seconds': float, 'bytes': int}
+FIGURES = (idea, exact, learning, errors, attention, transplant, frontier, primitives, capacity,
+           bits, generation, hotpot, sample)
 
 
-def read(path, shape):
-    """The list of values in a JSON or JSON-lines file; for a damaged one, [] and a line that says so."""
+# --- reading the results --------------------------------------------------------------------------
+
+CONSTANTS = ('task', 'setup', 'size', 'n', 'seed', 'tuning', *MODEL, *SHARED, *OWN)
+MEASURED = ('accuracy', 'exact', 'chance', 'samples_trained', 'memory', 'by_length')
+
+
+def read(path, names):
+    """The dicts in a JSON file, or in the lines of a JSON-lines file. [] and a line that says so if
+    the file is damaged or a dict lacks one of the names."""
     try:
-        value = read_json(path, shape)
-        return value if isinstance(value, list) else [value]
-    except UserError as error:
-        print(f'left out: {error}')
+        text = path.read_text(encoding='utf-8')
+        if path.suffix == '.jsonl':
+            values = [json.loads(line) for line in text.split('\n') if line]
+        else:
+            values = json.loads(text)
+        if not isinstance(values, list):
+            values = [values]
+        for value in values:
+            missing = [name for name in names if name not in value]
+            if missing:
+                raise ValueError(f'without {missing[0]}')
+        return values
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        print(f'left out: {path} is damaged, or not a file of ours ({error})')
         return []
 
 
 def load(out):
-    """What there is to draw below a folder: results of train.py (dicts, with their log, kept samples and
-    attention) and its unfinished cells, lists of rows of models.py, (model name, rows) of eval_hotpot.py."""
-    def beside(path, name, shape):
-        return read(path.with_name(name), shape) if path.with_name(name).exists() else []
-
-    unfinished = [c for path in sorted(out.glob('**/config.json'))
-                  if not path.with_name('result.json').exists()
-                  for c in read(path, {name: RESULT[name] for name in CELL})]
-    results, hotpot = {}, []
-    for path in sorted(out.glob('**/result.json')):
-        for r in read(path, CELL_RESULT):
-            cell = tuple(str(r.get(name)) for name in (*CELL, *CONSTANTS, 'lr', 'warmup', 'tuning', 'layers'))
-            if not {r['task'], r['setup']} <= {*NAMES} or r['n_nodes'] < 1:
-                print(f'{path} is left out: no task or setup of ours')
-            elif cell in results:
-                print(f'{path} is left out: {results[cell]["path"]} is of the same cell')
-            else:
-                shown = [a for a in beside(path, 'attention.json', ATTENTION)
-                         if {len(a['prompt'] + a['trace'])} == {len(row) for row in a['weights']}
-                         and len(a['weights']) == len(a['trace'])]
-                kept = [s for s in beside(path, 'samples.json', [SAMPLE]) if edges_of(s['prompt'])]
-                results[cell] = r | dict(path=path, log=beside(path, 'log.jsonl', LOG), kept=kept,
-                                         attention=dict(share=None) | shown[0] if shown else None)
+    """What there is to draw in a folder, or in one file of records: a dict of lists. records: of
+    finished runs, with `source`, the file or folder that they come from; probes: of trained models
+    (`train.py --probe`); unfinished: names of runs; attention: maps, with the constants of their
+    runs; hotpot: (name of a model, its answers); generation: costs."""
+    found = dict(records=[], probes=[], unfinished=[], attention=[], hotpot=[], generation=[])
+    paths = [*sorted(out.glob('*.jsonl')), *sorted(out.glob('**/result.json'))]
+    for path in [out] if out.is_file() else paths:
+        source = path.parent.name if path.name == 'result.json' else path.stem
+        for r in read(path, CONSTANTS):
+            r |= dict(source=source)
+            if 'transplant' in r and 'rounding' in r:
+                found['probes'].append(r)
+            elif set(MEASURED) <= set(r):
+                found['records'].append(r)
+            elif not r['tuning']:
+                name = '{arch} {setup} n={n} seed {seed}'.format(**r)
+                found['unfinished'].append(f'{source}, {name}')
+    for path in sorted(out.glob('**/checkpoint.pt')):
+        if not path.with_name('result.json').exists():
+            found['unfinished'].append(path.parent.name)
+    found['records'].sort(key=lambda r: (r['n'], r['seed']))
+    for path in sorted(out.glob('**/attention.json')):
+        beside = path.with_name('result.json')
+        run = read(beside, CONSTANTS) if beside.exists() else []
+        for shown in read(path, ('prompt', 'trace', 'weights', 'share')):
+            found['attention'].append(dict(*run) | shown)
+    for path in sorted(out.glob('**/generation.json')):
+        found['generation'] += read(path, ('arch', 'size', 'length', 'seconds', 'bytes'))
     for path in sorted(out.glob('**/hotpot/*.jsonl')):
-        rows = read(path, HOTPOT)
-        counts = Counter(r['condition'] for r in rows)
-        if len(counts) == 3 and len({*counts.values()}) == 1:
-            hotpot.append((path.stem.rpartition('-')[0], rows))
-        elif rows:
-            print(f'{path} is left out: not finished')
-    order = lambda name: next((i for i, arch in enumerate(LOOKS) if name.startswith(arch)), len(LOOKS))
-    generation = [read(path, [GENERATION]) for path in sorted(out.glob('**/generation.json'))]
-    in_order = sorted(results.values(), key=lambda r: (r['n_nodes'], r['seed']))
-    return dict(results=in_order, unfinished=unfinished,
-                hotpot=sorted(hotpot, key=lambda found: order(found[0])),
-                generation=[rows for rows in generation if rows])
+        answers = read(path, ('condition', 'em'))
+        counts = Counter(r['condition'] for r in answers)
+        if len(counts) == 3 and len(set(counts.values())) == 1:
+            found['hotpot'].append((re.sub(r'-[0-9a-f]{8}$', '', path.stem), answers))
+        else:
+            print(f'left out: {path} is not finished')
+    return found
 
 
 def main(argv):
-    c = parse(argv, Constants, 'plot.py', {'default': {}})
-    folder, found = Path(c.figures), load(Path(c.out))
+    parser = argparse.ArgumentParser('plot.py', allow_abbrev=False)
+    parser.add_argument('--out', default='results', help='a folder, or a file of records')
+    parser.add_argument('--figures', default='figures', help='the folder of the pictures')
+    arguments = parser.parse_args(argv)
+    folder, found = Path(arguments.figures), load(Path(arguments.out))
     if folder.exists() and not folder.is_dir():
-        raise UserError(f'--figures={folder} is a file: name a folder')
-    if not any(found[kind] for kind in ('results', 'hotpot', 'generation')):
-        raise UserError(f'{c.out}: no results to draw, run train.py first')
+        parser.exit(2, f'plot.py: --figures={folder} is a file: name a folder\n')
+    if not any(found.values()):
+        parser.exit(2, f'plot.py: {arguments.out}: no results to draw, run train.py first\n')
     folder.mkdir(parents=True, exist_ok=True)
+    matplotlib.rcdefaults()                 # whatever the user's matplotlibrc says
+    plt.rcParams.update(STYLE)
     for draw in FIGURES:
         for name, figure in draw(found):
-            path = folder / f'{name}.{"gif" if draw is walk else "png"}'
-            if draw is walk:
-                (first, *others), seconds = zip(*figure)
-                times = [round(1000 * s) for s in seconds]
-                first.save(path, save_all=True, append_images=others, duration=times, loop=0)
-            else:
-                figure.savefig(path)
-                figure.savefig(path.with_suffix('.pdf'))
-            plt.close('all')
-            print(path)
-    if n := len(found['unfinished']):
-        print(f'{n} cells have been begun and not finished: run their train.py command again')
+            figure.savefig(folder / f'{name}.png')
+            plt.close(figure)
+            print(folder / f'{name}.png')
+    if film(found, folder / 'walk.gif'):
+        print(folder / 'walk.gif')
+    for name in found['unfinished']:
+        print(f'not finished: {name}')
 
 
 if __name__ == '__main__':
-    sys.exit(cli(main, 'plot.py', sys.argv[1:]))
+    try:
+        main(sys.argv[1:])
+    except (OSError, KeyboardInterrupt) as error:       # a full disk, a closed pipe; Ctrl-C
+        print(f'plot.py: {str(error) or "interrupted"}', file=sys.stderr)
+        os._exit(2)

@@ -3484,91 +3484,98 @@ def test_models_are_called_what_a_person_would_call_them():
     assert [eval_hotpot.in_words(name) for name in names] == list(names.values())
 
 
-# --- plot.py -------------------------------------------------------------------------------------------
+# --- plot.py --------------------------------------------------------------------------------------
 
-def written_results(folder, samples_json=None, **constants):
-    """The folder of a cell as train.py leaves it, with made-up numbers; accuracy None: not finished."""
-    cell = dict(task='istree', arch='mamba', setup='cot', size='tiny', n_nodes=8, seed=0, layers='',
-                d_state=1, distribution='two_star', frozen_embedding=False, samples=1000, batch_size=8,
-                lr=0.001, warmup=0.1, tuning=False) | constants
-    path = folder / '-'.join(str(v) for v in cell.values() if not isinstance(v, list))
-    path.mkdir(parents=True)
-    (path / 'config.json').write_text(json.dumps({k: v for k, v in cell.items() if k != 'accuracy'}))
-    if cell['accuracy'] is not None:
-        cache = 256 * 23 if cell['arch'] == 'transformer' else 0
-        result = dict(accuracy_se=0.05, exact_trace=cell['accuracy'], chance=0.5, samples_trained=1000,
-                      loss=1 - cell['accuracy'], params=1, seconds=1.0, by_length=[],
-                      memory=dict(window=700, state=100 * cell['d_state'], cache=cache),
-                      errors=dict.fromkeys(data.KINDS, 0.1)) | cell
-        (path / 'result.json').write_text(json.dumps(result))
-        (path / 'log.jsonl').write_text(json.dumps(dict(samples=500, accuracy=0.5)) + '\n')
-    if samples_json:
-        (path / 'samples.json').write_text(json.dumps(samples_json))
-    return path
+def made_up(**changes):
+    """The record of a finished run of IsTree, with made-up numbers."""
+    r = dict(task='istree', setup='cot', arch='mamba', layers='', size='tiny', n=8, d_state=1, seed=0)
+    r |= dict(distribution='', frozen_embedding=False, samples=1000, batch_size=8, lr=0.001,
+              warmup=0.1, order='alone', join=0.0, mix='', mix_largest=0.0, grad_clip=1.0,
+              dtype='float32', tuning=False)
+    r |= dict(accuracy=0.9, exact=0.5, chance=0.5, samples_trained=1000, by_length=[],
+              memory=dict(window=700, state=100), errors=dict.fromkeys(data.KINDS, 0.1),
+              log=[dict(samples=500, exact=0.25)])
+    return r | changes
 
 
-def lines_of(axes):
-    """{label: [(x, y, half of the error bar), ...]} of the error-bar plots in a panel."""
+def found_in(folder, records, name='experiment'):
+    """What plot.py finds in a folder with this file of records."""
+    text = ''.join(json.dumps(r) + '\n' for r in records)
+    (folder / f'{name}.jsonl').write_text(text, encoding='utf-8')
+    return plot.load(folder)
+
+
+def lines_of(panel):
+    """{label: [(x, y, how far down, how far up), ...]} of the lines with error bars in a panel."""
     found = {}
-    for container in axes.containers:
+    for container in panel.containers:
         x, y = container[0].get_data()
-        half = [(segment[1, 1] - segment[0, 1]) / 2 for segment in container[2][0].get_segments()]
-        found[container.get_label()] = [tuple(round(float(v), 3) for v in point) for point in zip(x, y, half)]
+        points = []
+        for a, b, segment in zip(x, y, container[2][0].get_segments()):
+            down, up = b - segment[0, 1], segment[1, 1] - b
+            points.append((a, round(b, 3), round(down, 3), round(up, 3)))
+        found[container.get_label()] = points
     return found
 
 
-def test_figures_show_the_means_the_errors_between_seeds_and_what_is_missing(tmp_path, capsys):
-    for seed, accuracy in enumerate((0.6, 0.8, 0.7)):
-        written_results(tmp_path, seed=seed, accuracy=accuracy)
-    written_results(tmp_path, n_nodes=16, accuracy=0.5)
-    written_results(tmp_path, arch='hybrid', accuracy=0.9)
-    written_results(tmp_path, arch='hybrid', n_nodes=16, accuracy=None)
-    for d_state in (2, 4, 8):                           # a sweep: in the figure on memory only
-        written_results(tmp_path, d_state=d_state, accuracy=0.95)
-    written_results(tmp_path, arch='transformer', samples=9999, accuracy=0.95)  # trained longer
-    written_results(tmp_path, arch='transformer', tuning=True, accuracy=0.95)       # nor is what was tuned on
-    written_results(tmp_path, arch='hybrid', layers='AM', accuracy=0.2)             # nor another model
-    written_results(tmp_path / 'z', arch='hybrid', accuracy=0.1)                # the same cell again: said
-    found = plot.load(tmp_path)
-    assert re.match(f'{tmp_path}/z/.* is left out: {tmp_path}/istree', capsys.readouterr().out)
-    (name, figure), = plot.accuracy(found)
+def heights_of(panel):
+    """{label: heights of the bars} in a panel."""
+    bars = [container for container in panel.containers if hasattr(container, 'patches')]
+    return {some.get_label(): [bar.get_height() for bar in some] for some in bars}
+
+
+def test_a_point_is_the_mean_its_bar_the_spread_and_a_line_names_what_is_left_out(tmp_path, capsys):
+    records = [made_up(seed=seed, exact=exact) for seed, exact in enumerate((0.6, 0.9, 0.6))]
+    records += [made_up(n=16, exact=0.5), made_up(arch='hybrid', exact=0.9)]
+    records += [made_up(d_state=16, exact=0.8)]
+    records += [made_up(tuning=True, exact=0.1)]                        # a sweep is no result
+    found_in(tmp_path, [made_up(samples=9999), made_up(layers='MMM')], 'other')
+    found = found_in(tmp_path, records)
+    (name, figure), = plot.exact(found)
     panel, = figure.axes
-    lines = lines_of(panel)
-    assert (name, panel.get_title()) == ('accuracy-tiny', 'chain of thought')
-    assert lines == {'RNN (Mamba)': [(8, 70, round(10 / 3 ** 0.5, 3)), (16, 50, 5)], 'hybrid': [(8, 90, 5)]}
-    assert [*panel.get_xticks()] == [8, 16] and [line.get_ydata()[0] for line in panel.lines][0] == 50
-    assert [text.get_text() for text in figure.texts] == ['not finished: istree hybrid cot tiny n=16 seed 0']
-    right, bars = dict(plot.memory(found))['memory-tiny-n8'].axes
-    assert [line.get_xdata()[0] for line in right.lines[:-1]] == [90, 70, 95, 95, 95]
-    floats = [bar.get_width() for container in bars.containers for bar in container]
-    assert floats == [part for d in (1, 1, 2, 4, 8) for part in (100 * d, 0, 700)]
-    bars = dict(plot.errors(found))['errors-tiny-n8'].axes[0].containers
-    assert [bar.get_height() for bar in bars[0]] == [10] * len(data.KINDS)
+    assert (name, panel.get_title()) == ('exact-tiny', 'chain of thought')
+    assert lines_of(panel) == {'hybrid': [(8, 90, 0, 0)],
+                               'RNN (Mamba)': [(8, 70, 10, 20), (16, 50, 0, 0)],
+                               'RNN (Mamba), d_state 16': [(8, 80, 0, 0)]}
+    said = capsys.readouterr().out
+    assert said == 'exact: runs with another layers, samples are not drawn (other)\n'
+    (name, figure), = plot.errors(found)
+    assert name == 'errors-tiny-n8'
+    for heights in heights_of(figure.axes[0]).values():
+        assert heights == len(data.KINDS) * [10]
+    (_, figure), = plot.learning(found)
+    assert [*figure.axes[0].lines[0].get_ydata()] == [25, 90]           # the log, then the result
 
 
-def test_each_size_is_a_line_and_each_length_of_a_primitive_a_point(tmp_path):
-    paper = dict(frozen_embedding=True, grad_clip=0.0)
-    for size, accuracy in (('0.5M', 0.6), ('1M', 0.7)):
-        written_results(tmp_path, size=size, **paper, samples=1_000_000, accuracy=accuracy)
-    written_results(tmp_path, size='1M', **paper | dict(grad_clip=1.0), samples=300_000, accuracy=0.8)
-    written_results(tmp_path, accuracy=0.9)                                         # the default, tiny
-    lengths = [dict(n=n, accuracy=a, accuracy_se=0.01, chance=1 / n, best_guess=2 / n)
-               for n, a in ((4, 1), (16, 0.5))]
-    written_results(tmp_path, task='recall', setup='direct', accuracy=0.6, by_length=lengths)
-    found = plot.load(tmp_path)
-    (_, figure), = plot.sizes(found)
-    assert lines_of(figure.axes[0]) == {"0.5M, the paper's constants": [(8, 60, 5)],
-                                        "1M, the paper's constants": [(8, 70, 5)], '1M, swept': [(8, 80, 5)]}
-    assert [text.get_text() for text in figure.axes[0].texts] == ['300K']
-    (_, figure), = plot.primitives(found)
-    assert lines_of(figure.axes[0]) == {'RNN (Mamba)': [(4, 100, 1), (16, 50, 1)]}
-    lines = {line.get_label(): [*line.get_ydata()] for line in figure.axes[0].lines}
-    assert (lines['chance'], lines['best guess without look-up']) == ([25, 6.25], [50, 12.5])
+def test_a_file_of_records_and_folders_of_fresh_runs_give_the_same_figures(tmp_path):
+    records = [made_up(seed=0), made_up(seed=1, arch='hybrid')]
+    for r in records:
+        (tmp_path / 'out' / str(r['seed'])).mkdir(parents=True)
+        (tmp_path / 'out' / str(r['seed']) / 'result.json').write_text(json.dumps(r, indent=1))
+    (tmp_path / 'results').mkdir()
+    found = found_in(tmp_path / 'results', records)
+    fresh, file = plot.load(tmp_path / 'out'), plot.load(tmp_path / 'results' / 'experiment.jsonl')
+    sources = [r['source'] for r in fresh['records'] + file['records']]
+    assert sources == ['0', '1', 'experiment', 'experiment']
+    for r in found['records'] + fresh['records'] + file['records']:
+        del r['source']
+    assert found == fresh == file and len(found['records']) == 2
+
+
+def test_each_length_of_a_primitive_is_a_point_and_the_best_guess_a_dashed_line(tmp_path):
+    lengths = [dict(n=n, accuracy=a, exact=0, chance=2 / n) for n, a in ((4, 1), (16, 0.5))]
+    recall = made_up(task='recall', setup='direct', n=16, by_length=lengths)
+    (name, figure), = plot.primitives(found_in(tmp_path, [recall, recall | dict(task='index')]))
+    assert name == 'primitives-tiny-n16'
+    assert [panel.get_title() for panel in figure.axes] == ['index', 'associative recall']
+    assert lines_of(figure.axes[1]) == {'RNN (Mamba)': [(4, 100, 0, 0), (16, 50, 0, 0)]}
+    guess, = [line for line in figure.axes[1].lines if line.get_linestyle() == '--']
+    assert [*guess.get_ydata()] == [50, 12.5]
 
 
 @pytest.mark.parametrize('n, values', [(1, 2), (1, 5), (2, 2), (2, 3), (3, 2)])
 def test_nobody_recalls_more_than_the_bound_of_the_communication_game(n, values):
-    """All ways to send one of few messages about n values, with the best answers to each: brute force."""
+    """All ways to send one of few messages about n values, the best answers to each: brute force."""
     inputs = [*itertools.product(range(values), repeat=n)]
     for messages in (1, 2, 3):
         if messages ** len(inputs) > 20_000:
@@ -3578,7 +3585,8 @@ def test_nobody_recalls_more_than_the_bound_of_the_communication_game(n, values)
             right = 0
             for message in {*sent}:
                 told = [x for x, m in zip(inputs, sent) if m == message]
-                right += sum(max(collections.Counter(x[i] for x in told).values()) for i in range(n))
+                for i in range(n):
+                    right += max(collections.Counter(x[i] for x in told).values())
             best = max(best, right / (n * len(inputs)))
         bound = plot.best_possible(math.log2(messages), n, values)
         assert best <= bound + 1e-9
@@ -3587,184 +3595,171 @@ def test_nobody_recalls_more_than_the_bound_of_the_communication_game(n, values)
     assert plot.best_possible(n * math.log2(values), n, values) == 1
 
 
-def test_the_capacity_of_a_memory_is_drawn_from_the_runs_of_each_size(tmp_path):
-    lengths = lambda *accuracies: [dict(n=2 ** k, accuracy=a, accuracy_se=0.01, chance=2.0 ** -k)
-                                   for k, a in enumerate(accuracies, 1)]
-    game = [dict(n=8, bits=b, accuracy=a) for b, a in ((100, 0.3), (200, 0.6))]
-    common = dict(task='recall', setup='direct', n_nodes=32, layers='DD', accuracy=0.9)
-    for floats, largest in ((100, 4), (400, 16)):           # slope 1
-        for seed in (0, 1):
-            accuracies = [1 if 2 ** k <= largest else 0.9 for k in range(1, 6)]
-            written_results(tmp_path, **common, d_state=floats, seed=seed, memory=dict(state=floats),
-                            by_length=lengths(*accuracies), messages=game)
-    for layers, right in (('', 1), ('GA', 0)):              # an experiment with other layers stays out
-        written_results(tmp_path, **common | dict(layers=layers), arch='transformer',
-                        by_length=lengths(*5 * [right]))
-    found = plot.load(tmp_path)
-    figures = dict([*plot.capacity(found), *plot.bits(found)])
-    assert [*figures] == ['capacity', 'capacity-law', 'bits-deltanet']
-    panel, other = figures['capacity'].axes
-    assert lines_of(panel)['400 floats'] == [(2, 100, 0), (4, 100, 0), (8, 100, 0), (16, 100, 0), (32, 90, 0)]
-    assert lines_of(other) == {'Transformer': [(2 ** k, 100, 1) for k in range(1, 6)]}
-    law, = figures['capacity-law'].axes
-    assert law.get_legend_handles_labels()[1] == ['RNN (DeltaNet), slope 1.00']
-    middle = 2 ** 0.5               # half of the way from 100 to 90%, over log n
-    np.testing.assert_allclose(law.lines[1].get_ydata(), [4 * middle, 4 * middle, 16 * middle, 16 * middle])
-    bits, = figures['bits-deltanet'].axes
-    assert [*zip(*bits.lines[0].get_data())] == [(100, 30), (200, 60)]
-    assert bits.lines[-1].get_xdata()[0] == 8 * math.log2(data.numbers_for('recall', 32))
+def test_the_capacity_of_a_memory_counts_its_state_and_says_what_lies_outside(tmp_path):
+    """Memories of 100, 400 and 1,600 floats that recall up to 2, 8 and 32 pairs: slope 1. Others recall
+    no n, or all."""
+    records = []
+    for floats, largest in ((25, 1), (100, 2), (400, 8), (1600, 32), (6400, 128)):
+        lengths = []
+        for n in (2, 4, 8, 16, 32, 64):
+            lengths.append(dict(n=n, chance=0, accuracy=1 if n <= largest else 0.9))
+        game = [dict(n=16, bits_per_float=k, bits=k * floats, accuracy=k / 4) for k in (1, 2)]
+        records.append(made_up(task='recall', setup='direct', arch='deltanet', n=64,
+                               d_state=floats, memory=dict(state=floats, window=999),
+                               by_length=lengths, messages=game))
+    found = found_in(tmp_path, records)
+    (name, figure), = plot.capacity(found)
+    left, _, right = figure.axes
+    points = lines_of(left)['RNN (DeltaNet), 400 floats of state']
+    assert points[2:4] == [(8, 100, 0, 0), (16, 90, 0, 0)]
+    assert right.get_legend_handles_labels()[1] == ['slope 1.00']
+    assert [text.get_text() for text in right.texts] == ['<', '', '', '', '≥']
+    circles = [line.get_ydata()[0] for line in right.lines[:5]]
+    middle = 2 ** 0.5                   # half of the way from 100 to 90%, over log n
+    np.testing.assert_allclose(circles, [2, 2 * middle, 8 * middle, 32 * middle, 64])
+    (name, figure), = plot.bits(found)
+    game = figure.axes[0].lines[1]
+    assert [*zip(*game.get_data())] == [(100, 25), (200, 50)]
+    assert figure.axes[0].lines[-1].get_xdata()[0] == 16 * math.log2(4 * 64)    # of 256 values each
 
 
-def test_the_sweep_circles_the_best_of_the_longest_runs_and_crosses_out_the_shorter_ones(tmp_path):
-    runs = ((0.001, 0.1, 100, 0.9), (0.002, 0.1, 100, 0.95), (0.002, 0.1, 200, 0.7), (0.001, 0.2, 200, 0.8),
-            (0.002, 0.2, 200, 0.6))
-    for lr, warmup, samples, accuracy in runs:
-        written_results(tmp_path, tuning=True, lr=lr, warmup=warmup, samples=samples, accuracy=accuracy)
-    (_, figure), = plot.sweep(plot.load(tmp_path))
-    assert lines_of(figure.axes[0]) == {'RNN (Mamba), warm-up 10%': [(0.001, 90, 5), (0.002, 70, 5)],
-                                        'RNN (Mamba), warm-up 20%': [(0.001, 80, 5), (0.002, 60, 5)]}
-    marked = {line.get_label(): (*line.get_xdata(), *line.get_ydata()) for line in figure.axes[0].lines}
-    assert marked['best'] == (0.001, 80) and marked['given up after a shorter run'] == (0.001, 90)
+def test_the_frontier_and_the_transplant_are_drawn_from_their_fields(tmp_path):
+    lengths = [dict(n=n, chance=0.5, accuracy=1, exact=e) for n, e in ((6, 0.9), (16, 0.1))]
+    mixed = made_up(n=16, mix='6+16', by_length=lengths)
+    records = [mixed | dict(arch='deltanet', memory=dict(state=288, window=9))]
+    records += [mixed | dict(setup='retrieval'), made_up(n=16)]
+    found = found_in(tmp_path, records)
+    (_, figure), = plot.exact(found)                                # the run that mixes no n
+    panel, = figure.axes
+    assert lines_of(panel) == {'RNN (Mamba)': [(16, 50, 0, 0)]}
+    (name, figure), = plot.frontier(found)
+    left, middle, right = figure.axes
+    assert name == 'frontier-tiny' and right.lines[0].get_data() == ([288], [6])
+    points = lines_of(left)['RNN (DeltaNet), 288 floats of state']
+    assert points == [(6, 90, 0, 0), (16, 10, 0, 0)]
+    assert [*lines_of(middle)] == ['RNN (Mamba), with a retriever']
+
+    replaced = dict(nothing=dict(own=0.9, donor=0), everything=dict(own=0.1, donor=0.8))
+    rounding = {'1': dict(exact_trees=0.2), '2': dict(exact_trees=0.4)}
+    probe = made_up(transplant=replaced, rounding=rounding)
+    for name in plot.MEASURED:                                      # (it does not train)
+        del probe[name]
+    found = found_in(tmp_path, [probe])
+    assert not found['records'] and not found['unfinished']
+    (name, figure), = plot.transplant(found)
+    left, right = figure.axes
+    assert heights_of(left) == {'own graph, before': [90], 'own graph, after': [10],
+                                "donor's graph, after": [80]}
+    assert lines_of(right) == {'RNN (Mamba), chain of thought': [(1, 20, 0, 0), (2, 40, 0, 0)]}
 
 
-def kept_samples(setup, spoil=None):
-    """What train.py keeps of a cell; spoil changes the words that the model is said to have written."""
+def kept_examples(setup, spoil=None):
+    """What train.py keeps of a run. spoil changes what the model is said to have written."""
     kept = []
-    for row in data.validation_set('istree', 3, 8, setup)[0]:
-        words = words_of(row)
-        end = words.index('[EOS]') + 1
-        written = spoil(words[end:]) if spoil else words[end:]
-        kept.append(dict(prompt=' '.join(words[:end]), expected=' '.join(words[end:]),
-                         written=' '.join(written),
-                         retrieved=[i for i in range(1, len(written)) if written[i - 1] == '[ENDSEARCH]']))
+    for prompt, completion in data.held_out_samples(data.IsTree(8, setup), 8, 3):
+        written = spoil(completion) if spoil else completion
+        words = dict(prompt=prompt, expected=completion, written=written)
+        kept.append({name: ' '.join(part) for name, part in words.items()})
     return kept
 
 
-def told_cells(folder):
-    """Cells with samples: all right, but for the third node of the RNN without a retriever."""
-    wrong = lambda words: [*words[:2], str((int(words[2]) + 1) % 8), *words[3:]]
-    written_results(folder, arch='transformer', accuracy=1.0, samples_json=kept_samples('cot'))
-    written_results(folder, accuracy=0.5, samples_json=kept_samples('cot', wrong))
-    written_results(folder, setup='retrieval', accuracy=1.0, samples_json=kept_samples('retrieval'))
+def told_runs():
+    """Runs with examples. All is right but the third node of the second example of the RNN without a
+    retriever."""
+    def spoil(words):
+        return [*words[:2], str((int(words[2]) + 1) % 8), *words[3:]]
+    wrong = kept_examples('cot')
+    wrong[1] = kept_examples('cot', spoil)[1]
+    cache = dict(cache=100 * 23)                        # 100 floats for each word of the prompt
+    return [made_up(arch='transformer', examples=kept_examples('cot'), memory=cache),
+            made_up(examples=wrong),
+            made_up(setup='retrieval', examples=kept_examples('retrieval'))]
 
 
-def test_a_search_read_from_either_setup_is_the_euler_tour():
-    for cot, retrieval in zip(kept_samples('cot'), kept_samples('retrieval')):
-        tour = cot['written'].split(' [EOS]')[0].split()
-        edges = [(int(u), int(v)) for u, v in plot.edges_of(cot['prompt'])]
-        assert [*plot.tour(cot['written'].split()).values()] == tour == recursive_tour(edges)
+def test_a_search_read_from_either_setup_is_the_same_tour():
+    for cot, retrieval in zip(kept_examples('cot'), kept_examples('retrieval')):
+        tour = cot['expected'].split(' [EOS]')[0].split()
+        assert [*plot.tour(cot['written'].split()).values()] == tour
         assert [*plot.tour(retrieval['written'].split()).values()] == tour
 
 
-def test_the_film_and_the_picture_show_the_kept_text_and_nothing_else(tmp_path):
-    told_cells(tmp_path)
-    found = plot.load(tmp_path)
-    (_, _, told), = plot.cases(found)
-    assert len(told) == 3
-    figure = plot.plt.figure(figsize=(8, 5.2))
-    for _ in range(5):
-        figure.add_axes((0, 0.2, 1, 0.5))
-    ends = {}
-    for scene in plot.scenes(told):
-        key, read, t, match, said, _ = scene
-        plot.draw_scene(figure, told, scene)
-        _, prompt, graph, carried, wrote = figure.axes
-        kept = told[key or ('cot', 'mamba')][1]
-        words, edges = kept['written'].split()[:t], re.findall(r'\d+ - \d+', kept['prompt'])
-        assert [text.get_text() for text in prompt.texts] == edges[:read]
-        shown = [text.get_text() for text in wrote.texts]
-        assert shown == words[len(words) - len(shown):] and (shown or not words)
-        if key:
-            squares = (1 + 3 * 7 + 1 + t) * (key[1] == 'transformer')       # one for each token so far
-            assert len(carried.patches) == 1 + squares
-            ends[key] = t
-        if match: # an edge of the prompt, and the answer of the last query is on it
-            assert key[0] == 'retrieval' and ' - '.join(match) in edges
-            end = max(i for i in range(t) if words[i] == '[ENDSEARCH]')
-            asked = words[max(i for i in range(end) if words[i] == '[STARTSEARCH]') + 1]
-            assert {asked, kept['written'].split()[end + 1]} == {*match} and end + 1 in kept['retrieved']
-        yellow = [line for line in graph.lines if line.get_color() == plot.YELLOW]
-        assert len(yellow) == bool(match)
-    assert ends == {key: len(kept['written'].split()) for key, (_, kept) in told.items()}
-
-    at, wrong, right, why = plot.mistake(told['cot', 'mamba'][1])
-    expected, written = (told['cot', 'mamba'][1][name].split() for name in ('expected', 'written'))
-    assert (at, wrong, right) == (2, (expected[1], written[2]), (expected[1], expected[2])) and why in [
-        say.split('\n')[1] for *_, say, seconds in plot.scenes(told) if seconds >= 1]
-    for key in (('cot', 'transformer'), ('retrieval', 'mamba')):
-        assert plot.mistake(told[key][1])[0] is None
-    (name, picture), = plot.sample(found)
-    texts = [[text.get_text() for text in panel.texts] for panel in picture.axes]
-    tour = lambda words: [w for w in words if w != '[EOS]']
-    assert texts[2] == tour(expected) and tour(written) in texts and name == 'sample-tiny-n8'
+def test_the_film_shows_the_kept_text_what_is_carried_and_the_first_wrong_step(tmp_path):
+    asked, why = plot.chosen_example(found_in(tmp_path, told_runs()))
+    assert why.startswith('Of 3 held-out graphs') and 'the RNN without a retriever errs' in why
+    assert asked['cot', 'mamba'][1] == told_runs()[1]['examples'][1]
+    _, parts = plot.plt.subplots(3)
+    for (setup, arch), (record, example) in asked.items():
+        words = example['written'].split()
+        for t in plot.frames(example):
+            plot.draw_frame(parts, setup, arch, record, example, t, 10_000)
+            graph, text, carried = parts
+            at = 2 if (setup, arch) == ('cot', 'mamba') and (t is None or t > 2) else None
+            shown = ' '.join(text.texts[0].get_text().split())
+            so_far = words[:t]
+            so_far[2:3] = [f'>{words[2]}<'] if at else so_far[2:3]
+            assert ' '.join(so_far).endswith(shown) and (shown or t == 0)
+            assert any('instead of' in said.get_text() for said in graph.texts) == bool(at)
+            assert any(line.get_color() == plot.RED for line in graph.lines) == bool(at)
+            floats = 100 * (23 + len(words[:t])) if arch == 'transformer' else 800
+            assert carried.get_xlabel() == f'{floats:,} floats are carried'
+        assert t is None                                            # the whole text at the end
 
 
-def test_plot_py_draws_whatever_there_is(tmp_path):
+def test_the_picture_of_a_sample_shows_each_search_and_says_why_this_one_was_chosen(tmp_path):
+    (name, figure), = plot.sample(found_in(tmp_path, told_runs()))
+    example = told_runs()[1]['examples'][1]
+    titles = [panel.get_title() for panel in figure.axes if panel.get_title()]
+    assert name == 'sample-tiny-n8' and titles[1].startswith('RNN (Mamba), chain of thought: [')
+    edges = [edge.replace(' - ', '-') for edge in re.findall(r'\d+ - \d+', example['prompt'])]
+    assert figure.texts[0].get_text() == 'Is it a tree?  ' + '  '.join(edges)
+    assert 'the first on which' in figure.texts[1].get_text()
+
+
+def test_plot_py_draws_whatever_there_is_and_leaves_out_what_is_damaged(tmp_path):
+    """Whatever the user's settings of matplotlib are."""
+    (tmp_path / 'matplotlibrc').write_text('text.usetex: True\nfont.family: no such font\n')
+    env = os.environ | {'MPLBACKEND': 'module://matplotlib_inline.backend_inline',
+                        'MATPLOTLIBRC': str(tmp_path / 'matplotlibrc')}
+
     def draw(figures='figures'):
-        command = [sys.executable, 'plot.py', f'--out={tmp_path}/out', f'--figures={tmp_path}/{figures}']
-        return subprocess.run(command, cwd=HERE, text=True, capture_output=True)
+        command = [sys.executable, 'plot.py', f'--out={tmp_path}/out',
+                   f'--figures={tmp_path}/{figures}']
+        return subprocess.run(command, cwd=HERE, text=True, capture_output=True, env=env)
     empty = draw()
-    assert empty.returncode == 2 and re.fullmatch('.*run train.py first\n', empty.stderr)
-    told_cells(tmp_path / 'out')
-    path = written_results(tmp_path / 'out', arch='hybrid', accuracy=0.6)
-    words = words_of(data.validation_set('istree', 1, 8, 'cot')[0][0])
-    prompt, wrote = words[:23], words[23:]
-    weights = [[0.1] * len(words)] * len(wrote)
-    shown = dict(prompt=prompt, trace=wrote, weights=weights, share=0.8)
-    (path / 'attention.json').write_text(json.dumps(shown))
-    (tmp_path / 'out' / 'hotpot').mkdir()
-    (tmp_path / 'out' / 'hotpot' / 'model-0a.jsonl').write_text(''.join(
-        json.dumps(dict(condition=c, em=1.0)) + '\n' for c in data.HOTPOT_CONDITIONS))
-    (tmp_path / 'out' / 'generation.json').write_text(json.dumps(models.generation_cost('tiny', (4, 8), 3)))
-    (tmp_path / 'out' / 'hotpot' / 'begun-0a.jsonl').write_text('{"condition": "gold", "em": 1.0}\n')
-    (tmp_path / 'out' / 'x').mkdir()
-    (tmp_path / 'out' / 'x' / 'result.json').write_text('{"arch"')
+    assert empty.returncode == 2 and re.fullmatch('plot.py: .*run train.py first\n', empty.stderr)
+    (tmp_path / 'out' / 'hotpot').mkdir(parents=True)
+    found_in(tmp_path / 'out', told_runs())
+    begun = {name: value for name, value in made_up(seed=5).items() if name not in plot.MEASURED}
+    found_in(tmp_path / 'out', [begun], 'begun')
+    (tmp_path / 'out' / 'fresh').mkdir()
+    (tmp_path / 'out' / 'fresh' / 'checkpoint.pt').touch()
+    prompt, completion = data.held_out_samples(data.IsTree(8, 'cot'), 8, 1)[0]
+    shown = dict(arch='hybrid', size='tiny', n=8, prompt=prompt, trace=completion, share=0.8,
+                 weights=len(completion) * [len(prompt + completion) * [0.1]])
+    (tmp_path / 'out' / 'attention.json').write_text(json.dumps(shown))
+    costs = [dict(arch='mamba', size='tiny', length=n, seconds=0.1, bytes=9) for n in (4, 8)]
+    (tmp_path / 'out' / 'generation.json').write_text(json.dumps(costs))
+    answers = [dict(condition=c, type='bridge', em=1.0) for c in ('gold', 'full', 'retrieval')]
+    found_in(tmp_path / 'out' / 'hotpot', answers, 'mamba-tiny-s0')
+    found_in(tmp_path / 'out' / 'hotpot', answers[:1], 'begun')
+    whole = (tmp_path / 'out' / 'experiment.jsonl').read_bytes()
+    (tmp_path / 'out' / 'cut.jsonl').write_bytes(whole[:-9])
+    (tmp_path / 'out' / 'foreign.jsonl').write_text('{"arch": "mamba"}\n[]\n')
+    (tmp_path / 'out' / 'binary.jsonl').write_bytes(b'\xff\x00')
     done = draw()
-    for words in ('begun-0a.jsonl is left out: not finished', 'x/result.json cannot be read (damaged'):
-        assert words in done.stdout
-    names = {'idea', 'accuracy-tiny', 'learning-tiny-n8', 'errors-tiny-n8', 'hotpot', 'generation-tiny',
-             'attention-hybrid-tiny-n8-s0', 'sample-tiny-n8'}
+    lines = done.stdout.splitlines()
+    for words in ('cut.jsonl is damaged', 'foreign.jsonl is damaged', 'binary.jsonl is damaged',
+                  'begun.jsonl is not finished', 'not finished: begun, mamba cot n=8 seed 5', 'not finished: fresh'):
+        assert len([line for line in lines if words in line]) == 1, words
     assert done.returncode == 0 and done.stderr == ''
     assert {path.name for path in (tmp_path / 'figures').iterdir()} == {
-        'walk.gif', *(f'{name}.{kind}' for name in names for kind in ('png', 'pdf'))}
+        'walk.gif', 'idea.png', 'exact-tiny.png', 'learning-tiny-n8.png', 'errors-tiny-n8.png',
+        'hotpot.png', 'generation-tiny.png', 'attention-tiny-n8.png', 'sample-tiny-n8.png'}
     assert (tmp_path / 'figures' / 'walk.gif').stat().st_size < 1_500_000
     (tmp_path / 'file').touch()
     refused = draw('file')
-    assert refused.returncode == 2 and 'is a file: name a folder' in refused.stderr.splitlines()[-1]
-    assert len(refused.stderr.splitlines()) == 1
-
-
-def test_damaged_files_are_left_out_with_a_line_and_the_rest_is_drawn(tmp_path, capsys, damaged=30):
-    """Files that are cut, or with a byte changed, a value replaced or a name dropped: no figure raises."""
-    told_cells(tmp_path)
-    lengths = [dict(n=4, accuracy=1, accuracy_se=0, chance=0.1, best_guess=0.2)]
-    for task in ('recall', 'istree'):
-        written_results(tmp_path, task=task, tuning=task == 'recall', arch='hybrid', accuracy=0.5,
-                        by_length=lengths)
-    rng, files = random.Random(0), [*tmp_path.glob('**/[lrs]*.json*')]
-    for i in range(damaged):
-        path = rng.choice(sorted(files))
-        whole = path.read_bytes()
-        if i % 4 < 2:
-            spot, byte = rng.randrange(1, len(whole) - 2), bytes([rng.randrange(256)])
-            path.write_bytes(whole[:spot] + (byte + whole[spot + 1:] if i % 2 else b''))
-        else:
-            value = json.loads(whole)
-            row = value[0] if isinstance(value, list) else value
-            name = rng.choice(sorted(row))
-            row[name] = rng.choice([None, [], {}, '', -1, 0, 10 ** 400, True, [[]], 'x y', {'a': None}, 0.5])
-            if i % 4 == 3:
-                del row[name]
-            path.write_text(json.dumps(value))
-        found = plot.load(tmp_path)
-        assert i % 4 or f'left out: {path}' in capsys.readouterr().out
-        for draw in plot.FIGURES:
-            if draw is plot.walk:
-                assert all([*plot.scenes(told)] for *_, told in plot.cases(found))
-            elif draw is not plot.idea and (draw is not plot.sample or path.name == 'samples.json'):
-                assert all(name for name, _ in draw(found))
-        plot.plt.close('all')
-        path.write_bytes(whole)
+    said = f'plot.py: --figures={tmp_path}/file is a file: name a folder\n'
+    assert (refused.returncode, refused.stderr) == (2, said)
 
 
 def test_a_token_costs_an_rnn_the_same_memory_after_any_context():
