@@ -3762,14 +3762,6 @@ def test_plot_py_draws_whatever_there_is_and_leaves_out_what_is_damaged(tmp_path
     assert (refused.returncode, refused.stderr) == (2, said)
 
 
-def test_a_token_costs_an_rnn_the_same_memory_after_any_context():
-    rows = models.generation_cost('tiny', (16, 64), 2)
-    bytes_of = lambda arch: [r['bytes'] for r in rows if r['arch'] == arch]
-    assert bytes_of('mamba') == [4 * 2 * 128 * (16 + 3)] * 2
-    assert bytes_of('transformer') == [4 * 2 * 2 * 64 * length for length in (16, 64)]
-    assert bytes_of('hybrid')[1] - bytes_of('hybrid')[0] == 4 * 2 * 64 * 48
-
-
 # --- the class assignment ----------------------------------------------------------------------------------
 
 CODED = [k for k, e in grade.EXERCISES.items() if e.targets]
