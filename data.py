@@ -23,13 +23,17 @@ edge is `u - v`; node 6 is one word. After the prompt, each of the three setups 
              [STARTSEARCH] 5 - 0 [ENDSEARCH] *2          The neighbour after 0 is 2.
              [STARTSEARCH] 2 ~ [ENDSEARCH] *[FAILED] 2 ~ 5 2 ... [EOS] [TRUE]
 
+A graph is a tree if the search meets no cycle and reaches every node. So at the end of a search
+without a cycle, the model has to notice by itself whether nodes of the prompt are missing from the
+tour.
+
 In `retrieval`, whatever must be looked up is a query between [STARTSEARCH] and [ENDSEARCH]. The
 word after [ENDSEARCH] is not written by the model but by the *retriever*, a regular expression that
 runs over the text so far. Such words are marked with a star, here and in the code:
 
   v ~        Who is the parent of v? Answer: x of the last record `v ~ x`, or [FAILED].
-  v -        Which is the first neighbour of v? The other end of the prompt's first edge with v.
-  v - w      Which neighbour of v comes after w? The other end of the next edge with v.
+  v -        What is the first neighbour of v? The other end of the prompt's first edge with v.
+  v - w      Which neighbour of v comes after w? The other end of the next edge with v, or [FAILED].
 
 Below the line: another distribution of graphs, the four retrieval primitives, a Turing machine, an
 export. Try it:
@@ -64,21 +68,21 @@ TUNING_SEED = ('tuning',)
 
 def two_star(rng, n):
     r"""The paper's distribution (appendix; `binary` in the authors' code). Two random nodes are
-    centres. A fair coin joins each other node, a leaf, to one of them. Then two leaves are joined:
+    centres. Every other node is a leaf of one of them, by a fair coin. Then two leaves are joined:
 
             0                                   0
             |                                  / \
         3 - 5 - 2 - 1 - 4 - 6             3 - 5 - 2     1 - 4 - 6
 
-    The centres are 5 and 4. On the left, the leaves 2 and 1 have been joined, of different centres:
-    a tree. On the right, 0 and 2 of the same centre: a triangle, and an unconnected rest. So "is it
-    a tree?" means here "do the two joined leaves belong to different stars?". Both graphs have n-1
-    edges, so counting edges does not help. P(tree) = 1/2.
+    The centres are 5 and 4. On the left, the leaves 2 and 1 are joined, leaves of different
+    centres: a tree. On the right, 0 and 2 of the same centre: a triangle, and a disconnected rest.
+    So "is it a tree?" means here "do the two joined leaves belong to different stars?". Both graphs
+    have n-1 edges, so counting edges does not help. P(tree) = 1/2.
 
     rng: random.Random. Returns edges [(u, v), ...] and whether they form a tree."""
     first, second, *leaves = rng.sample(range(n), n)
     centres = rng.choices([first, second], k=n - 2)         # of each leaf
-    i = rng.randrange(n - 3)
+    i = rng.randrange(n - 3)                                # (the leaves are in random order)
     edges = [*zip(centres, leaves), (leaves[i], leaves[i + 1])]
     return edges, centres[i] != centres[i + 1]
 
@@ -106,7 +110,7 @@ class Task:
     patterns = ()
 
     def __init__(self, n, setup, distribution=''):
-        """Raises ValueError, in one line, on what is impossible."""
+        """Raises ValueError, in one line, for impossible arguments."""
         if setup not in self.setups:
             raise ValueError(f'setup {setup}: this task has {", ".join(self.setups)}')
         if n not in self.possible_n:
@@ -150,7 +154,7 @@ class IsTree(Task):
     # which skips to the edge 5 - 0 (or 0 - 5), then to the next one with 5, and captures its other
     # end. [^[]*? does not leave the prompt, because [EOS] begins with a bracket. The space in front
     # of a number and the \b behind keep 1 from matching in 11. The lookahead (?= ...) lets matches
-    # overlap, as in `4 ~ 4 ~ 0`.
+    # overlap: a model may write nonsense such as `4 ~ 4 ~ 0`.
     patterns = (
         (r'(\d+) ~', r' V ~(?= (\d+))'),
         (r'(\d+) -', r'^\[BOS\][^[]*? (?:V - (\d+)|(\d+) - V\b)'),
@@ -170,19 +174,19 @@ class IsTree(Task):
         answer = '[TRUE]' if is_tree else '[FALSE]'
         if self.setup == 'direct':
             return prompt, [answer]
-        search = cot_trace if self.setup == 'cot' else retrieval_trace
-        trace = search(neighbours_of(edges, len(edges) + 1))
+        algorithm = cot_trace if self.setup == 'cot' else retrieval_trace
+        trace = algorithm(neighbours_of(edges, len(edges) + 1))
         return prompt, trace + ['[EOS]', answer]
 
     def longest(self, n):
-        """That of a tree, since its whole search is written down."""
+        """The length for a tree, whose whole search is written down (counted in a test)."""
         return {'direct': 1, 'cot': 2 * n - 1 + 2, 'retrieval': 37 * n - 26 + 2}[self.setup]
 
     def chance(self, n):
         return 1 / 2
 
     def mixed(self):
-        """Half as many nodes (but at least 6, of smaller graphs there are too few), and all."""
+        """Half as many nodes, at least 6, and all: 7 and 14. (Smaller graphs are too few.)"""
         return sorted({max(self.n // 2, min(6, self.n)), self.n})
 
 
@@ -228,9 +232,14 @@ def retrieval_trace(neighbours):
 
     neighbours: see neighbours_of. Returns a list of at most 37n-26 words (a test counts them), with
     a star on those that the retriever writes."""
-    after = {}                      # (v, w) -> the neighbour of v after w; (v, None) -> the first
+    # after[v, w]: the neighbour of v after w; after[v, None]: the first. With the neighbours 5: 0,
+    # 2, 3 (5, None) -> 0, (5, 0) -> 2, (5, 2) -> 3, (5, 3) -> [FAILED].
+    after = {}
     for v, others in neighbours.items():
-        after.update(zip([(v, None)] + [(v, w) for w in others], others + ['[FAILED]']))
+        previous = None
+        for w in others + ['[FAILED]']:
+            after[v, previous] = w
+            previous = w
     parent = {}                     # the records written so far
     trace, stack, prev = [], ['0'], None
 
@@ -240,8 +249,8 @@ def retrieval_trace(neighbours):
     while stack:
         v = stack[-1]
         trace.append(v)
-        ask(f'{v} ~', parent.get(v, '[FAILED]'))
-        if prev == parent.get(v):                   # from the parent, or at the start (both None)
+        ask(f'{v} ~', parent.get(v, '[FAILED]'))    # on each visit: no need to remember it
+        if prev == parent.get(v):                   # the first visit: from the parent, or both None
             w = after[v, None]
             ask(f'{v} -', w)
         else:                                       # back from the neighbour prev
@@ -286,10 +295,12 @@ def search(text, patterns):
     expression = regular_expression(query.strip(), patterns)
     if expression is None:
         return ['[FAILED]'], False
-    outside = re.sub(r'\[STARTSEARCH\].*?(\[ENDSEARCH\]|$)', '|', before)       # without queries
+    # Of records, the last match counts. Without queries; the bar keeps the words on both sides
+    # apart
+    outside = re.sub(r'\[STARTSEARCH\].*?(\[ENDSEARCH\]|$)', '|', before)
     answer = '[FAILED]'
     for match in expression.finditer(outside):
-        if match.lastindex:                         # (a group took part)
+        if match.lastindex:                         # a group took part
             answer = match[match.lastindex]
     return [answer], True
 
@@ -318,8 +329,9 @@ def collate(task, samples):
 
 
 def fresh_samples(task, n, count, seed, held_out):
-    """Like draw, but a sample whose prompt is held out is replaced by another one. held_out: a set
-    of prompts as tuples. Raises ValueError if everything that is drawn is held out."""
+    """Like draw, but without samples whose prompt is held out; others of the draw are repeated in
+    their place. held_out: a set of prompts as tuples. Raises ValueError if everything that is drawn
+    is held out."""
     for attempt in range(10):
         drawn = draw(task, n, count, (*seed, attempt))
         fresh = [sample for sample in drawn if tuple(sample[0]) not in held_out]
@@ -637,10 +649,10 @@ def transitions(machine, letters):
 
 
 class Turing(Task):
-    """What does the machine answer? The tape has n letters and a blank, `_`, in numbered cells. Each
-    step is written down: the state, the cell, the symbol there, and, if the machine changes that
-    symbol, a record. In `retrieval`, the symbol is looked up: the last one recorded for the cell,
-    or else the prompt's. So a model with a retriever need remember only its last step. n=3:
+    """What does the machine answer? The tape has n letters and a blank, `_`, in numbered cells.
+    Each step is written down: the state, the cell, the symbol there, and, if the machine changes
+    that symbol, a record. In `retrieval`, the symbol is looked up: the last one recorded for the
+    cell, or else the prompt's. So a model with a retriever need remember only its last step. n=3:
 
         prompt      [BOS] 1 h 2 c 3 h 4 _ [EOS]
 

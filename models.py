@@ -18,7 +18,7 @@ Symbols (in brackets: the letters of the Mamba paper, Gu & Dao 2023, arXiv 2312.
   d_state (N)                size of the memory: floats per channel in Mamba, per head a
                              d_state x d_state matrix in DeltaNet, hidden units in a GRU
   delta (Δ), dt_rank (R)     step size, and the rank of the map to it, ceil(d_model/16)
-  A, Bs, Cs, D (A, B, C, D)  the other parameters of the state space model
+  A, Bs, Cs, D (A, B, C, D)  the other parameters of the state space model (B and C in scan_cuda/)
 
 Bring your own layer: a class with four methods (GRULayer is the shortest example):
   __init__(config)           its parameters; config is a Config
@@ -74,7 +74,8 @@ class MambaLayer(nn.Module):
 
     exp(delta A) lies between 0 and 1: near 1 a channel keeps what it has, near 0 it forgets.
     "Selective" means that delta, Bs and Cs are computed from the token itself: the model chooses
-    what to remember.
+    what to remember. The way of a token: norm, in_proj to u and z; u through conv, SiLU and the
+    memory to y; y * silu(z), out_proj, and added to the input.
       delta   one per channel. Near 0, h stays as it is and the token is ignored; if it is large, h
               is wiped and the token takes its place. delta is computed through dt_rank numbers, to
               save weights.
@@ -83,9 +84,12 @@ class MambaLayer(nn.Module):
               place: Bs is how much of the token to write, and with which sign; Cs how much to read.
       A       = -exp(A_log), negative whatever is learned, so that h always decays. It starts at
               -1, ..., -d_state: numbers that forget at different speeds.
-      conv    mixes each token with the three before it: an edge `u - v` is one thing to remember.
+      D       lets u pass by the memory.
+      conv    mixes each token with the three before it, so that an edge `u - v`, three tokens, can
+              be stored as one thing.
       z       gates the output, y * silu(z): is what was read of use here? silu(z) = z sigmoid(z) is
-              nearly 0 for negative z (closed), nearly z for positive z (open, able to amplify)."""
+              nearly 0 for very negative z (closed), nearly z for positive z (open, able to
+              amplify)."""
 
     def __init__(self, c):
         super().__init__()
@@ -109,7 +113,8 @@ class MambaLayer(nn.Module):
         init_convolution(self)
         bound = c.dt_rank ** -0.5
         nn.init.uniform_(self.dt_proj.weight, -bound, bound)
-        # softplus(bias) log-uniform in [0.001, 0.1]: channels remember for 10 to 1,000 tokens
+        # softplus(bias) log-uniform in [0.001, 0.1]: with A = -1, channels remember for
+        # 1/delta, that is 10 to 1,000 tokens
         delta = torch.exp(torch.empty(c.d_inner).uniform_(math.log(0.001), math.log(0.1)))
         self.dt_proj.bias.copy_(delta + torch.log(-torch.expm1(-delta)))    # softplus inverted
         self.A_log.copy_(torch.arange(1, c.d_state + 1).log())
@@ -124,9 +129,8 @@ class MambaLayer(nn.Module):
         c = self.config                                             # x (B, L, d_model)
         u, z = self.in_proj(self.norm(x)).chunk(2, -1)              # (B, L, d_inner) each
         u, window = short_convolution(self, u, carried['window'])   # (B, L, d_inner)
-        delta_Bs_Cs = self.x_proj(u)                                # (B, L, dt_rank + 2 d_state)
-        delta, Bs, Cs = delta_Bs_Cs.split((c.dt_rank, c.d_state, c.d_state), -1)
-        delta = F.softplus(self.dt_proj(delta)).to(u.dtype)         # (B, L, d_inner), above 0
+        low, Bs, Cs = self.x_proj(u).split((c.dt_rank, c.d_state, c.d_state), -1)
+        delta = F.softplus(self.dt_proj(low)).to(u.dtype)           # (B, L, d_inner), above 0
         A = -self.A_log.exp()                                       # (d_inner, d_state), below 0
         y, state = selective_scan(u, delta, A, Bs, Cs, self.D, carried['state'])
         y = y * F.silu(z)                                           # (B, L, d_inner)
@@ -161,8 +165,8 @@ class LlamaLayer(nn.Module):
         self.down_proj = nn.Linear(c.d_mlp, c.d_model, bias=False)
 
     def init_weights(self):
-        """torch's defaults, as in the authors' hybrid. LLaMA's N(0, 0.02) is for widths in the
-        thousands: with it, a 64 wide hybrid stayed on a plateau (IsTree, cot, n=12, 150,000
+        """Nothing to do: torch's defaults, as in the authors' hybrid. LLaMA's N(0, 0.02) is for
+        widths in the thousands: with it, a hybrid of width 64 got stuck (IsTree, cot, n=12, 150,000
         samples: 68%, not 99%)."""
 
     def init_state(self, batch_size):
@@ -196,7 +200,7 @@ class Attention(nn.Module):
         q, k = rotate(q, seen), rotate(k, seen)
         cache = torch.cat((cache, torch.stack((k, v), 1)), 3)
         k, v = cache.unbind(1)                                      # (B, heads, seen + L, d_head)
-        past = None                                                 # is_causal is faster than a mask
+        past = None                                             # is_causal is faster than a mask
         if seen:
             past = torch.ones(L, seen + L, dtype=torch.bool, device=x.device).tril(seen)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=past, is_causal=not seen)

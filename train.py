@@ -50,7 +50,7 @@ import models
 #   batch_size   samples per step
 #   lr           peak learning rate
 #   warmup       share of the run during which the learning rate rises
-#   evaluations  during the run, each on 200 held-out samples
+#   evaluations  of which the last is that of the result, the others on 200 held-out samples each
 #   order        alone: all samples have size n. together: several n are mixed. small-first: the
 #                smallest n at first, larger ones join one by one over the share `join` of the run.
 #                large-first: the other way round.
@@ -92,6 +92,9 @@ def constant(default, meaning, low=0, high=10 ** 9, choices=None):
     return field(default=default, metadata=about)
 
 
+IN_NAME = ('task', 'arch', 'layers', 'setup', 'size', 'd_state', 'n', 'seed')
+
+
 @dataclass
 class Run:
     """Everything that the result of a run depends on: a flat record of plain values. A field that
@@ -124,8 +127,9 @@ class Run:
                                   high=1)
     grad_clip: float = constant(1.0, 'largest norm of the gradient (the paper: 0, no limit)')
     dtype: str = constant('float32', 'bfloat16: through autocast', choices=('float32', 'bfloat16'))
-    evaluations: int = constant(None, 'evaluations during the run, on 200 held-out samples', low=1)
-    solved: float = constant(0.995, 'stop after two evaluations as exact as this; 0: never', high=1)
+    evaluations: int = constant(None, 'evaluations, the last one for the result', low=1)
+    solved: float = constant(0.995, 'share of exact traces, twice in a row, to stop at; 0: never',
+                             high=1)
 
     def __post_init__(self):
         recipe = RECIPES.get((self.task, self.setup, self.arch), {})
@@ -142,7 +146,9 @@ class Run:
         arch = f'{self.arch}-{self.layers}' if self.layers else self.arch
         name = f'{self.task}-{arch}-{self.setup}-{self.size}-d{self.d_state}-n{self.n}-s{self.seed}'
         recipe = RECIPES.get((self.task, self.setup, self.arch), {})
-        for f in fields(self)[8:]:              # those after the seed
+        for f in fields(self):
+            if f.name in IN_NAME:
+                continue
             value = getattr(self, f.name)
             usual = f.type(recipe[f.name]) if f.name in recipe else f.default
             if value != usual:
@@ -160,7 +166,7 @@ class Options:
     checkpoint_seconds: int = constant(30, 'time between two checkpoints')
     workers: int = constant(0, 'processes that make batches; 0: this one (right for a CPU)')
     compile: bool = constant(False, 'train through torch.compile, for a GPU')
-    show: int = constant(0, 'print so many samples of every run, at most 3', high=3)
+    show: int = constant(0, 'print this many samples of every run, at most 3', high=3)
 
 
 class UserError(Exception):
@@ -168,12 +174,12 @@ class UserError(Exception):
 
 
 def make_task(run):
-    """The data.Task of a run. Raises ValueError on what the task cannot do."""
+    """The data.Task of a run. Raises ValueError for impossible arguments."""
     return data.TASKS[run.task](run.n, run.setup, run.distribution)
 
 
 def make_model(run):
-    """A fresh models.Model. Raises ValueError on what no model can be."""
+    """A fresh models.Model. Raises ValueError for impossible layers or d_state."""
     return models.make_model(run.arch, run.size, len(make_task(run).words), run.d_state,
                              run.frozen_embedding, run.layers)
 
@@ -197,17 +203,18 @@ def mixed_sizes(run, task):
 
 
 def sizes_of_batches(run, task, steps):
-    """The n of every batch, see the recipes."""
+    """The n of every batch, see the recipes. With a retriever and n=14, the first quarter of the
+    batches has n=7, the others have 7 and 14 in turn."""
     mix = mixed_sizes(run, task)
     if run.order == 'large-first':
         mix.reverse()
-    all_joined = int(run.join * steps)
+    joining = int(run.join * steps)         # batches during which others join, at equal intervals
     sizes = []
     for i in range(steps):
-        joined = mix if i >= all_joined else mix[:1 + i * len(mix) // all_joined]
+        joined = mix if i >= joining else mix[:1 + i * len(mix) // joining]
         sizes.append(joined[i % len(joined)])
-    if run.mix_largest and len(mix) > 1:
-        sizes[all_joined:] = favour_largest(run.mix_largest, sorted(mix), all_joined, steps)
+    if run.mix_largest and len(mix) > 1:    # (below the line)
+        sizes[joining:] = favour_largest(run.mix_largest, sorted(mix), joining, steps)
     return sizes
 
 
@@ -225,7 +232,7 @@ def train(run, path, options, device):
     model = make_model(run).to(device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=run.lr, fused=device.type != 'mps')
-    peaks = [group['lr'] for group in optimizer.param_groups]
+    peaks = [group['lr'] for group in optimizer.param_groups]      # here run.lr, of a single group
     step, seconds, log = resume(path / 'checkpoint.pt', run, model, optimizer)
     forward = torch.compile(model) if options.compile else model
 
@@ -240,6 +247,7 @@ def train(run, path, options, device):
     eval_steps = max(1, steps // run.evaluations)
     sizes = sizes_of_batches(run, task, steps)
     batches = data.Batches(task, sizes, run.batch_size, run.seed, held_out)
+    # (makes tensors of the arrays)
     loader = DataLoader(batches, batch_size=None, sampler=range(step, steps),
                         num_workers=options.workers, pin_memory=device.type == 'cuda')
     progress = tqdm(loader, run.name(), steps, initial=step, unit='step', leave=False,
@@ -297,12 +305,13 @@ def generate(model, task, n, prompts, device, state=None):
     most likely word, except that in the setup `retrieval` the retriever writes what follows a
     query. A completion ends with the answer, the word after an [EOS] that the model has written.
 
-    state: what the model is to remember of the prompts, if not what it remembers itself.
+    state: what the model is to remember of the prompts, if not what it remembers itself. (The first
+    word is chosen before that; in IsTree it is always 0.)
     Returns the completions, lists of words with a star on the retriever's, and the numbers of
     queries and of well-formed queries."""
     texts = [' '.join(prompt) for prompt in prompts]    # what the retriever searches
     completions = [[] for _ in prompts]
-    found = [[] for _ in prompts]           # words that the retriever has still to write
+    pending = [[] for _ in prompts]         # words that the retriever has still to write
     running = set(range(len(prompts)))
     queries = well_formed = 0
     tokens = [[task.tokens[word] for word in prompt] for prompt in prompts]
@@ -312,8 +321,8 @@ def generate(model, task, n, prompts, device, state=None):
     for _ in range(task.longest(n)):
         tokens = logits.argmax(-1).tolist()                                     # B of them
         for b in sorted(running):
-            if found[b]:
-                word = found[b].pop(0)
+            if pending[b]:
+                word = pending[b].pop(0)
                 tokens[b] = task.tokens[word]
                 completions[b].append('*' + word)
             else:
@@ -323,12 +332,12 @@ def generate(model, task, n, prompts, device, state=None):
                 completions[b].append(word)
             texts[b] += ' ' + word
             if task.setup == 'retrieval' and completions[b][-1] == task.words[data.END]:
-                found[b], right_form = task.retrieve(texts[b])
+                pending[b], right_form = task.retrieve(texts[b])
                 queries += 1
                 well_formed += right_form
         if not running:
             break
-        logits, state = model.step(torch.tensor(tokens, device=device), state)
+        logits, state = model.step(torch.tensor(tokens, device=device), state)  # ended ones, too
     return completions, queries, well_formed
 
 
@@ -356,7 +365,7 @@ def evaluate(model, task, n, samples, batch_size, device):
     model.train()
     right, exact = [], []
     for (_, wanted), completion in zip(samples, written):
-        if wanted[-1] == '[PAD]':               # (HotpotQA's models learn to stop; generation does)
+        if wanted[-1] == '[PAD]':               # (in HotpotQA, the end of a completion)
             wanted = wanted[:-1]
         exact.append(completion == wanted)
         if task.setup == 'direct':
@@ -787,8 +796,8 @@ LAYOUT = dict(width=100, max_lines=3, placeholder=' ...', subsequent_indent=' ' 
 
 
 def show(expected, written):
-    """What a model wrote, as text: long texts are cut, and the first wrong word is pointed out. Both
-    arguments are lists of words."""
+    """What a model wrote, as text: long texts are cut, and the first wrong word is pointed out.
+    Both arguments are lists of words."""
     lines = textwrap.wrap('written   ' + ' '.join(written), **LAYOUT)
     agreed = len(os.path.commonprefix([written, expected]))
     if written == expected:
@@ -992,8 +1001,8 @@ DEMO = (('Transformer with chain of thought', 'transformer', 'cot'),
 
 
 def demo(text):
-    """What trained models write on one graph, and a memory transplant. text: a seed, or edges such as
-    `2-1 4-0 ...`."""
+    """What trained models write on one graph, and a memory transplant. text: a seed, or edges such
+    as `2-1 4-0 ...`."""
     n = Run().n
     if '-' in text:
         edges = read_edges(text, n)
@@ -1158,7 +1167,8 @@ def main(argv):
         print('\n' + table(results))
         for name, result in results.items():
             for example in result['examples'][:options.show]:
-                print('', name, *textwrap.wrap('prompt    ' + example['prompt'], **LAYOUT), sep='\n')
+                prompt = textwrap.wrap('prompt    ' + example['prompt'], **LAYOUT)
+                print('', name, *prompt, sep='\n')
                 print(show(example['expected'].split(), example['written'].split()))
         if 'sweep' not in given:            # in a sweep, a loss that is not finite is a result, too
             report_missing(runs, options)

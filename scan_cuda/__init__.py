@@ -1,7 +1,8 @@
 """The selective scan of Mamba (Gu & Dao 2023, arXiv 2312.00752, Algorithm 2 and section 3.3).
 
 A state space model h' = A h + B u, y = C h + D u, in steps of length delta: over one step the state
-decays by exp(delta A) and takes in delta B u. It is *selective* because delta, B and C are computed
+decays by a factor of exp(delta A) and takes in delta B u (in the paper's equation 4, B has a longer
+factor; its code has this one, too). It is *selective* because delta, B and C are computed
 from each token:
 
     h_t = exp(delta_t A) * h_{t-1} + delta_t u_t B_t
@@ -45,7 +46,7 @@ def selective_scan_reference(u, delta, A, B, C, D, initial_state):
 
 def pairwise_scan(a, b):
     """All h_t = a_t h_{t-1} + b_t with h_{-1} = 0; a, b, h (batch, L, ...). Blelloch's (1990)
-    parallel scan.
+    parallel scan. (An initial state is added as b_0 + a_0 h_{-1}.)
 
     Two steps in a row are again one such step: a2 (a1 h + b1) + b2 = (a1 a2) h + (a2 b1 + b2). So
     join the pairs (0, 1), (2, 3), ...; scan the result, half as long: this gives h_1, h_3, ...; and
@@ -86,12 +87,12 @@ def selective_scan(u, delta, A, B, C, D, initial_state):
     Values and gradients are the reference's, up to rounding, where delta >= 0 and A <= 0, as in
     Mamba, and nothing overflows fp32. With a negative delta or a positive A the state grows
     exponentially, and they agree only while it stays finite. NaN, infinite or overflowing values
-    raise no error; which results and gradients are then NaN or infinite differs. Raises ValueError
+    raise no error; results and gradients may then differ from the reference's. Raises ValueError
     for a wrong shape, dtype or device.
     """
     inputs = u, delta, A, B, C, D, initial_state
-    check('selective_scan', SCAN, inputs, {})
-    if u.dtype == torch.float64:
+    check('selective_scan', SCAN, inputs, {})           # shapes and dtypes; this and what is called
+    if u.dtype == torch.float64:                        # here stands below the line
         return selective_scan_reference(*inputs)
     if build.load(u.device.type):
         return ScanKernel.apply(*inputs)
