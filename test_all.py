@@ -2161,7 +2161,7 @@ def test_mamba_layers_give_the_logits_of_transformers():
 
 # --- train.py -------------------------------------------------------------------------------------
 
-ENVIRONMENT = dict(os.environ, OMP_NUM_THREADS='1')
+ENVIRONMENT = dict(os.environ, OMP_NUM_THREADS='1', TQDM_DISABLE='1')
 CPU = torch.device('cpu')
 SMALL = ['--arch=hybrid', '--setup=cot', '--n=5', '--samples=640', '--n_val=40', '--evaluations=4',
          '--seed=0', '--device=cpu', '--processes=1', '--checkpoint_seconds=0']
@@ -2177,12 +2177,12 @@ def start(*arguments, **environment):
                             env=ENVIRONMENT | environment)
 
 
-def tried(out, *arguments, program=train):
+def tried(out, *arguments):
     """(exit code, what was printed, complaint) of the small run, with other arguments, within this
     process. The complaint is one line, or that of a run and the last one, `1 of 1 runs stopped`."""
     printed, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(err):
-        code = train.cli(program.main, 'train.py', [*SMALL, f'--out={out}', *map(str, arguments)])
+        code = train.cli(train.main, 'train.py', [*SMALL, f'--out={out}', *map(str, arguments)])
     lines = re.findall('train.py: .*', err.getvalue())
     assert len(lines) == bool(code) + ('stopped without a result' in err.getvalue())
     return code, printed.getvalue(), ' '.join(lines)
@@ -2266,10 +2266,13 @@ def test_a_run_reports_what_was_promised(finished):
 
 def kill_while_training(out, times):
     """Start the small run and kill it soon after it has written a checkpoint, so many times."""
+    def last_saved():
+        return [path.stat().st_mtime_ns for path in out.glob('*/checkpoint.pt')]
+
     for _ in range(times):
-        before = contents(out)
+        before = last_saved()
         process = start(*SMALL, f'--out={out}')
-        while contents(out).keys() <= before.keys() and process.poll() is None:
+        while last_saved() == before and process.poll() is None:
             time.sleep(0.01)
         time.sleep(random.uniform(0, 0.2))
         process.kill()
@@ -2314,10 +2317,11 @@ def test_two_processes_share_a_grid_and_do_no_run_twice(ranks, tmp_path):
     printed = [process.communicate()[0] for process in both]
     assert [process.returncode for process in both] == [0, 0]
     assert ['accuracy: of the' in text for text in printed] == [True, ranks[1] == '']
-    names = [run.name() for run in asked_for(*grid)]
-    assert len(names) == 4 and all((tmp_path / name / 'result.json').exists() for name in names)
-    for name in names:                                      # one of the two has evaluated it
-        assert [f'{name} ' + ' ' * 7 in text for text in printed].count(True) == 1
+    folders = [path.parent for path in tmp_path.glob('*/result.json')]
+    assert len(folders) == 4
+    for folder in folders:                                  # one of the two has evaluated it
+        line = re.compile(f'^{folder.name} .* loss ', re.M)
+        assert [bool(line.search(text)) for text in printed].count(True) == 1
 
 
 def test_a_run_on_which_another_process_works_is_named_and_no_failure(tmp_path):
@@ -2350,9 +2354,11 @@ def test_a_closed_stdout_is_no_traceback(finished):
     ('--size=3M', '0.5M'), ('--task=sorting', 'istree, index'), ('--order=up', 'small-first'),
     ('--learning_rate=1', 'unrecognized arguments: --learning_rate=1'),
     ('arch=mamba', 'unrecognized arguments: arch=mamba'), ('--preset=big', 'paper'),
-    ('--lr', 'expected one argument'), ('--n=abc', 'expected int'), ('--lr=x', 'expected float'),
+    ('--lr', 'expected one argument'), ('--samples=inf', 'expected int'),
+    ('--n=abc', 'expected int'), ('--lr=x', 'expected float'),
     ('--tuning=maybe', 'True or False'), ('--lr=-1', 'must be from 0'), ('--lr=1e-3,,', 'float'),
-    ('--lr=nan', 'must be from'), ('--n_val=0', 'must be from 1'), ('--warmup=2', 'to 1'),
+    ('--lr=nan', 'must be from'), ('--lr=--', 'a value is missing'),
+    ('--n_val=0', 'must be from 1'), ('--warmup=2', 'to 1'),
     ('--seed=99999999999999999999', 'must be from'), ('--n_val=100000000000', 'must be from'),
     ('--batch_size=1000000000000', 'must be from'), ('--samples=9999999999', 'must be from'),
     ('--n=3', 'n=3'), ('--n=4 --n_val=5000', 'held out'), ('--d_state=0', 'must be from 1'),
@@ -2676,7 +2682,7 @@ def test_teacher_forcing_is_a_loop_over_right_words(name, setup):
 
 def test_errors_by_kind_are_those_of_a_model_that_errs_where_we_know():
     samples, predicted = data.draw(data.IsTree(9, 'retrieval'), 9, 40, seed=6), []
-    for i, (_, completion) in enumerate(samples):           # wrong: all records, every second answer
+    for i, (_, completion) in enumerate(samples):       # wrong: all records, every second answer
         words = list(completion)
         for t, kind in enumerate(data.kinds(completion)):
             if kind == 'record' or kind == 'answer' and i % 2:
@@ -2815,7 +2821,8 @@ def test_rounding_leaves_the_traces_of_those_whose_number_survives(monkeypatch):
 def test_a_probe_prints_a_line_of_json_for_each_model(finished):
     one, two = map(json.loads, printed_by('', '--probe', finished, finished).splitlines())
     assert one == two and one['arch'] == 'hybrid'
-    assert {*one['transplant']} == {'nothing', 'everything', 'state', 'window', 'cache', 'one donor'}
+    rows = ['nothing', 'everything', 'state', 'window', 'cache', 'one donor']
+    assert list(one['transplant']) == rows
     assert list(one['rounding']) == ['1', '2', '3', '4', '6', '8']
 
 
@@ -2834,7 +2841,10 @@ def test_the_demo_takes_its_right_answers_from_the_two_algorithms(given, monkeyp
         nodes = recursive_tour(edges_of(prompt))
         return [*nodes, '[EOS]', '[TRUE]' if len({*nodes}) == 14 else '[FALSE]']
 
-    oracles = dict(cot=tour, retrieval=lambda prompt: trace_with_a_stack(prompt) + tour(prompt)[-2:])
+    def with_look_ups(prompt):
+        return [*trace_with_a_stack(prompt), *tour(prompt)[-2:]]
+
+    oracles = dict(cot=tour, retrieval=with_look_ups)
     monkeypatch.setattr(train, 'load', load)
     printed = printed_by('', given)
     assert len(re.findall(r'all \d+ words are right', printed)) == 4
@@ -2881,7 +2891,7 @@ def test_every_line_of_results_in_the_readmes_is_that_of_a_committed_result():
     for path in (HERE / 'results').glob('*.jsonl'):
         for text in path.read_text(encoding='utf-8').splitlines():
             result = json.loads(text)
-            if result['task'] in data.TASKS and 'accuracy' in result:
+            if result.keys() >= {*names, 'memory', 'accuracy'}:
                 run = train.Run(**{name: result[name] for name in names})
                 lines.append(train.table({run.name(): result}).splitlines()[2].split())
     readmes = [HERE / 'README.md', HERE / 'results' / 'README.md']
@@ -2917,7 +2927,7 @@ def test_a_damaged_result_is_read_or_refused_by_name_and_left_alone(finished, tm
         assert code == 0 or str(file) in complaint
         assert contents(tmp_path) == before
         refused += code == 2
-    assert 75 < refused < 145                       # the others lack nothing, or have another number
+    assert 75 < refused < 145               # the others lack nothing, or have another number
 
 
 def test_a_damaged_checkpoint_is_refused_by_name_or_ends_with_the_same_weights(finished, tmp_path):
@@ -2954,20 +2964,6 @@ def test_a_folder_of_an_older_version_gets_one_line(tmp_path):
     old = dict(n_nodes=5, accuracy=0.5, exact_trace=0.5)
     (tmp_path / NAME / 'result.json').write_text(json.dumps(old))
     assert 'result.json cannot be read' in complaint_of(tmp_path)
-
-
-def test_whatever_is_given_as_a_constant_is_run_or_refused_in_one_line(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    chance, refused = random.Random(0), 0
-    values = ('', ' ', ',', 'x', '0', '-1', '1', '3', '4,4', '0.5', 'nan', 'inf', '1e300', '9' * 30,
-              '9' * 5000, 'True', 'None', '[]', 'a:b', '../x', '\0', '%s', '--', '-h x', '4+5')
-    names = [f.name for f in (*dataclasses.fields(train.Run), *dataclasses.fields(train.Options))
-             if f.name not in ('processes', 'compile', 'workers')]
-    tiny = [*BRIEF, '--arch=mamba', '--samples=4', '--batch_size=4']
-    for i in range(90):
-        given = [f'--{chance.choice(names)}={chance.choice(values)}' for _ in range(1 + i % 2)]
-        refused += tried(i, *tiny, *given)[0] == 2
-    assert 50 < refused < 89
 
 
 @pytest.mark.parametrize('number', ['SIGINT', 'SIGKILL'])
