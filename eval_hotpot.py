@@ -526,6 +526,7 @@ def pretrained(name, options, device):
             check_gguf(path)
             place, more = path.parent, dict(gguf_file=path.name)
         tokenizer = AutoTokenizer.from_pretrained(place, **more)
+        tokenizer.clean_up_tokenization_spaces = False
         more['output_loading_info'] = True
         model, report = AutoModelForCausalLM.from_pretrained(place, **more)
         for weight in report['missing_keys']:

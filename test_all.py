@@ -3468,7 +3468,8 @@ def with_blank_in_front(folder):
                                            decoders.Strip(' ', 1, 0)])
     tokenizer.post_processor = processors.TemplateProcessing('<s> $A', special_tokens=[('<s>', 0)])
     special = dict(bos_token='<s>', eos_token='</s>', unk_token='<unk>')
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    fast.save_pretrained(folder)
 
 
 def with_an_end(folder):
