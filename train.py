@@ -909,7 +909,13 @@ CARRIED = ('state', 'window', 'cache')      # what layers carry, see models.py
 
 def swapped(own, donor, names):
     """A memory: what is in `names` comes from the donor, the rest is the model's own."""
-    return [{name: (b if name in names else a)[name] for name in a} for a, b in zip(own, donor)]
+    memory = []
+    for own_layer, donor_layer in zip(own, donor):
+        memory.append(dict(own_layer))
+        for name in names:
+            if name in donor_layer:
+                memory[-1][name] = donor_layer[name]
+    return memory
 
 
 @torch.no_grad()
@@ -932,9 +938,9 @@ def transplant(model, task, samples, device):
         for name in carried:
             rows[name] = swapped(own, donor, [name]), donors
     rows['one donor'] = one, [fixed] * len(samples)
+    prompts = [prompt for prompt, _ in samples]
     result = {}
     for replaced, (state, givers) in rows.items():
-        prompts = [prompt for prompt, _ in samples]
         written, _, _ = generate(model, task, task.n, prompts, device, state)
         result[replaced] = dict(
             own=share_of_exact(written, samples), donor=share_of_exact(written, givers),
@@ -965,12 +971,12 @@ def next_neighbours(model, task, samples, device, state):
 def rounding(model, run, task, samples, device, bits=(1, 2, 3, 4, 6, 8)):
     """The carried floats are rounded to k bits at the same moment. Returns {k: {exact,
     exact_trees}}, the share of exact traces on all samples and on those that are trees."""
-    _, own = model.prefill(as_tokens(task, [prompt for prompt, _ in samples], device))
+    prompts = [prompt for prompt, _ in samples]
+    _, own = model.prefill(as_tokens(task, prompts, device))
     ranges = ranges_of_memory(model, run, task, run.n, device)
     trees = [sample for sample in samples if sample[1][-1] == '[TRUE]']
     result = {}
     for k in bits:
-        prompts = [prompt for prompt, _ in samples]
         written, _, _ = generate(model, task, task.n, prompts, device, round_memory(own, ranges, k))
         of_trees = [words for words, sample in zip(written, samples) if sample in trees]
         result[k] = dict(exact=share_of_exact(written, samples),
