@@ -28,6 +28,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import networkx
 import numpy as np
@@ -4150,18 +4151,15 @@ def test_the_reference_gets_full_points():
 
 
 LAYER = grade.LINEAR_ATTENTION
-IN_TABLE = {'entry': ("LAYERS = {'M'", "LAYERS = {'L': LinearAttention, 'M'"),
-            'second entry': ("LAYERS |= {'D'", "LAYERS |= {'L': LinearAttention, 'D'")}
 
 
 @pytest.mark.parametrize('register', [
-    *IN_TABLE, "LAYERS['L'] = LinearAttention", "LAYERS |= {'L': LinearAttention}",
-    'LAYERS.update(L=LinearAttention)', "LAYERS = {**LAYERS, 'L': LinearAttention}"])
+    "LAYERS = {'L': LinearAttention, 'M'", "LAYERS['L'] = LinearAttention",
+    "LAYERS |= {'L': LinearAttention}", 'LAYERS.update(L=LinearAttention)'])
 def test_a_layer_of_two_dozen_lines_gets_full_points_however_it_is_registered(register, tmp_path):
     source = (HERE / 'models.py').read_text()
-    if register in IN_TABLE:
-        old, new = IN_TABLE[register]
-        source = source.replace('\n' + old, f'{LAYER}\n\n{new}')
+    if register.endswith("'M'"):
+        source = source.replace("\nLAYERS = {'M'", f'{LAYER}\n\n{register}')
     else:
         source += f'{LAYER}\n\n{register}\n'
     (tmp_path / 'models.py').write_text(source)
@@ -4232,7 +4230,8 @@ LOOP = '''h = [b[:, 0]]
         h.append(a[:, t] * h[-1] + b[:, t])
     return torch.stack(h, 1)'''
 FORGED = "[os.write(k, b'{}\\n') for k in range(3, 9) if os.path.exists(f'/dev/fd/{k}')]"
-ONE_FOR_ALL = r"patterns = ((r'(\d+) ?[~-](?: (\d+))?', r' V ~(?= (\d+))'),)"
+ONE_FOR_ALL = r"""patterns = tuple((form, r' V ~(?= (\d+))')
+                     for form in (r'(\d+) ~', r'(\d+) -', r'(\d+) - (\d+)'))"""
 # exercise, what stands in the function -> points, part of what the student is told
 WRONG = {
     'an infinite loop': (1, 'while True: pass', 0, 'not done after'),
@@ -4327,9 +4326,9 @@ def test_a_submission_may_use_packages_that_come_through_PYTHONPATH(tmp_path):
     code = 'import borrowed; return borrowed.tour(neighbours)'
     (tmp_path / 'data.py').write_text(grade.blank(source, {'cot_trace': code}))
     program = 'import sys; from assignment import grade; grade.main(sys.argv[1:])'
-    done = subprocess.run([sys.executable, '-c', program, 'grade', tmp_path, '--exercises=1', '--json'],
-                          env=os.environ | {'PYTHONPATH': str(tmp_path / 'packages')},
-                          cwd=HERE, capture_output=True)
+    command = [sys.executable, '-c', program, 'grade', tmp_path, '--exercises=1', '--json']
+    environment = os.environ | {'PYTHONPATH': str(tmp_path / 'packages')}
+    done = subprocess.run(command, env=environment, cwd=HERE, capture_output=True)
     assert json.loads(done.stdout)['score'] == 10
 
 
@@ -4356,13 +4355,12 @@ def test_an_experiment_counts_by_its_checkpoints(tmp_path):
     assert n8.startswith('failed  n8: IndexError')
 
 
-def test_seeds_of_the_right_kind_of_model_count_once_each(tmp_path, monkeypatch):
+def test_checkpoints_of_one_seed_or_of_another_kind_of_model_do_not_count(tmp_path, monkeypatch):
     monkeypatch.setattr(grade, 'ACCURACY', {9: 0.0})
-    for name, fields in (('a', {}), ('b', {'seed': 1}), ('c', {'arch': 'hybrid'}), ('d', {})):
-        untrained(tmp_path / 'out' / '9' / name, **dict(arch='mamba', seed=0) | fields)
-    assert graded(tmp_path, 9)[0] == 10
-    shutil.rmtree(tmp_path / 'out' / '9' / 'c')
-    assert graded(tmp_path, 9)[0] == 10
+    for name, layers in (('a', 'G'), ('b', 'G'), ('c', 'AG')):
+        untrained(tmp_path / 'out' / '9' / name, arch='mamba', layers=layers)
+    told = [line.split(':')[0] for line in graded(tmp_path, 9)[1].split('\n')]
+    assert told == ['passed  a', 'failed  b', 'failed  c']
 
 
 def test_a_checkpoint_from_a_GPU_is_graded_without_one(tmp_path, monkeypatch):

@@ -47,8 +47,8 @@ if __name__ == '__main__':              # the grader's run, before any line of y
 
 import data
 
-# The rest is imported where it is needed: exercises 1 to 3 and 13 do without torch, which takes seconds,
-# and a mistake in one file leaves the tests of the others alone.
+# The rest is imported where it is needed: exercises 1 to 3 and 13 do without torch, which takes
+# seconds, and a mistake in one file leaves the tests of the others alone.
 
 
 # --- what is asked of your code: an example (JSON) -> answers by name -----------------------------
@@ -73,7 +73,7 @@ def retrieve(text, kind=data.IsTree):
 
 
 def turing(tape=None, text=None):
-    """Where the machine Increment leaves a tape; or what a cell holds, asked at the end of a text."""
+    """What the machine Increment makes of a tape; or the answer to the query that ends a text."""
     if text:
         return retrieve(text, data.Turing)
     table = data.Increment.table
