@@ -24,8 +24,8 @@ edge is `u - v`; node 6 is one word. After the prompt, each of the three setups 
              [STARTSEARCH] 2 ~ [ENDSEARCH] *[FAILED] 2 ~ 5 2 ... [EOS] [TRUE]
 
 A graph is a tree if the search meets no cycle and reaches every node. So at the end of a search
-without a cycle, the model has to notice by itself whether nodes of the prompt are missing from the
-tour.
+without a cycle, the model has to notice by itself whether nodes are missing from the tour;
+counting them is enough.
 
 In `retrieval`, whatever must be looked up is a query between [STARTSEARCH] and [ENDSEARCH]. The
 word after [ENDSEARCH] is not written by the model but by the *retriever*, a regular expression that
@@ -97,7 +97,7 @@ class Task:
     the model has to write. A word with a star in front, as in `*4`, is not the model's: the
     retriever writes it. A subclass is a task of its own if it has
 
-      words_of(n)           its words beside SPECIALS, for samples of size n and below
+      words_of(n)           its words besides SPECIALS, for samples of size n and below
       sample(rng, n)        draws a sample of size n; all prompts of one n must be equally long
       patterns              the regular expressions that answer queries (see search)
       longest(n)            the number of words of the longest completion
@@ -186,7 +186,8 @@ class IsTree(Task):
         return 1 / 2
 
     def mixed(self):
-        """Half as many nodes, at least 6, and all: 7 and 14. (Smaller graphs are too few.)"""
+        """n/2, but at least 6, and n: for example 7 and 14. (Of smaller graphs there are too
+        few.)"""
         return sorted({max(self.n // 2, min(6, self.n)), self.n})
 
 
@@ -250,7 +251,8 @@ def retrieval_trace(neighbours):
         v = stack[-1]
         trace.append(v)
         ask(f'{v} ~', parent.get(v, '[FAILED]'))    # on each visit: no need to remember it
-        if prev == parent.get(v):                   # the first visit: from the parent, or both None
+        # prev: the node before, on the way down the parent, on the way back a child
+        if prev == parent.get(v):                   # (at the start both are None)
             w = after[v, None]
             ask(f'{v} -', w)
         else:                                       # back from the neighbour prev
@@ -295,12 +297,12 @@ def search(text, patterns):
     expression = regular_expression(query.strip(), patterns)
     if expression is None:
         return ['[FAILED]'], False
-    # Of records, the last match counts. Without queries; the bar keeps the words on both sides
-    # apart
+    # The text with a bar in place of each query, which keeps the words on both sides apart. The
+    # patterns for the prompt begin with ^ and match once; of several records, the last one counts.
     outside = re.sub(r'\[STARTSEARCH\].*?(\[ENDSEARCH\]|$)', '|', before)
     answer = '[FAILED]'
     for match in expression.finditer(outside):
-        if match.lastindex:                         # a group took part
+        if match.lastindex:                         # a group took part (see Counting)
             answer = match[match.lastindex]
     return [answer], True
 

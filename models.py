@@ -28,7 +28,7 @@ Bring your own layer: a class with four methods (GRULayer is the shortest exampl
                              the new x and a new dict. No token sees a later one; nothing is
                              changed in place
 Put it into LAYERS under a letter of its own, say R. `pytest test_all.py -k every_layer` checks it,
-and `python train.py --layers=RR` trains it.
+and `python train.py --arch=mamba --layers=RR` trains it.
 """
 import math
 from collections import defaultdict
@@ -74,8 +74,10 @@ class MambaLayer(nn.Module):
 
     exp(delta A) lies between 0 and 1: near 1 a channel keeps what it has, near 0 it forgets.
     "Selective" means that delta, Bs and Cs are computed from the token itself: the model chooses
-    what to remember. The way of a token: norm, in_proj to u and z; u through conv, SiLU and the
-    memory to y; y * silu(z), out_proj, and added to the input.
+    what to remember. A token's path:
+
+        x -> norm -> in_proj -> u -> conv, SiLU -> memory h -> y -> y * silu(z) -> out_proj -> + x
+                             -> z
       delta   one per channel. Near 0, h stays as it is and the token is ignored; if it is large, h
               is wiped and the token takes its place. delta is computed through dt_rank numbers, to
               save weights.
@@ -84,10 +86,10 @@ class MambaLayer(nn.Module):
               place: Bs is how much of the token to write, and with which sign; Cs how much to read.
       A       = -exp(A_log), negative whatever is learned, so that h always decays. It starts at
               -1, ..., -d_state: numbers that forget at different speeds.
-      D       lets u pass by the memory.
-      conv    mixes each token with the three before it, so that an edge `u - v`, three tokens, can
+      D       lets u bypass the memory.
+      conv    mixes each token with the three before it, so that an edge `5 - 0`, three tokens, can
               be stored as one thing.
-      z       gates the output, y * silu(z): is what was read of use here? silu(z) = z sigmoid(z) is
+      z       gates the output, y * silu(z): is what was read useful here? silu(z) = z sigmoid(z) is
               nearly 0 for very negative z (closed), nearly z for positive z (open, able to
               amplify)."""
 
@@ -200,10 +202,10 @@ class Attention(nn.Module):
         q, k = rotate(q, seen), rotate(k, seen)
         cache = torch.cat((cache, torch.stack((k, v), 1)), 3)
         k, v = cache.unbind(1)                                      # (B, heads, seen + L, d_head)
-        past = None                                             # is_causal is faster than a mask
+        mask = None                                                 # no token sees a later one:
         if seen:
-            past = torch.ones(L, seen + L, dtype=torch.bool, device=x.device).tril(seen)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=past, is_causal=not seen)
+            mask = torch.ones(L, seen + L, dtype=torch.bool, device=x.device).tril(seen)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=not seen)
         return self.o_proj(y.transpose(1, 2).flatten(2)), cache
 
 
@@ -226,7 +228,7 @@ LAYERS = {'M': MambaLayer, 'A': LlamaLayer}
 
 
 class Model(nn.Module):
-    """A language model: embedding, layers, norm, and a head that is the embedding again. What it
+    """A language model: embedding, layers, norm, and a head tied to the embedding. What it
     carries while it generates is its state: a list with what each layer carries. A state is never
     changed in place, so one that is kept can be continued again and again."""
 

@@ -1,4 +1,4 @@
-"""Trains models and lets them write, with the retriever running live.
+"""Trains models and generates with them, with the retriever running live.
 
   python train.py                                        the main job, for a 2-core laptop
   python train.py --demo                                 trained models on a fresh graph
@@ -50,7 +50,7 @@ import models
 #   batch_size   samples per step
 #   lr           peak learning rate
 #   warmup       share of the run during which the learning rate rises
-#   evaluations  of which the last is that of the result, the others on 200 held-out samples each
+#   evaluations  on 200 held-out samples each; the last one, on all, gives the result (run_one)
 #   order        alone: all samples have size n. together: several n are mixed. small-first: the
 #                smallest n at first, larger ones join one by one over the share `join` of the run.
 #                large-first: the other way round.
@@ -158,7 +158,7 @@ class Run:
 
 @dataclass
 class Options:
-    """How runs are carried out. Results do not depend on it."""
+    """How runs are carried out. Results do not depend on it, up to rounding."""
     out: str = constant('out', 'folder for the results')
     device: str = constant('auto', 'where to compute', choices=('auto', 'cpu', 'cuda', 'mps'))
     processes: int = constant(0, 'runs at once on a CPU; 0: one per core; on GPUs use torchrun')
@@ -208,11 +208,11 @@ def sizes_of_batches(run, task, steps):
     mix = mixed_sizes(run, task)
     if run.order == 'large-first':
         mix.reverse()
-    joining = int(run.join * steps)         # batches during which others join, at equal intervals
+    joining = 0 if run.order == 'together' else int(run.join * steps)   # batches until all joined
     sizes = []
     for i in range(steps):
-        joined = mix if i >= joining else mix[:1 + i * len(mix) // joining]
-        sizes.append(joined[i % len(joined)])
+        count = len(mix) if i >= joining else 1 + i * len(mix) // joining       # have joined
+        sizes.append(mix[:count][i % count])
     if run.mix_largest and len(mix) > 1:    # (below the line)
         sizes[joining:] = favour_largest(run.mix_largest, sorted(mix), joining, steps)
     return sizes
@@ -232,12 +232,12 @@ def train(run, path, options, device):
     model = make_model(run).to(device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=run.lr, fused=device.type != 'mps')
-    peaks = [group['lr'] for group in optimizer.param_groups]      # here run.lr, of a single group
+    peaks = [group['lr'] for group in optimizer.param_groups]      # of each parameter group
     step, seconds, log = resume(path / 'checkpoint.pt', run, model, optimizer)
     forward = torch.compile(model) if options.compile else model
 
-    # No prompt of the two held-out sets ever occurs in training. `watched` is for looking at the
-    # run.
+    # No prompt of the two held-out sets ever occurs in training. `watched` decides when to stop;
+    # the result is measured on the other one.
     held_out, watched = set(), {}
     for n in mixed_sizes(run, task):
         watched[n] = data.held_out_samples(task, n, run.n_val, tuning=True)
@@ -247,7 +247,7 @@ def train(run, path, options, device):
     eval_steps = max(1, steps // run.evaluations)
     sizes = sizes_of_batches(run, task, steps)
     batches = data.Batches(task, sizes, run.batch_size, run.seed, held_out)
-    # (makes tensors of the arrays)
+    # the loader turns the arrays into tensors
     loader = DataLoader(batches, batch_size=None, sampler=range(step, steps),
                         num_workers=options.workers, pin_memory=device.type == 'cuda')
     progress = tqdm(loader, run.name(), steps, initial=step, unit='step', leave=False,
@@ -305,10 +305,10 @@ def generate(model, task, n, prompts, device, state=None):
     most likely word, except that in the setup `retrieval` the retriever writes what follows a
     query. A completion ends with the answer, the word after an [EOS] that the model has written.
 
-    state: what the model is to remember of the prompts, if not what it remembers itself. (The first
-    word is chosen before that; in IsTree it is always 0.)
-    Returns the completions, lists of words with a star on the retriever's, and the numbers of
-    queries and of well-formed queries."""
+    state: a memory of the prompts to use in place of the model's own, as --demo does. (The first
+    word still comes from the model's own; in IsTree it is always 0.) Returns the completions, lists
+    of words with a star on the retriever's, and the numbers of queries and of well-formed
+    queries."""
     texts = [' '.join(prompt) for prompt in prompts]    # what the retriever searches
     completions = [[] for _ in prompts]
     pending = [[] for _ in prompts]         # words that the retriever has still to write
@@ -322,7 +322,7 @@ def generate(model, task, n, prompts, device, state=None):
         tokens = logits.argmax(-1).tolist()                                     # B of them
         for b in sorted(running):
             if pending[b]:
-                word = pending[b].pop(0)
+                word = pending[b].pop(0)                    # overrules the model's own choice
                 tokens[b] = task.tokens[word]
                 completions[b].append('*' + word)
             else:
@@ -407,13 +407,13 @@ def write(path, fill):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:            # torch.save makes an OSError a RuntimeError
         temporary.unlink(missing_ok=True)
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f'{path} cannot be written ({reason}): the last one stays; when there is '
                         'room, run the same command again to continue')
 
 
 def save(path, run, model, optimizer, step, seconds, log):
-    """Write a checkpoint, from which `resume` continues with the same bits."""
+    """Write a checkpoint, from which `resume` continues bit for bit."""
     checkpoint = dict(run=asdict(run), optimizer_name=type(optimizer).__name__, step=step,
                       seconds=seconds, log=log, model=model.state_dict(),
                       optimizer=optimizer.state_dict())
@@ -445,7 +445,7 @@ def resume(path, run, model, optimizer):
             return checkpoint['step'], checkpoint['seconds'], checkpoint['log']
     except Exception as error:          # zipfile and torch raise many kinds on a damaged file
         raise UserError(f'{path} cannot be read ({type(error).__name__}): delete it to start over')
-    raise UserError(f'{path} is of another run ({different}): choose another --out or delete it')
+    raise UserError(f'{path} belongs to another run ({different}): choose another --out or delete it')
 
 
 def load(path):

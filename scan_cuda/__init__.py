@@ -1,8 +1,8 @@
 """The selective scan of Mamba (Gu & Dao 2023, arXiv 2312.00752, Algorithm 2 and section 3.3).
 
-A state space model h' = A h + B u, y = C h + D u, in steps of length delta: over one step the state
-decays by a factor of exp(delta A) and takes in delta B u (in the paper's equation 4, B has a longer
-factor; its code has this one, too). It is *selective* because delta, B and C are computed
+A state space model dh/dt = A h + B u, y = C h + D u, in steps of length delta: over one step the
+state decays by a factor of exp(delta A) and takes in delta B u (in the paper's equation 4, B has a
+longer factor; its code has this one, too). It is *selective* because delta, B and C are computed
 from each token:
 
     h_t = exp(delta_t A) * h_{t-1} + delta_t u_t B_t
@@ -80,7 +80,7 @@ def selective_scan(u, delta, A, B, C, D, initial_state):
     u, delta (batch, L, d_inner), B, C (batch, L, d_state): all fp32 or all bf16; L >= 1,
     d_state <= 64. A (d_inner, d_state), D (d_inner,), initial_state (batch, d_inner, d_state):
     fp32.
-    float64 everywhere is for checks; the reference does it.
+    All of them float64: for tests, by the reference.
     Returns y, like u, and final_state, fp32, like initial_state; gradients flow to every input
     through both. Second derivatives are an error with a kernel; the reference has them.
 
@@ -91,8 +91,9 @@ def selective_scan(u, delta, A, B, C, D, initial_state):
     for a wrong shape, dtype or device.
     """
     inputs = u, delta, A, B, C, D, initial_state
-    check('selective_scan', SCAN, inputs, {})           # shapes and dtypes; this and what is called
-    if u.dtype == torch.float64:                        # here stands below the line
+    # check (of shapes and dtypes), ScanKernel and the fallback are below the line
+    check('selective_scan', SCAN, inputs, {})
+    if u.dtype == torch.float64:
         return selective_scan_reference(*inputs)
     if build.load(u.device.type):
         return ScanKernel.apply(*inputs)
