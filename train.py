@@ -445,7 +445,8 @@ def resume(path, run, model, optimizer):
             return checkpoint['step'], checkpoint['seconds'], checkpoint['log']
     except Exception as error:          # zipfile and torch raise many kinds on a damaged file
         raise UserError(f'{path} cannot be read ({type(error).__name__}): delete it to start over')
-    raise UserError(f'{path} belongs to another run ({different}): choose another --out or delete it')
+    raise UserError(f'{path} belongs to another run ({different}): delete it, or choose another '
+                    '--out')
 
 
 def load(path):
