@@ -24,6 +24,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -1610,6 +1611,7 @@ def test_a_built_kernel_needs_neither_compiler_nor_ninja_any_more(tmp_path):
 
 BUILD = '''
 import sys
+import threading
 from scan_cuda import build
 build.SOURCES["cpu"] = [sys.argv[1]]
 build.load_or_build("cpu")
