@@ -2889,18 +2889,289 @@ def test_a_line_of_the_table_is_what_the_result_says():
     assert line.split() == 'name 12,345 43 6,000 1.5 50.0% 75.0% ± 1.2% 50.0%'.split()
 
 
-def test_every_line_of_results_in_the_readmes_is_that_of_a_committed_result():
-    lines, names = [], [f.name for f in dataclasses.fields(train.Run)]
+# --- the READMEs against results/ -----------------------------------------------------------------
+
+CONDITIONS = {'transformer': 'arch', 'mamba': 'arch', 'hybrid': 'arch', 'deltanet': 'arch',
+              'gru': 'arch', 'direct': 'setup', 'cot': 'setup', 'retrieval': 'setup',
+              'istree': 'task', 'recall': 'task', 'index': 'task', 'cgram': 'task',
+              'counting': 'task'}
+FORMS = ('mean', 'min', 'max', 'range', 'percent', 'number', 'loss', 'seeds')
+
+
+@functools.cache
+def committed_records(experiment):
+    """The records in results/EXPERIMENT.jsonl."""
+    text = (HERE / 'results' / f'{experiment}.jsonl').read_text(encoding='utf-8')
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def value_at(record, path):
+    """messages/n=16&bits_per_float=1/accuracy -> accuracy in the row of record['messages'] with
+    these values; memory/sum -> the sum of record['memory']."""
+    value = record
+    for step in path.split('/'):
+        if '=' in step:
+            value = row_with(value, step.split('&'))
+        elif step == 'sum':
+            value = sum(value.values())
+        else:
+            value = value[step if step in value else step.replace('_', ' ')]
+    return value
+
+
+def row_with(rows, conditions):
+    """The one of the rows that meets conditions such as n=16."""
+    for condition in conditions:
+        key, value = condition.split('=')
+        rows = [row for row in rows if str(row[key]) == value]
+    [row] = rows
+    return row
+
+
+def values_of(experiment, path, *conditions):
+    """The values of a field in the records that meet all conditions, such as mamba or seed=3."""
+    found = [r for r in committed_records(experiment) if path.split('/')[0] in r]
+    for condition in conditions:
+        if '=' not in condition:
+            condition = f'{CONDITIONS[condition]}={condition}'
+        key, value = condition.split('=')
+        found = [r for r in found if str(r[key]) == value]
+    assert found, (experiment, path, conditions)
+    return [value_at(r, path) for r in found]
+
+
+def as_text(values, form=''):
+    """Shares in percent: one, or the mean with the smallest and the largest; or one of FORMS."""
+    if form == 'number':
+        [value] = set(values)
+        return f'{value:,}'
+    if form == 'loss':
+        [value] = values
+        return f'{value:.4f}'
+    if form == 'seeds':
+        *others, last = [str(seed) for seed in sorted(set(values))]
+        return f'{", ".join(others)} and {last}' if others else last
+    percents = [100 * value for value in values]
+    mean, low, high = f'{np.mean(percents):.1f}', f'{min(percents):.1f}', f'{max(percents):.1f}'
+    texts = dict(mean=mean, min=low, max=high, range=f'{low} to {high}',
+                 percent=f'{mean}% ({low} to {high})')
+    if form:
+        return texts[form]
+    return mean if len(values) == 1 else f'{mean} ({low} to {high})'
+
+
+def min_entropy_of_a_trace(n):
+    """In bits, of two-star graphs that are trees. The likeliest trace is one of a tree with equally
+    many leaves on both stars, searched from a leaf that is not joined to another. A tree has
+    probability 2 C(n-4, a-1) / 2^(n-4) / (n (n-1) C(n-2, a) a b) if its stars have a and b leaves,
+    and each of its (a-1)! (b-1)! orders is as likely as any other. With a + b = n - 2, the
+    product is 2 C(n-4, a-1) / 2^(n-4) / n!."""
+    ways = math.comb(n - 4, (n - 4) // 2)
+    return math.log2(math.factorial(n)) + n - 5 - math.log2(ways)
+
+
+def largest_n(record, share=0.95):
+    """Up to which n a run is that accurate, between two n by interpolation over log n; or None."""
+    points = [(row['n'], row['accuracy']) for row in record['by_length']]
+    for (n, a), (m, b) in zip(points, points[1:]):
+        if a >= share > b:
+            return n * (m / n) ** ((a - share) / (a - b))
+    return None
+
+
+def deltanets():
+    """[(floats of state, largest n)] of the runs of which the largest n is known."""
+    found = []
+    for r in committed_records('capacity'):
+        if r['arch'] == 'deltanet' and largest_n(r):
+            found.append((r['memory']['state'], largest_n(r)))
+    return found
+
+
+def pairs(floats):
+    """How many pairs are recalled with 95%: the smallest and the largest of three seeds."""
+    found = [n for state, n in deltanets() if state == int(floats)]
+    return f'{min(found):.1f} to {max(found):.1f}'
+
+
+def slope():
+    floats, n = zip(*deltanets())
+    return f'{np.polyfit(np.log(floats), np.log(n), 1)[0]:.2f}'
+
+
+def wrong_but_right(experiment, *conditions):
+    """Of the wrong traces, the percentage whose answer is right: least and most of all seeds."""
+    exact = np.array(values_of(experiment, 'exact', *conditions))
+    accuracy = np.array(values_of(experiment, 'accuracy', *conditions))
+    shares = 100 * (accuracy - exact) / (1 - exact)
+    return f'{shares.min():.0f} to {shares.max():.0f}'
+
+
+def errors_above_chance(experiment, *conditions):
+    """How many standard errors the accuracy is above 50%."""
+    [accuracy] = values_of(experiment, 'accuracy', *conditions)
+    [error] = values_of(experiment, 'accuracy_se', *conditions)
+    return f'{(accuracy - 0.5) / error:.0f}'
+
+
+def hotpot(model, condition, kind, form=''):
+    """Exact match of each seed of a model of the small world, on a type of questions or on all."""
+    means = []
+    for path in sorted((HERE / 'results' / 'hotpot').glob(f'{model}-s*.jsonl')):
+        rows = committed_records(f'hotpot/{path.stem}')
+        asked = [r for r in rows if r['condition'] == condition and kind in ('all', r['type'])]
+        means.append(np.mean([r['em'] for r in asked]))
+    return as_text(means, form)
+
+
+def language_model(questions, condition, field):
+    """Mean and standard error over questions, in percent."""
+    rows = committed_records(f'hotpot/SmolLM2-135M-{questions}')
+    values = [100 * r[field] for r in rows if r['condition'] == condition]
+    return f'{np.mean(values):.1f} ± {np.std(values, ddof=1) / math.sqrt(len(values)):.1f}'
+
+
+def cost(arch, length):
+    """Of one more token after so many."""
+    rows = json.loads((HERE / 'results' / 'generation.json').read_text())
+    [r] = [r for r in rows if (r['arch'], r['length']) == (arch, int(length))]
+    return f'{1e3 * r["seconds"]:.1f} ms, {1e-6 * r["bytes"]:.2f} MB'
+
+
+def min_entropy(n):
+    return f'{min_entropy_of_a_trace(int(n)):.1f}'
+
+
+SOURCES = dict(min_entropy=min_entropy, pairs=pairs, slope=slope, wrong_but_right=wrong_but_right,
+               errors_above_chance=errors_above_chance, hotpot=hotpot,
+               language_model=language_model, cost=cost)
+
+
+def number_from(source):
+    """The text of `EXPERIMENT FIELD CONDITION ... FORM` or `@FUNCTION ARGUMENT ...`."""
+    first, *rest = source.split()
+    if first[0] == '@':
+        return SOURCES[first[1:]](*rest)
+    form = rest.pop() if rest[-1] in FORMS else ''
+    return as_text(values_of(first, *rest), form)
+
+
+def sourced_lines():
+    """{a file: [a sentence or row of it, its numbers computed]}, from results/numbers.txt."""
+    found, lines = {}, []
+    for line in (HERE / 'results' / 'numbers.txt').read_text(encoding='utf-8').splitlines():
+        if line.startswith('# '):
+            lines = found.setdefault(line[2:], [])
+        elif '{' in line:
+            lines.append(re.sub('{(.+?)}', lambda match: number_from(match[1]), line))
+    return found
+
+
+def text_of(file):
+    """Its text on one line, without code and the marks of lists."""
+    text = re.sub(r'```.*?```', '', (HERE / file).read_text(encoding='utf-8'), flags=re.DOTALL)
+    lines = [line.removeprefix('- ') for line in text.splitlines() if not line.startswith('    ')]
+    return ' '.join(' '.join(lines).split())
+
+
+def row_of(r):
+    """The columns of a run in the table that train.py prints."""
+    layers = f'-{r["layers"]}' if r['layers'] else ''
+    size = f'{r["size"]}-d{r["d_state"]}-n{r["n"]}-s{r["seed"]}'
+    return [f'{r["task"]}-{r["arch"]}{layers}-{r["setup"]}-{size}',
+            f'{r["params"]:,}',
+            f'{sum(r["memory"].values()):,}',
+            f'{r["samples_trained"]:,}',
+            f'{r["seconds"] / 60:.1f}',
+            f'{r["exact"]:.1%}',
+            f'{r["accuracy"]:.1%}',
+            '±',
+            f'{r["accuracy_se"]:.1%}',
+            f'{r["chance"]:.1%}']
+
+
+def test_every_run_in_a_table_of_the_readmes_is_a_committed_result():
+    committed, quoted = [], 0
     for path in (HERE / 'results').glob('*.jsonl'):
-        for text in path.read_text(encoding='utf-8').splitlines():
-            result = json.loads(text)
-            if result.keys() >= {*names, 'memory', 'accuracy'}:
-                run = train.Run(**{name: result[name] for name in names})
-                lines.append(train.table({run.name(): result}).splitlines()[2].split())
-    readmes = [HERE / 'README.md', HERE / 'results' / 'README.md']
-    text = '\n'.join(path.read_text(encoding='utf-8') for path in readmes)
-    quoted = re.findall(r'^[a-z]+-\S+-s\d+\S* .*', text, re.M)
-    assert len(quoted) >= 9 and all(line.split() in lines for line in quoted)
+        committed += [row_of(r) for r in committed_records(path.stem) if 'params' in r]
+    for file in ('README.md', 'results/README.md'):
+        text = (HERE / file).read_text(encoding='utf-8')
+        for block in re.findall(r'```\n(run +params.*?)```', text, re.DOTALL):
+            runs = [line.split() for line in block.splitlines() if '±' in line]
+            for run in runs:
+                assert run in committed, run
+            quoted += len(runs)
+    assert quoted >= 6
+
+
+def test_the_numbers_of_the_results_pages_are_those_of_committed_results():
+    for file, lines in sourced_lines().items():
+        text = text_of(file)
+        for line in lines:
+            assert line in text, (file, line)
+
+
+# what results/README.md and LOG.md may say without a record: rules, constants, arithmetic
+NOT_MEASURED = ('"98.3 (97.1 to 99.3)"', '99.5% exact', '5% or 25%', 'all with 25%', 'of 5%',
+                'N(0, 0.02)', 'torch 2.13', '1.6e-2', '1.6 million', '0.5M', 'ranks 25%', ', 5% |',
+                ', 25% |', '95% of', 'given as 1.19', '--warmup=0.05')
+
+
+def test_no_result_is_quoted_without_a_source():
+    for file, lines in sourced_lines().items():
+        text = text_of(file)
+        for line in (*lines, *NOT_MEASURED):
+            text = text.replace(line, '')
+        left = re.findall(r'.{30}(?<!\d)\d+\.\d.{9}|.{30}\d%.{9}', text)
+        assert not left, (file, left)
+
+
+def test_what_the_results_pages_cite_is_there():
+    for file in ('results/README.md', 'results/LOG.md'):
+        text = (HERE / file).read_text(encoding='utf-8')
+        cited = re.findall(r'\]\(([^)#]+)\)', text)
+        cited += re.findall(r'`([\w*/.-]+\.(?:jsonl?|txt))`', text)
+        for name in cited:
+            assert list((HERE / 'results').glob(name)), (file, name)
+        anchors = []
+        for title in re.findall(r'^## (.+)', text, re.MULTILINE):
+            anchors.append(re.sub(r'[^a-z0-9 -]', '', title.lower()).replace(' ', '-'))
+        for anchor in re.findall(r'\]\(#([^)]+)\)', text):
+            assert anchor in anchors, (file, anchor)
+
+
+class Outcomes:
+    """Stands in for random.Random in data.two_star: one possible outcome of its draws."""
+
+    def __init__(self, nodes, coins, joined):
+        self.nodes, self.coins, self.joined = nodes, coins, joined
+
+    def sample(self, population, k):
+        return list(self.nodes)
+
+    def choices(self, population, k):
+        return [population[coin] for coin in self.coins]
+
+    def randrange(self, stop):
+        return self.joined
+
+
+def test_the_min_entropy_of_a_trace_is_that_of_all_possible_outcomes():
+    """n=6: every outcome of the draws, for each place of node 0, with every order of the edges. The
+    other nodes can change places, so that each of 5! traces is equally likely."""
+    n, seen = 6, collections.Counter()
+    coins_of_all = itertools.product((0, 1), repeat=n - 2)
+    for coins, place, joined in itertools.product(coins_of_all, range(n), range(n - 3)):
+        nodes = [1, 2, 3, 4, 5]
+        nodes.insert(place, 0)
+        edges, is_tree = data.two_star(Outcomes(nodes, coins, joined), n)
+        for order in itertools.permutations(edges) if is_tree else ():
+            trace = data.cot_trace(data.neighbours_of(list(order), n))
+            first_seen = list(dict.fromkeys(trace))
+            seen[tuple(first_seen.index(v) for v in trace)] += 1
+    likeliest = max(seen.values()) / sum(seen.values()) / math.factorial(n - 1)
+    assert abs(-math.log2(likeliest) - min_entropy_of_a_trace(n)) < 1e-9
+    assert [min_entropy(n) for n in (8, 11, 14, 16)] == ['15.7', '26.1', '37.4', '45.4']
 
 
 # --- damaged files, hostile input, interrupts -----------------------------------------------------
