@@ -976,4 +976,5 @@ def read_records(options):
 
 
 if __name__ == '__main__':
+    signal.signal(signal.SIGINT, train.interrupted)
     sys.exit(train.cli(main, 'eval_hotpot.py', sys.argv[1:]))

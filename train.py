@@ -28,6 +28,7 @@ import math
 import multiprocessing
 import os
 import random
+import signal
 import sys
 import textwrap
 import threading
@@ -647,10 +648,8 @@ def work_as_helper(number, threads, runs, options, device):
     os.environ['RANK'] = str(number)
     torch.set_num_threads(threads)
     threading.Thread(target=end_with_parent, daemon=True).start()
-    try:
-        work(runs, options, device)
-    except KeyboardInterrupt:                           # (the first process says so)
-        os._exit(130)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)        # (the first process says so, and ends)
+    work(runs, options, device)
 
 
 def end_with_parent():
@@ -1181,6 +1180,13 @@ def main(argv):
             report_missing(runs, options)
 
 
+def interrupted(*_):
+    """After Ctrl-C: end at once, since files are always whole. Helpers end with this process."""
+    program = os.path.basename(sys.argv[0])
+    os.write(2, f'\n{program}: interrupted, run the same command again to continue\n'.encode())
+    os._exit(130)
+
+
 def cli(main, program, argv):
     """Run main(argv) -> exit code. What the user can fix is one line on stderr."""
     try:
@@ -1190,13 +1196,10 @@ def cli(main, program, argv):
         line = [*str(error).splitlines(), type(error).__name__][0]
     except (MemoryError, torch.OutOfMemoryError):
         line = 'out of memory, try smaller batches'
-    except KeyboardInterrupt:
-        line = 'interrupted, run the same command again to continue'
-        print(f'\n{program}: {line}', file=sys.stderr, flush=True)
-        os._exit(130)                       # without waiting for helpers; files are always whole
     print(f'{program}: {line}', file=sys.stderr)
     return 2
 
 
 if __name__ == '__main__':
+    signal.signal(signal.SIGINT, interrupted)
     sys.exit(cli(main, 'train.py', sys.argv[1:]))
