@@ -200,13 +200,31 @@ class Attention(nn.Module):
         qkv = self.qkv_proj(x).unflatten(-1, (3, self.n_heads, self.d_head))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                        # (B, heads, L, d_head) each
         q, k = rotate(q, seen), rotate(k, seen)
-        cache = torch.cat((cache, torch.stack((k, v), 1)), 3)
+        cache = append(cache, torch.stack((k, v), 1))
         k, v = cache.unbind(1)                                      # (B, heads, seen + L, d_head)
         mask = None                                                 # no token sees a later one:
-        if seen:
+        if seen and L > 1:
             mask = torch.ones(L, seen + L, dtype=torch.bool, device=x.device).tril(seen)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=not seen)
         return self.o_proj(y.transpose(1, 2).flatten(2)), cache
+
+
+def append(cache, new):
+    """Keys and values of more tokens behind those in the cache, (B, 2, heads, tokens, d_head) each.
+    Without gradients, the result lies in a buffer with room for 128 more tokens, so that not all is
+    copied for every token. A cache that is kept stays valid: if something else has been written
+    behind it, a new buffer is begun."""
+    seen, total = cache.shape[3], cache.shape[3] + new.shape[3]
+    if torch.is_grad_enabled() or not seen:
+        return torch.cat((cache, new), 3)
+    buffer = getattr(cache, 'buffer', cache)
+    if buffer.shape[3] < total or buffer.filled != seen:
+        buffer = F.pad(cache, (0, 0, 0, new.shape[3] + 128))
+    buffer[:, :, :, seen:total] = new
+    buffer.filled = total
+    cache = buffer[:, :, :, :total]
+    cache.buffer = buffer
+    return cache
 
 
 def rotate(x, seen):
