@@ -1,5 +1,5 @@
-"""Claims about this project, each checked against something this project did not write: brute force,
-float64, networkx, the official metrics, the `transformers` library. Run:  pytest test_all.py
+"""Claims about this project, each checked against something this project did not write: brute
+force, float64, networkx, the official metrics, the `transformers` library. Run:  pytest test_all.py
 
 Tests of what needs a compiler, a GPU, networkx or transformers skip themselves where there is none.
 Order: data.py, scan_cuda/, models.py, train.py, eval_hotpot.py, plot.py.
@@ -59,8 +59,8 @@ HERE = Path(__file__).parent
 # numbers and today's names: whoever renames something changes the functions and leaves the numbers.
 
 def held_out_sets(task, setup, distribution, n, order):
-    """(reported, tuning): two lists of lists of 50 samples, one for each n of a run, ascending. order:
-    how the n join, see RUNS."""
+    """(reported, tuning): two lists of lists of 50 samples, one for each n of a run, ascending.
+    order: how the n join, see RUNS."""
     task = data.TASKS[task](n, setup, distribution)
     sizes = [n] if order == 'alone' else task.mixed()
     reported = [data.held_out_samples(task, size, 50) for size in sizes]
@@ -69,8 +69,8 @@ def held_out_sets(task, setup, distribution, n, order):
 
 
 def training_batches(task, setup, distribution, n, order, join, steps):
-    """All batches of a short run of seed 3, [(tokens (8, L), targets (8, L)), ...], without the prompts
-    of held_out_sets. order, join: see RUNS."""
+    """All batches of a short run of seed 3, [(tokens (8, L), targets (8, L)), ...], without the
+    prompts of held_out_sets. order, join: see RUNS."""
     reported, tuning = held_out_sets(task, setup, distribution, n, order)
     held_out = {tuple(prompt) for samples in reported + tuning for prompt, _ in samples}
     run = train.Run(n=n, order=order, join=join)
@@ -97,9 +97,9 @@ def initial_weights(letters):
 
 
 def losses_of_a_run(arch, folder):
-    """Train on 800 samples of IsTree, cot, n=8, in 50 steps, by one thread: warm-up, cosine and clipping
-    are in it. Returns the losses of the batches of steps 6, 12, ..., 48 and the loss on 50 held-out
-    samples at the end. arch: deltanet and gru, too."""
+    """Train on 800 samples of IsTree, cot, n=8, in 50 steps, by one thread: warm-up, cosine and
+    clipping are in it. Returns the losses of the batches of steps 6, 12, ..., 48 and the loss on 50
+    held-out samples at the end. arch: deltanet and gru, too."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     train.main(['--setup=cot', f'--arch={arch}', '--seed=0', '--d_state=16', '--n=8', '--samples=800', '--batch_size=16',
@@ -1173,7 +1173,8 @@ SCANS = [pytest.param(f, device, id=f'{f.__name__}-{device}', marks=CUDA.marks i
 
 
 def scan_inputs(batch, L, d_inner, d_state, dtype=torch.float32, device='cpu', decay=1.0, seed=0):
-    """Random u, delta, A, B, C, D, initial_state that want gradients; `decay` scales the step sizes."""
+    """Random u, delta, A, B, C, D, initial_state that want gradients; `decay` scales the step
+    sizes."""
     rng = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(*shape, generator=rng)
     exact = torch.float64 if dtype == torch.float64 else torch.float32
@@ -1213,8 +1214,8 @@ def assert_close_to_float64(f, reference, inputs, tolerance):
 
 
 def test_reference_is_the_sum_over_all_earlier_tokens():
-    """Unrolled, y_t = sum over s <= t of C_t exp(A (S_t - S_s)) delta_s u_s B_s + D u_t, S the running sum of
-    delta."""
+    """Unrolled, y_t = sum over s <= t of C_t exp(A (S_t - S_s)) delta_s u_s B_s + D u_t, S the
+    running sum of delta."""
     u, delta, A, B, C, D, h = (t.detach().numpy() for t in scan_inputs(2, 9, 3, 4, torch.float64))
     S = delta.cumsum(1)
     y = D * u + np.einsum('btn,btdn,bdn->btd', C, np.exp(A * S[..., None]), h)
@@ -1233,13 +1234,15 @@ def test_reference_is_the_sum_over_all_earlier_tokens():
     (40, 67, 40, 10, 1.), (1, 2503, 64, 16, 1e-2), (2, 70, 40, 5, -1e-3)])  # the last: negative steps
 def test_scan_and_its_gradients_equal_float64(f, device, batch, L, d_inner, d_state, decay):
     inputs = scan_inputs(batch, L, d_inner, d_state, device=device, decay=decay, seed=L)
-    # each token rounds the state by up to 2^-24 of it: at most 1.5e-4 over 2,503 tokens that hardly decay
+    # each token rounds the state by up to 2^-24 of it: at most 1.5e-4 over 2,503 tokens that hardly
+    # decay
     assert_close_to_float64(f, selective_scan_reference, inputs, 2e-6 if L < 1000 else L * 2**-24)
 
 
 @pytest.mark.parametrize('f, device', SCANS)
 def test_bf16_is_rounded_on_the_way_in_and_out_only(f, device):
-    """2^-9 is half of the last bit of bf16; the final state, fp32, does not have even that error."""
+    """2^-9 is half of the last bit of bf16; the final state, fp32, does not have even that
+    error."""
     inputs = scan_inputs(2, 200, 24, 16, torch.bfloat16, device)
     assert_close_to_float64(f, selective_scan_reference, inputs, 2**-8)
     assert f(*inputs)[0].dtype == torch.bfloat16
@@ -1257,7 +1260,8 @@ def test_autocast_does_not_reach_inside(f, device):
 
 @pytest.mark.parametrize('f, device', SCANS)
 def test_decay_that_underflows_leaves_no_trace(f, device):
-    """delta A below -200 forgets everything (no 0/0): h_t = delta_t u_t B_t; all is finite, gradients too."""
+    """delta A below -200 forgets everything (no 0/0): h_t = delta_t u_t B_t; all is finite,
+    gradients too."""
     inputs = scan_inputs(1, 100, 4, 4, device=device)
     inputs[1] = (200 + 1000 * inputs[1].detach()).requires_grad_()
     inputs[2] = torch.full_like(inputs[2], -1.).requires_grad_()
@@ -1311,7 +1315,8 @@ def test_one_step_cut_from_a_time_major_tensor_reads_that_step_only(f, device):
 @pytest.mark.parametrize('f, device', SCANS)
 @pytest.mark.parametrize('cut', [1, 64, 100])
 def test_two_halves_through_the_state_are_the_whole(f, device, cut):
-    """Also for the gradients, which pass back through the state from the second half to the first."""
+    """Also for the gradients, which pass back through the state from the second half to the
+    first."""
     def halves(u, delta, A, B, C, D, h):
         first, h = f(u[:, :cut], delta[:, :cut], A, B[:, :cut], C[:, :cut], D, h)
         second, h = f(u[:, cut:], delta[:, cut:], A, B[:, cut:], C[:, cut:], D, h)
@@ -1321,7 +1326,8 @@ def test_two_halves_through_the_state_are_the_whole(f, device, cut):
 
 @pytest.mark.parametrize('f, device', SCANS)
 def test_same_input_same_bits(f, device):
-    """Run to run; the CPU kernel also with any number of threads (enough work that it uses them)."""
+    """Run to run; the CPU kernel also with any number of threads (enough work that it uses
+    them)."""
     inputs, threads = scan_inputs(5, 130, 100, 16, device=device), torch.get_num_threads()
     want = with_gradients(f, inputs)
     try:
@@ -1381,7 +1387,8 @@ def test_pairwise_scan_is_the_loop(L):
 
 
 def test_pairwise_scan_multiplies_about_three_times_a_token():
-    """A claim about work, not speed: every product or multiply-add it asks for, counted by element."""
+    """A claim about work, not speed: every product or multiply-add it asks for, counted by
+    element."""
     work = 0
 
     class Count(TorchDispatchMode):
@@ -1508,8 +1515,8 @@ def test_wrong_convolution_inputs_are_one_clear_line(change, complaint):
         causal_conv1d(**(right | change))
 
 
-# Builds, of a source that takes no time to compile. What can go wrong, how to make it so, and the reason that
-# the one line must name.
+# Builds, of a source that takes no time to compile. What can go wrong, how to make it so, and the
+# reason that the one line must name.
 
 def script(path, text):
     path.parent.mkdir(exist_ok=True)
@@ -1520,7 +1527,8 @@ def script(path, text):
 
 @pytest.fixture
 def stub(monkeypatch, tmp_path):
-    """The kernels' source is a stub, the cache empty, nothing is loaded. Returns the tests' own folder."""
+    """The kernels' source is a stub, the cache empty, nothing is loaded. Returns the tests' own
+    folder."""
     if not shutil.which('c++'):
         pytest.skip('no C++ compiler')
     source, cuda = tmp_path / 'stub.cpp', tmp_path / 'stub.cu'
@@ -1668,8 +1676,8 @@ def test_builds_that_start_together_compile_once(stub, monkeypatch):
     assert (stub / 'builds').read_text() == '\n'
 
 
-# The CUDA kernels' own source on a CPU: scan_kernels.cu compiled as C++ against scan_cuda/emulate.h, and bound to
-# torch like the real ones.
+# The CUDA kernels' own source on a CPU: scan_kernels.cu compiled as C++ against
+# scan_cuda/emulate.h, and bound to torch like the real ones.
 
 EMULATED = f"""
 #include "{HERE}/scan_cuda/operators.h"
@@ -1771,9 +1779,10 @@ def test_each_barrier_of_the_kernel_is_needed_and_its_loss_noticed(emulated):
 @pytest.mark.parametrize('device, autocast', [('meta', False), ('cpu', True), ('cuda', False)])
 @pytest.mark.parametrize('arch', models.ARCHS)
 def test_a_model_keeps_to_its_device(arch, device, autocast, monkeypatch):
-    """Training step, prefill and step on tensors without data, which refuse to meet those of another device:
-    on the meta device by the fallback, as fake CUDA tensors by the operators. Those need a CUDA build of
-    torch, and for the backward pass a GPU. (Autocast, too, is off for CUDA without a GPU.)"""
+    """Training step, prefill and step on tensors without data, which refuse to meet those of
+    another device: on the meta device by the fallback, as fake CUDA tensors by the operators. Those
+    need a CUDA build of torch, and for the backward pass a GPU. (Autocast, too, is off for CUDA
+    without a GPU.)"""
     if device == 'cuda':
         if not torch.version.cuda:
             pytest.skip('fake CUDA tensors need a CUDA build of torch')
@@ -3112,7 +3121,8 @@ def test_the_numbers_of_the_results_pages_are_those_of_committed_results():
 
 
 # what results/README.md and LOG.md may say without a record: rules, constants, arithmetic
-NOT_MEASURED = ('"98.3 (97.1 to 99.3)"', '99.5% exact', '5% or 25%', 'all with 25%', 'of 5%',
+NOT_MEASURED = ('arxiv.org/abs/2402.18510', 'arXiv 2402.18510', '"98.3 (97.1 to 99.3)"',
+                '99.5% exact', '5% or 25%', 'all with 25%', 'of 5%',
                 'N(0, 0.02)', 'torch 2.13', '1.6e-2', '1.6 million', '0.5M', 'ranks 25%', ', 5% |',
                 ', 25% |', '95% of', 'given as 1.19', '--warmup=0.05')
 
@@ -4183,7 +4193,8 @@ def test_each_length_of_a_primitive_is_a_point_and_the_best_guess_a_dashed_line(
 
 @pytest.mark.parametrize('n, values', [(1, 2), (1, 5), (2, 2), (2, 3), (3, 2)])
 def test_nobody_recalls_more_than_the_bound_of_the_communication_game(n, values):
-    """All ways to send one of few messages about n values, the best answers to each: brute force."""
+    """All ways to send one of few messages about n values, the best answers to each: brute
+    force."""
     inputs = [*itertools.product(range(values), repeat=n)]
     for messages in (1, 2, 3):
         if messages ** len(inputs) > 20_000:
@@ -4204,8 +4215,8 @@ def test_nobody_recalls_more_than_the_bound_of_the_communication_game(n, values)
 
 
 def test_the_capacity_of_a_memory_counts_its_state_and_says_what_lies_outside(tmp_path):
-    """Memories of 100, 400 and 1,600 floats that recall up to 2, 8 and 32 pairs: slope 1. Others recall
-    no n, or all."""
+    """Memories of 100, 400 and 1,600 floats that recall up to 2, 8 and 32 pairs: slope 1. Others
+    recall no n, or all."""
     records = []
     for floats, largest in ((25, 1), (100, 2), (400, 8), (1600, 32), (6400, 128)):
         lengths = []
@@ -4272,8 +4283,8 @@ def kept_examples(setup, spoil=None):
 
 
 def told_runs():
-    """Runs with examples. All is right but the third node of the second example of the RNN without a
-    retriever."""
+    """Runs with examples. All is right but the third node of the second example of the RNN without
+    a retriever."""
     def spoil(words):
         return [*words[:2], str((int(words[2]) + 1) % 8), *words[3:]]
     wrong = kept_examples('cot')
