@@ -2580,7 +2580,7 @@ class Knows:
 
     def __init__(self, task, complete, prompt_length=0):
         self.task, self.complete, self.prompt_length = task, complete, prompt_length
-        self.rows, self.read = [], []
+        self.rows, self.read = [], collections.defaultdict(list)
 
     def logits(self, state, more=0):
         numbers, t = state[0]['state'].long(), state[0]['window'].long() + more
@@ -2597,7 +2597,8 @@ class Knows:
         return self.logits(state), state
 
     def step(self, token, state):
-        self.read.append(token)
+        for number, read in zip(state[0]['state'].tolist(), token.tolist()):
+            self.read[number].append(read)
         state = [dict(state[0], window=state[0]['window'] + 1)]
         return self.logits(state), state
 
@@ -2640,9 +2641,9 @@ def test_evaluation_gives_a_perfect_model_everything_and_a_spoiled_one_nothing(n
     well_formed = 1 if setup == 'retrieval' else None
     assert measured == dict(accuracy=1, exact=1, accuracy_se=0, well_formed_queries=well_formed)
     if setup != 'direct':                                   # it has read what was written
-        read = torch.stack(model.read, 1).numpy()
-        tokens = data.collate(task, samples)[0][:, len(samples[0][0]):][:, :read.shape[1]]
-        assert (read == tokens)[tokens != data.PAD].all()
+        for number, (_, completion) in enumerate(samples):
+            tokens = [task.tokens[word.removeprefix('*')] for word in completion[:-1]]
+            assert model.read[number][:len(tokens)] == tokens
     spoiled = [dict.fromkeys(task.words, '[PAD]'), {'[EOS]': '-'}]          # no answer is wrong
     for wrong in spoiled[:1 if setup == 'direct' else 2]:
         measured, _ = train.evaluate(by_heart(task, samples, wrong), task, 12, samples, 50, CPU)
@@ -4060,12 +4061,15 @@ def test_train_py_gives_full_marks_to_who_writes_the_samples_and_none_to_who_doe
             self.what = what
 
         def prefill(self, tokens):
-            return self.step(None, [(by_prompt[tuple(row)], 0) for row in tokens.tolist()])
+            return self.step(None, [dict(prompt=tokens, written=torch.zeros(len(tokens)))])
 
         def step(self, token, state):
-            words = [self.what(completion[min(t, len(completion) - 1)]) for completion, t in state]
+            [carried], words = state, []
+            for prompt, written in zip(carried['prompt'].tolist(), carried['written'].tolist()):
+                completion = by_prompt[tuple(prompt)]
+                words.append(self.what(completion[min(int(written), len(completion) - 1)]))
             logits = F.one_hot(torch.tensor([task.tokens[word] for word in words]), len(task.words))
-            return logits.float(), [(completion, t + 1) for completion, t in state]
+            return logits.float(), [dict(carried, written=carried['written'] + 1)]
 
     reciter = Recites(lambda word: '-' if word[0] == '*' else word)
     good, _ = train.evaluate(reciter, task, 10, samples, 30, CPU)

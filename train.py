@@ -313,7 +313,8 @@ def generate(model, task, n, prompts, device, state=None):
     texts = [' '.join(prompt) for prompt in prompts]    # what the retriever searches
     completions = [[] for _ in prompts]
     pending = [[] for _ in prompts]         # words that the retriever has still to write
-    running = set(range(len(prompts)))
+    done = [False for _ in prompts]
+    batch = list(range(len(prompts)))       # the samples that the model reads
     queries = well_formed = 0
     tokens = [[task.tokens[word] for word in prompt] for prompt in prompts]
     logits, own_state = model.prefill(torch.tensor(tokens, device=device))      # (B, vocab_size)
@@ -321,24 +322,29 @@ def generate(model, task, n, prompts, device, state=None):
         state = own_state
     for _ in range(task.longest(n)):
         tokens = logits.argmax(-1).tolist()                                     # B of them
-        for b in sorted(running):
+        for k, b in enumerate(batch):
+            if done[b]:
+                continue
             if pending[b]:
                 word = pending[b].pop(0)                    # overrules the model's own choice
-                tokens[b] = task.tokens[word]
+                tokens[k] = task.tokens[word]
                 completions[b].append('*' + word)
             else:
-                word = task.words[tokens[b]]
-                if completions[b][-1:] == [task.words[data.EOS]]:
-                    running.remove(b)                       # this is the answer
+                word = task.words[tokens[k]]
+                done[b] = completions[b][-1:] == [task.words[data.EOS]]         # the answer
                 completions[b].append(word)
             texts[b] += ' ' + word
             if task.setup == 'retrieval' and completions[b][-1] == task.words[data.END]:
                 pending[b], right_form = task.retrieve(texts[b])
                 queries += 1
                 well_formed += right_form
-        if not running:
+        going = [k for k, b in enumerate(batch) if not done[b]]
+        if not going:
             break
-        logits, state = model.step(torch.tensor(tokens, device=device), state)  # ended ones, too
+        if len(going) < 0.8 * len(batch):                   # leave out those that have ended
+            batch, tokens = [batch[k] for k in going], [tokens[k] for k in going]
+            state = [{name: t[going] for name, t in carried.items()} for carried in state]
+        logits, state = model.step(torch.tensor(tokens, device=device), state)
     return completions, queries, well_formed
 
 
