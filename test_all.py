@@ -737,6 +737,8 @@ def test_a_bad_argument_of_an_export_gets_one_line_and_exit_code_2(arguments, na
 def test_without_arguments_a_sample_of_every_task_is_printed():
     printed = run_data().stdout
     for name, kind in data.TASKS.items():
+        if kind.__module__ != 'data':
+            continue
         for setup in kind.setups:
             assert f'{name}, setup {setup}\n  prompt      [BOS] ' in printed
 
