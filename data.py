@@ -2,7 +2,8 @@
 
 The main task is IsTree (paper, sections 5 and 6): a graph with n nodes and n-1 edges is given as a
 list of its edges. Is it a tree? Here is a sample with n=7, as the code draws it. In the prompt, an
-edge is `u - v`; node 6 is one word. After the prompt, each of the three setups writes its own text:
+edge is `u - v`; a node, even 12, is one word. After the prompt, each of the three setups writes its
+own text:
 
       0
       |
@@ -87,7 +88,7 @@ def two_star(rng, n):
     return edges, centres[i] != centres[i + 1]
 
 
-GRAPHS = {'two_star': two_star}
+GRAPHS = {'two_star': two_star}         # `random` is added below the line
 
 
 # --- what a task is -------------------------------------------------------------------------------
@@ -154,7 +155,7 @@ class IsTree(Task):
     # which skips to the edge 5 - 0 (or 0 - 5), then to the next one with 5, and captures its other
     # end. [^[]*? does not leave the prompt, because [EOS] begins with a bracket. The space in front
     # of a number and the \b behind keep 1 from matching in 11. The lookahead (?= ...) lets matches
-    # overlap: a model may write nonsense such as `4 ~ 4 ~ 0`.
+    # overlap: in nonsense such as `4 ~ 4 ~ 0`, the record `4 ~ 0` is found, too.
     patterns = (
         (r'(\d+) ~', r' V ~(?= (\d+))'),
         (r'(\d+) -', r'^\[BOS\][^[]*? (?:V - (\d+)|(\d+) - V\b)'),
@@ -258,7 +259,7 @@ def retrieval_trace(neighbours):
         else:                                       # back from the neighbour prev
             w = after[v, prev]
             ask(f'{v} - {prev}', w)
-        if w == parent.get(v):                      # not straight back up: the next one
+        if w == parent.get(v):                      # not straight back up: the next one, then
             w = after[v, w]
             ask(f'{v} - {parent[v]}', w)
         prev = v
@@ -302,7 +303,7 @@ def search(text, patterns):
     outside = re.sub(r'\[STARTSEARCH\].*?(\[ENDSEARCH\]|$)', '|', before)
     answer = '[FAILED]'
     for match in expression.finditer(outside):
-        if match.lastindex:                         # a group took part (see Counting)
+        if match.lastindex:                         # a group took part (below: Counting)
             answer = match[match.lastindex]
     return [answer], True
 

@@ -202,7 +202,7 @@ class Attention(nn.Module):
         q, k = rotate(q, seen), rotate(k, seen)
         cache = append(cache, torch.stack((k, v), 1))
         k, v = cache.unbind(1)                                      # (B, heads, seen + L, d_head)
-        mask = None                                                 # no token sees a later one:
+        mask = None             # nothing seen: is_causal masks. One token: it sees all. Otherwise:
         if seen and L > 1:
             mask = torch.ones(L, seen + L, dtype=torch.bool, device=x.device).tril(seen)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=not seen)
@@ -212,8 +212,9 @@ class Attention(nn.Module):
 def append(cache, new):
     """Keys and values of more tokens behind those in the cache, (B, 2, heads, tokens, d_head) each.
     Without gradients, the result lies in a buffer with room for 128 more tokens, so that not all is
-    copied for every token. A cache that is kept stays valid: if something else has been written
-    behind it, a new buffer is begun."""
+    copied for every token; the cache is a view of it. buffer.filled is how many tokens have been
+    written: if more than this cache has, another continuation of it was there first, and a new
+    buffer is begun. So a cache that is kept stays valid."""
     seen, total = cache.shape[3], cache.shape[3] + new.shape[3]
     if torch.is_grad_enabled() or not seen:
         return torch.cat((cache, new), 3)

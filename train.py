@@ -159,7 +159,8 @@ class Run:
 
 @dataclass
 class Options:
-    """How runs are carried out. Results do not depend on it, up to rounding."""
+    """How runs are carried out. Results do not depend on these, except
+    that rounding differs between devices."""
     out: str = constant('out', 'folder for the results')
     device: str = constant('auto', 'where to compute', choices=('auto', 'cpu', 'cuda', 'mps'))
     processes: int = constant(0, 'runs at once on a CPU; 0: one per core; on GPUs use torchrun')
@@ -209,7 +210,7 @@ def sizes_of_batches(run, task, steps):
     mix = mixed_sizes(run, task)
     if run.order == 'large-first':
         mix.reverse()
-    joining = 0 if run.order == 'together' else int(run.join * steps)   # batches until all joined
+    joining = 0 if run.order == 'together' else int(run.join * steps)   # len(mix) equal stages
     sizes = []
     for i in range(steps):
         count = len(mix) if i >= joining else 1 + i * len(mix) // joining       # have joined
@@ -233,7 +234,7 @@ def train(run, path, options, device):
     model = make_model(run).to(device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=run.lr, fused=device.type != 'mps')
-    peaks = [group['lr'] for group in optimizer.param_groups]      # of each parameter group
+    peaks = [group['lr'] for group in optimizer.param_groups]      # before resume changes them
     step, seconds, log = resume(path / 'checkpoint.pt', run, model, optimizer)
     forward = torch.compile(model) if options.compile else model
 
@@ -322,7 +323,7 @@ def generate(model, task, n, prompts, device, state=None):
         state = own_state
     for _ in range(task.longest(n)):
         tokens = logits.argmax(-1).tolist()                                     # B of them
-        for k, b in enumerate(batch):
+        for k, b in enumerate(batch):                       # k: row of the batch, b: sample
             if done[b]:
                 continue
             if pending[b]:
@@ -415,8 +416,8 @@ def write(path, fill):
     except (OSError, RuntimeError) as error:            # torch.save makes an OSError a RuntimeError
         temporary.unlink(missing_ok=True)
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f'{path} cannot be written ({reason}): the last one stays; when there is '
-                        'room, run the same command again to continue')
+        raise UserError(f'{path} cannot be written ({reason}): the previous file stays; when there '
+                        'is room, run the same command again to continue')
 
 
 def save(path, run, model, optimizer, step, seconds, log):

@@ -1,9 +1,9 @@
 """The selective scan of Mamba (Gu & Dao 2023, arXiv 2312.00752, Algorithm 2 and section 3.3).
 
 A state space model dh/dt = A h + B u, y = C h + D u, in steps of length delta: over one step the
-state decays by a factor of exp(delta A) and takes in delta B u (in the paper's equation 4, B has a
-longer factor; its code has this one, too). It is *selective* because delta, B and C are computed
-from each token:
+state decays by a factor of exp(delta A) and takes in delta B u (equation 4 of
+the paper has a longer factor than delta; the paper's code has delta, too). It is *selective*
+because delta, B and C are computed from each token:
 
     h_t = exp(delta_t A) * h_{t-1} + delta_t u_t B_t
     y_t = C_t . h_t + D u_t
@@ -46,7 +46,8 @@ def selective_scan_reference(u, delta, A, B, C, D, initial_state):
 
 def pairwise_scan(a, b):
     """All h_t = a_t h_{t-1} + b_t with h_{-1} = 0; a, b, h (batch, L, ...). Blelloch's (1990)
-    parallel scan. (An initial state is added as b_0 + a_0 h_{-1}.)
+    parallel scan. In Mamba, a_t = exp(delta_t A) and b_t = delta_t u_t B_t. (An initial state is
+    added as b_0 + a_0 h_{-1}.)
 
     Two steps in a row are again one such step: a2 (a1 h + b1) + b2 = (a1 a2) h + (a2 b1 + b2). So
     join the pairs (0, 1), (2, 3), ...; scan the result, half as long: this gives h_1, h_3, ...; and
