@@ -6,7 +6,7 @@
   python train.py --sweep                                how the learning rates below were chosen
   python train.py --preset=primitives                    the four retrieval primitives
   python train.py --task=turing                          a Turing machine, three models
-  torchrun --nproc_per_node=8 train.py --preset=paper    the paper's grid, on GPUs
+  torchrun --nproc_per_node=8 -- train.py --preset=paper the paper's grid, on GPUs
   python train.py --help                                 every constant
 
 Every field of a run takes one value or several, separated by commas, and all combinations are run.
