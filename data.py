@@ -259,7 +259,7 @@ def retrieval_trace(neighbours):
         else:                                       # back from the neighbour prev
             w = after[v, prev]
             ask(f'{v} - {prev}', w)
-        if w == parent.get(v):                      # not straight back up: the next one, then
+        if w == parent.get(v):                      # not straight back up: take the next
             w = after[v, w]
             ask(f'{v} - {parent[v]}', w)
         prev = v

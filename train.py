@@ -914,14 +914,13 @@ def round_memory(state, ranges, bits):
 CARRIED = ('state', 'window', 'cache')      # what layers carry, see models.py
 
 
-def swapped(own, donor, names):
-    """A memory: what is in `names` comes from the donor, the rest is the model's own."""
+def swapped(own, donor, name):
+    """A memory: what is called `name` comes from the donor, the rest is the model's own."""
     memory = []
     for own_layer, donor_layer in zip(own, donor):
         memory.append(dict(own_layer))
-        for name in names:
-            if name in donor_layer:
-                memory[-1][name] = donor_layer[name]
+        if name in donor_layer:
+            memory[-1][name] = donor_layer[name]
     return memory
 
 
@@ -936,16 +935,16 @@ def transplant(model, task, samples, device):
     sample's own right words before."""
     *samples, fixed = samples
     donors = samples[1:] + samples[:1]
-    _, own = model.prefill(as_tokens(task, [prompt for prompt, _ in samples], device))
-    _, donor = model.prefill(as_tokens(task, [prompt for prompt, _ in donors], device))
+    prompts = [prompt for prompt, _ in samples]
+    _, own = model.prefill(as_tokens(task, prompts, device))
+    _, donor = model.prefill(as_tokens(task, prompts[1:] + prompts[:1], device))
     _, one = model.prefill(as_tokens(task, [fixed[0]] * len(samples), device))
-    carried = sorted({name for layer in own for name in layer}, key=CARRIED.index)
+    carried = [name for name in CARRIED if any(name in layer for layer in own)]
     rows = {'nothing': (own, donors), 'everything': (donor, donors)}
     if len(carried) > 1:
         for name in carried:
-            rows[name] = swapped(own, donor, [name]), donors
+            rows[name] = swapped(own, donor, name), donors
     rows['one donor'] = one, [fixed] * len(samples)
-    prompts = [prompt for prompt, _ in samples]
     result = {}
     for replaced, (state, givers) in rows.items():
         written, _, _ = generate(model, task, task.n, prompts, device, state)
@@ -981,11 +980,12 @@ def rounding(model, run, task, samples, device, bits=(1, 2, 3, 4, 6, 8)):
     prompts = [prompt for prompt, _ in samples]
     _, own = model.prefill(as_tokens(task, prompts, device))
     ranges = ranges_of_memory(model, run, task, run.n, device)
-    trees = [sample for sample in samples if sample[1][-1] == '[TRUE]']
+    is_tree = [completion[-1] == '[TRUE]' for _, completion in samples]
+    trees = list(itertools.compress(samples, is_tree))
     result = {}
     for k in bits:
         written, _, _ = generate(model, task, task.n, prompts, device, round_memory(own, ranges, k))
-        of_trees = [words for words, sample in zip(written, samples) if sample in trees]
+        of_trees = list(itertools.compress(written, is_tree))
         result[k] = dict(exact=share_of_exact(written, samples),
                          exact_trees=share_of_exact(of_trees, trees))
     return result
