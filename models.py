@@ -143,7 +143,8 @@ def short_convolution(layer, x, window):
     """Causal convolution of each channel of x (B, L, d) over d_conv tokens, then SiLU. window
     (B, d_conv - 1, d): the inputs before x. Returns the output (B, L, d) and the next window."""
     y = causal_conv1d(x, layer.conv_weight, layer.conv_bias, window)
-    return y, torch.cat((window, x), 1)[:, x.shape[1]:]
+    kept = window.shape[1]
+    return y, torch.cat((window, x[:, -kept:]), 1)[:, -kept:]
 
 
 def init_convolution(layer):
@@ -216,7 +217,9 @@ def append(cache, new):
     written: if more than this cache has, another continuation of it was there first, and a new
     buffer is begun. So a cache that is kept stays valid."""
     seen, total = cache.shape[3], cache.shape[3] + new.shape[3]
-    if torch.is_grad_enabled() or not seen:
+    if not seen:
+        return new
+    if torch.is_grad_enabled():
         return torch.cat((cache, new), 3)
     buffer = getattr(cache, 'buffer', cache)
     if buffer.shape[3] < total or buffer.filled != seen:
