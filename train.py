@@ -402,39 +402,15 @@ def teacher_forced(model, task, samples, device):
     return completions, losses[targets[:, 1:] != data.IGNORE]
 
 
-# --- files: a kill at any moment leaves the old one or the new one, whole -------------------------
-
-def write(path, fill):
-    """Write a file: fill(file) writes into it. Raises UserError if the disk is full."""
-    temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
-    try:
-        with open(temporary, 'wb') as file:
-            fill(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:            # torch.save makes an OSError a RuntimeError
-        temporary.unlink(missing_ok=True)
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f'{path} cannot be written ({reason}): the previous file stays; when there '
-                        'is room, run the same command again to continue')
-
+# --- files ----------------------------------------------------------------------------------------
 
 def save(path, run, model, optimizer, step, seconds, log):
-    """Write a checkpoint, from which `resume` continues bit for bit."""
+    """Write a checkpoint, from which `resume` continues bit for bit. A kill at any moment leaves
+    the old file or the new one, whole (`write`)."""
     checkpoint = dict(run=asdict(run), optimizer_name=type(optimizer).__name__, step=step,
                       seconds=seconds, log=log, model=model.state_dict(),
                       optimizer=optimizer.state_dict())
     write(path, lambda file: torch.save(checkpoint, file))
-
-
-def read_checkpoint(path):
-    """The dict in a checkpoint. The file is a zip archive whose checksums reveal any flipped
-    byte."""
-    with zipfile.ZipFile(path) as archive:
-        if archive.testzip():
-            raise ValueError('wrong checksum')
-    return torch.load(path, map_location='cpu', weights_only=True)
 
 
 def resume(path, run, model, optimizer):
@@ -577,6 +553,31 @@ def folder(run, options):
     return Path(options.out).expanduser() / run.name()
 
 
+def write(path, fill):
+    """Write a file: fill(file) writes into it. Raises UserError if the disk is full."""
+    temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
+    try:
+        with open(temporary, 'wb') as file:
+            fill(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:            # torch.save makes an OSError a RuntimeError
+        temporary.unlink(missing_ok=True)
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f'{path} cannot be written ({reason}): the previous file stays; when there '
+                        'is room, run the same command again to continue')
+
+
+def read_checkpoint(path):
+    """The dict in a checkpoint. The file is a zip archive whose checksums reveal any flipped
+    byte."""
+    with zipfile.ZipFile(path) as archive:
+        if archive.testzip():
+            raise ValueError('wrong checksum')
+    return torch.load(path, map_location='cpu', weights_only=True)
+
+
 def write_json(path, value):
     text = json.dumps(value, indent=1) + '\n'
     write(path, lambda file: file.write(text.encode()))
@@ -609,7 +610,8 @@ def run_one(run, path, options, device):
         by_length.append(dict(n=n, chance=task.chance(n), **measured))
         predicted, losses_of_n = [], []
         for i in range(0, len(samples), options.eval_batch):
-            words, loss = teacher_forced(model, task, samples[i:i + options.eval_batch], device)
+            batch = samples[i:i + options.eval_batch]
+            words, loss = teacher_forced(model, task, batch, device)
             predicted += words
             losses_of_n.append(loss)
         losses.append(torch.cat(losses_of_n).mean().item())
@@ -627,12 +629,22 @@ def run_one(run, path, options, device):
     for (prompt, completion), words in zip(samples[:3], written):
         examples.append(dict(prompt=' '.join(prompt), expected=' '.join(completion),
                              written=' '.join(words)))
-    write_json(path / 'result.json', asdict(run) | by_length[-1] | more | dict(
-        by_length=by_length, loss=float(np.mean(losses)), samples_trained=samples_trained,
-        memory=model.memory(len(samples[0][0])), params=model.n_params(), seconds=seconds,
-        samples_per_second=samples_trained / max(seconds, 1e-9), threads=torch.get_num_threads(),
-        device=torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type,
-        torch=torch.__version__, date=time.strftime('%Y-%m-%d'), log=log, examples=examples))
+    on_gpu = device.type == 'cuda'
+    result = asdict(run) | by_length[-1] | more | dict(
+        by_length=by_length,
+        loss=float(np.mean(losses)),
+        samples_trained=samples_trained,
+        memory=model.memory(len(samples[0][0])),
+        params=model.n_params(),
+        seconds=seconds,
+        samples_per_second=samples_trained / max(seconds, 1e-9),
+        threads=torch.get_num_threads(),
+        device=torch.cuda.get_device_name(device) if on_gpu else device.type,
+        torch=torch.__version__,
+        date=time.strftime('%Y-%m-%d'),
+        log=log,
+        examples=examples)
+    write_json(path / 'result.json', result)
 
 
 def work(runs, options, device):
@@ -667,7 +679,8 @@ def end_with_parent():
 def run_all(runs, options):
     """Carry out the runs, on a CPU several at once. Runs that have a result are skipped, which is
     said. Returns the results, {name: dict}."""
-    device, left = pick_device(options.device), []
+    device = pick_device(options.device)
+    left = []
     for run in runs:
         if not already_done(run, folder(run, options) / 'result.json'):
             left.append(run)
@@ -679,10 +692,11 @@ def run_all(runs, options):
     threads = max(1, torch.get_num_threads() // at_once)
     torch.set_num_threads(threads)
     start = multiprocessing.get_context('spawn').Process
-    helpers = [start(target=work_as_helper, args=(number, threads, left, options, device))
-               for number in range(1, at_once)]
-    for helper in helpers:
-        helper.start()
+    helpers = []
+    for number in range(1, at_once):
+        arguments = number, threads, left, options, device
+        helpers.append(start(target=work_as_helper, args=arguments))
+        helpers[-1].start()
     work(left, options, device)
     for helper in helpers:
         helper.join()
@@ -779,18 +793,21 @@ def rank(result):
     return 1, result['loss']
 
 
+ROW = ('{name:{width}} {params:>9,} {memory:>7,} {samples_trained:>9,} {minutes:>7.1f} '
+       '{exact:>7.1%} {accuracy:>8.1%} ± {accuracy_se:>6.1%} {chance:>7.1%}')
+
+
 def table(results):
     """A line per result, {name: dict}: what was learned, by how large a model, with how much
     memory."""
     width = max([len(name) for name in results] + [3])
-    head = f'{"run":{width}} {"params":>9} {"memory":>7} {"samples":>9} {"minutes":>7}'
-    lines = [f'{head} {"exact":>7} {"accuracy":>17} {"chance":>7}']
-    lines.append('-' * len(lines[0]))
-    for name, r in results.items():
-        memory, minutes = sum(r['memory'].values()), r['seconds'] / 60
-        line = f'{name:{width}} {r["params"]:9,} {memory:7,} {r["samples_trained"]:9,}'
-        line += f' {minutes:7.1f} {r["exact"]:7.1%} {r["accuracy"]:8.1%} ± {r["accuracy_se"]:6.1%}'
-        lines.append(f'{line} {r["chance"]:7.1%}')
+    head = f'{"run":{width}}    params  memory   samples minutes   exact          accuracy  chance'
+    lines = [head, '-' * len(head)]
+    for name, result in results.items():
+        memory = sum(result['memory'].values())
+        minutes = result['seconds'] / 60
+        row = result | dict(name=name, width=width, memory=memory, minutes=minutes)
+        lines.append(ROW.format(**row))
     lines.append('')
     lines.append('memory: floats carried from token to token at the end of the prompt')
     lines.append('exact: every word right; accuracy: of the answer; '
@@ -833,7 +850,7 @@ def attention_to_edges(model, task, samples, device):
     IsTree samples. Returns a dict: prompt and trace, the words of the first sample; weights, of
     each word of the trace over all words, mean over heads; share, the mean weight on the edge of
     the prompt that holds the next word, over all samples and next neighbours."""
-    layer = [layer for layer in model.modules() if isinstance(layer, models.Attention)][-1]
+    *_, layer = [layer for layer in model.modules() if isinstance(layer, models.Attention)]
     inputs = []
     tokens, _ = data.collate(task, samples)
     with layer.register_forward_pre_hook(lambda layer, arguments: inputs.append(arguments[0])):
@@ -842,15 +859,19 @@ def attention_to_edges(model, task, samples, device):
     weights = weights.mean(1).cpu().numpy()                                 # (N, L, L)
     shares = []
     for (prompt, trace), seen in zip(samples, weights):
-        edges = {frozenset((prompt[i], prompt[i + 2])): i for i in range(1, len(prompt) - 1, 3)}
+        edges = {}                                          # where each edge stands in the prompt
+        for i in range(1, len(prompt) - 1, 3):
+            edges[frozenset((prompt[i], prompt[i + 2]))] = i
         for t, kind in enumerate(data.kinds(trace)):
             if kind == 'next neighbour' and t > 0:
                 i = edges[frozenset((trace[t - 1], trace[t]))]
-                shares.append(seen[len(prompt) + t - 1, i:i + 3].sum())
+                before = len(prompt) + t - 1                # the word after which it is predicted
+                shares.append(seen[before, i:i + 3].sum())
     prompt, trace = samples[0]
     end = len(prompt) + len(trace)
+    weights_of_trace = weights[0, len(prompt):end, :end]
     return dict(prompt=prompt, trace=trace, share=float(np.mean(shares)),
-                weights=weights[0, len(prompt):end, :end].round(4).tolist())
+                weights=weights_of_trace.round(4).tolist())
 
 
 @torch.no_grad()
@@ -890,9 +911,13 @@ def as_tokens(task, texts, device):
 def ranges_of_memory(model, run, task, n, device, length=None):
     """The smallest and the largest value of every carried float after 200 training prompts, or
     after their first `length` words: for each layer a dict {name: (low, high)}."""
-    prompts = [prompt[:length] for prompt, _ in data.draw(task, n, 200, (run.seed, 0, 0))]
+    samples = data.draw(task, n, 200, (run.seed, 0, 0))
+    prompts = [prompt[:length] for prompt, _ in samples]
     _, state = model.prefill(as_tokens(task, prompts, device))
-    return [{name: (t.amin(0), t.amax(0)) for name, t in carried.items()} for carried in state]
+    ranges = []
+    for carried in state:
+        ranges.append({name: (t.amin(0), t.amax(0)) for name, t in carried.items()})
+    return ranges
 
 
 def round_memory(state, ranges, bits):
@@ -904,7 +929,8 @@ def round_memory(state, ranges, bits):
         for name, t in carried.items():
             low, high = ranges_of_layer[name]
             part = (high - low).clamp(min=1e-9) / 2 ** bits
-            layer[name] = low + part * (((t - low) / part).floor().clamp(0, 2 ** bits - 1) + 0.5)
+            which = ((t - low) / part).floor().clamp(0, 2 ** bits - 1)
+            layer[name] = low + part * (which + 0.5)
         rounded.append(layer)
     return rounded
 
@@ -1116,12 +1142,15 @@ def read_value(f, text):
     limits = f.metadata
     if limits['choices'] and text not in limits['choices']:
         raise UserError(f'--{f.name}={text}: choose from {", ".join(limits["choices"])}')
+    if f.type is bool:
+        if text not in ('True', 'False'):
+            raise UserError(f'--{f.name}={text}: expected True or False')
+        return text == 'True'
     try:
-        value = {'True': True, 'False': False}[text] if f.type is bool else f.type(text)
-    except (KeyError, ValueError):
-        expected = 'True or False' if f.type is bool else f.type.__name__
-        raise UserError(f'--{f.name}={text}: expected {expected}')
-    if f.type in (int, float) and not limits['low'] <= value <= limits['high']:
+        value = f.type(text)
+    except ValueError:
+        raise UserError(f'--{f.name}={text}: expected {f.type.__name__}')
+    if f.type is not str and not limits['low'] <= value <= limits['high']:
         raise UserError(f'--{f.name}={text}: must be from {limits["low"]} to {limits["high"]}')
     return value
 
