@@ -303,17 +303,22 @@ def learning(found):
     figure, parts = by_setup(records, 'exact traces (%)')
     for panel, rows in parts:
         for style, line in kinds(rows):
-            style |= dict(linewidth=1, markersize=3)
-            for r in line:
-                result = dict(samples=r['samples_trained'], exact=r['exact'])
-                points = r['log'] + [result]
-                thousands = [p['samples'] / 1000 for p in points]
-                percents = [100 * p['exact'] for p in points]
-                panel.plot(thousands, percents, **style)
-        panel.set_xlabel('thousand samples')
+            draw_logs(panel, line, style)
     r = records[0]
     title = f'IsTree, n={r["n"]}: each line is a run, watched on 200 held-out samples.'
     yield name_of('learning', r), finish(figure, title)
+
+
+def draw_logs(panel, runs, style):
+    """Exact traces against training samples, a line for each run."""
+    style |= dict(linewidth=1, markersize=3)
+    for r in runs:
+        result = dict(samples=r['samples_trained'], exact=r['exact'])
+        points = r['log'] + [result]
+        thousands = [p['samples'] / 1000 for p in points]
+        percents = [100 * p['exact'] for p in points]
+        panel.plot(thousands, percents, **style)
+    panel.set_xlabel('thousand samples')
 
 
 def errors(found):
@@ -473,6 +478,23 @@ def largest_n(r, y):
         if a >= 0.95 > b:
             return n * (m / n) ** ((a - 0.95) / (a - b)), ''
     return points[-1][0], '≥'
+
+
+# --- the Turing machine ---------------------------------------------------------------------------
+
+def turing(found):
+    """Who learns to simulate a Turing machine, and how fast: a panel for each number of cells, a
+    line for each run, as in `learning`."""
+    logged = [r for r in where(found['records'], tuning=False) if r.get('log')]
+    sizes = groups(where(logged, task='turing'), 'n')
+    if not sizes:
+        return
+    figure, axes = panels([f'{n} cells' for (n,), _ in sizes], 'exact traces (%)', 3.5)
+    for panel, (_, same_n) in zip(axes, sizes):
+        for style, runs in with_setup(comparable(same_n, 'turing', 'size')):
+            draw_logs(panel, runs, style)
+        panel.set_xscale('log')
+    yield 'turing', finish(figure, 'A Turing machine: each line is a run.')
 
 
 # --- the primitives, and how much a memory holds --------------------------------------------------
@@ -803,8 +825,8 @@ def draw_word(panel, arch, i, word, background='white'):
             panel.bar(i, 0.2, bottom=-0.37 - 0.27 * row, **style)
 
 
-FIGURES = (idea, exact, learning, errors, attention, transplant, frontier, primitives, capacity,
-           bits, generation, hotpot, sample)
+FIGURES = (idea, exact, learning, errors, attention, transplant, frontier, turing, primitives,
+           capacity, bits, generation, hotpot, sample)
 
 
 # --- reading the results --------------------------------------------------------------------------

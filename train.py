@@ -957,8 +957,8 @@ def transplant(model, task, samples, device):
     sample is the next one, and in the last row, `one donor`, the last sample for all.
 
     Returns {what is replaced: {own, donor, next_neighbour}}: the share of traces that are exactly
-    the sample's own and exactly the donor's, and the share of right next neighbours with the
-    sample's own right words before."""
+    the sample's own and exactly the donor's; on IsTree, also the share of right next neighbours
+    with the sample's own right words before."""
     *samples, fixed = samples
     donors = samples[1:] + samples[:1]
     prompts = [prompt for prompt, _ in samples]
@@ -974,9 +974,11 @@ def transplant(model, task, samples, device):
     result = {}
     for replaced, (state, givers) in rows.items():
         written, _, _ = generate(model, task, task.n, prompts, device, state)
-        result[replaced] = dict(
-            own=share_of_exact(written, samples), donor=share_of_exact(written, givers),
-            next_neighbour=next_neighbours(model, task, samples, device, state))
+        result[replaced] = dict(own=share_of_exact(written, samples),
+                                donor=share_of_exact(written, givers))
+        if isinstance(task, data.IsTree):
+            right = next_neighbours(model, task, samples, device, state)
+            result[replaced]['next_neighbour'] = right
     return result
 
 
@@ -1018,16 +1020,17 @@ def rounding(model, run, task, samples, device, bits=(1, 2, 3, 4, 6, 8)):
 
 
 def probe(paths, device):
-    """Print a JSON line for each trained model of IsTree: its run, `transplant` and `rounding`, on
-    200 held-out prompts."""
+    """Print a JSON line for each trained model: its run, and `transplant` on 200 held-out prompts;
+    on IsTree, also `rounding`."""
     for path in paths:
         model, run = load(path)
         model.to(device)
         task = make_task(run)
         samples = data.held_out_samples(task, run.n, run.n_val)[:201]
-        print(json.dumps(asdict(run) | dict(
-            transplant=transplant(model, task, samples, device),
-            rounding=rounding(model, run, task, samples[:200], device))))
+        record = asdict(run) | dict(transplant=transplant(model, task, samples, device))
+        if run.task == 'istree':
+            record['rounding'] = rounding(model, run, task, samples[:200], device)
+        print(json.dumps(record), flush=True)
 
 
 # --- the demo -------------------------------------------------------------------------------------
