@@ -153,9 +153,10 @@ class IsTree(Task):
     # for the query `5 - 0`, the last pattern becomes
     #     ^\[BOS\][^[]*? (?:5 - 0|0 - 5)\b[^[]*? (?:5 - (\d+)|(\d+) - 5\b)
     # which skips to the edge 5 - 0 (or 0 - 5), then to the next one with 5, and captures its other
-    # end. [^[]*? does not leave the prompt, because [EOS] begins with a bracket. The space in front
-    # of a number and the \b behind keep 1 from matching in 11. The lookahead (?= ...) lets matches
-    # overlap: in nonsense such as `4 ~ 4 ~ 0`, the record `4 ~ 0` is found, too.
+    # end; it has two groups because 5 may stand on either side. [^[]*? does not leave the prompt,
+    # because [EOS] begins with a bracket. The space in front of a number and the \b behind keep 1
+    # from matching in 11. The lookahead (?= ...) lets matches overlap: in nonsense such as
+    # `4 ~ 4 ~ 0`, the record `4 ~ 0` is found, too.
     patterns = (
         (r'(\d+) ~', r' V ~(?= (\d+))'),
         (r'(\d+) -', r'^\[BOS\][^[]*? (?:V - (\d+)|(\d+) - V\b)'),
@@ -170,7 +171,7 @@ class IsTree(Task):
         """The sample of a graph. edges: [(u, v), ...] in the order of the prompt."""
         prompt = ['[BOS]']
         for u, v in edges:
-            prompt += [str(max(u, v)), '-', str(min(u, v))]
+            prompt += [str(max(u, v)), '-', str(min(u, v))]     # (the larger node first)
         prompt += ['[EOS]']
         answer = '[TRUE]' if is_tree else '[FALSE]'
         if self.setup == 'direct':
@@ -208,8 +209,9 @@ def neighbours_of(edges, n):
 
 def cot_trace(neighbours):
     """Algorithm 1: the Euler tour of a depth-first search from node 0. A node is written when the
-    search enters it and each time the search returns to it. The tour ends where a visited node
-    other than the parent is met, or when everything that can be reached has been searched.
+    search enters it and each time the search returns to it. The tour ends when the search meets a
+    visited node other than the parent (which is not written again), or when everything that can be
+    reached has been searched.
 
     neighbours: see neighbours_of; the graph is simple. Returns a list of at most 2n-1 words."""
     untried = {v: list(others) for v, others in neighbours.items()}
@@ -252,11 +254,13 @@ def retrieval_trace(neighbours):
         v = stack[-1]
         trace.append(v)
         ask(f'{v} ~', parent.get(v, '[FAILED]'))    # on each visit: no need to remember it
-        # prev: the node before, on the way down the parent, on the way back a child
-        if prev == parent.get(v):                   # (at the start both are None)
+        # prev is the node visited just before: on the first visit to v, its parent (for node 0,
+        # both are None); later, the child from which the search returns
+        first_visit = prev == parent.get(v)
+        if first_visit:
             w = after[v, None]
             ask(f'{v} -', w)
-        else:                                       # back from the neighbour prev
+        else:
             w = after[v, prev]
             ask(f'{v} - {prev}', w)
         if w == parent.get(v):                      # not straight back up: take the next
@@ -303,8 +307,8 @@ def search(text, patterns):
     outside = re.sub(r'\[STARTSEARCH\].*?(\[ENDSEARCH\]|$)', '|', before)
     answer = '[FAILED]'
     for match in expression.finditer(outside):
-        if match.lastindex:                         # a group took part (below: Counting)
-            answer = match[match.lastindex]
+        for word in match.groups():                 # the alternatives of a pattern; one matched
+            answer = word or answer
     return [answer], True
 
 
@@ -317,8 +321,9 @@ def draw(task, n, count, seed):
 
 def collate(task, samples):
     """Samples -> tokens and targets, both (B, L) int64, padded on the right with [PAD]. The target
-    of a token is the token itself where the model has to predict it, and IGNORE elsewhere: in the
-    prompt, in padding, and in words with a star (paper, section 6)."""
+    of a token is the token itself where the model has to predict it (from those before: train.py
+    shifts by one), and IGNORE elsewhere: in the prompt, in padding, and in words with a star
+    (paper, section 6)."""
     longest = max(len(prompt) + len(completion) for prompt, completion in samples)
     tokens = np.full((len(samples), longest), PAD)
     targets = np.full((len(samples), longest), IGNORE)

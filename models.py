@@ -72,9 +72,10 @@ class MambaLayer(nn.Module):
 
         h = exp(delta A) * h + delta u Bs          y = Cs . h + D u
 
-    exp(delta A) lies between 0 and 1: near 1 a channel keeps what it has, near 0 it forgets.
-    "Selective" means that delta, Bs and Cs are computed from the token itself: the model chooses
-    what to remember. A token's path:
+    h and A have a number for each channel and each place in its memory; delta, u, D and y have one
+    for each channel, Bs and Cs one for each place. exp(delta A) lies between 0 and 1: near 1 a
+    channel keeps what it has, near 0 it forgets. "Selective" means that delta, Bs and Cs are
+    computed from the token itself: the model chooses what to remember. A token's path:
 
         x -> norm -> in_proj -> u -> conv, SiLU -> memory h -> y -> y * silu(z) -> out_proj -> + x
                              -> z
@@ -118,7 +119,8 @@ class MambaLayer(nn.Module):
         # softplus(bias) log-uniform in [0.001, 0.1]: with A = -1, channels remember for
         # 1/delta, that is 10 to 1,000 tokens
         delta = torch.exp(torch.empty(c.d_inner).uniform_(math.log(0.001), math.log(0.1)))
-        self.dt_proj.bias.copy_(delta + torch.log(-torch.expm1(-delta)))    # softplus inverted
+        # the inverse of softplus, log(exp(delta) - 1), in a form that does not round small delta
+        self.dt_proj.bias.copy_(delta + torch.log(-torch.expm1(-delta)))
         self.A_log.copy_(torch.arange(1, c.d_state + 1).log())
         self.out_proj.weight /= math.sqrt(c.layers.count('M'))      # residual branches add up
 
@@ -201,34 +203,13 @@ class Attention(nn.Module):
         qkv = self.qkv_proj(x).unflatten(-1, (3, self.n_heads, self.d_head))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                        # (B, heads, L, d_head) each
         q, k = rotate(q, seen), rotate(k, seen)
-        cache = append(cache, torch.stack((k, v), 1))
+        cache = append(cache, torch.stack((k, v), 1))               # torch.cat, but faster
         k, v = cache.unbind(1)                                      # (B, heads, seen + L, d_head)
         mask = None             # nothing seen: is_causal masks. One token: it sees all. Otherwise:
         if seen and L > 1:
             mask = torch.ones(L, seen + L, dtype=torch.bool, device=x.device).tril(seen)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=not seen)
         return self.o_proj(y.transpose(1, 2).flatten(2)), cache
-
-
-def append(cache, new):
-    """Keys and values of more tokens behind those in the cache, (B, 2, heads, tokens, d_head) each.
-    Without gradients, the result lies in a buffer with room for 128 more tokens, so that not all is
-    copied for every token; the cache is a view of it. buffer.filled is how many tokens have been
-    written: if more than this cache has, another continuation of it was there first, and a new
-    buffer is begun. So a cache that is kept stays valid."""
-    seen, total = cache.shape[3], cache.shape[3] + new.shape[3]
-    if not seen:
-        return new
-    if torch.is_grad_enabled():
-        return torch.cat((cache, new), 3)
-    buffer = getattr(cache, 'buffer', cache)
-    if buffer.shape[3] < total or buffer.filled != seen:
-        buffer = F.pad(cache, (0, 0, 0, new.shape[3] + 128))
-    buffer[:, :, :, seen:total] = new
-    buffer.filled = total
-    cache = buffer[:, :, :, :total]
-    cache.buffer = buffer
-    return cache
 
 
 def rotate(x, seen):
@@ -358,7 +339,27 @@ def make_model(arch, size, vocab_size, d_state=16, frozen_embedding=True, layers
 
 
 # ==================================================================================================
-# The paper's experiment needs none of what follows: DeltaNet, the GRU, a look at attention.
+# What follows can be skipped: a fast torch.cat, DeltaNet, the GRU, a look at attention.
+
+def append(cache, new):
+    """Keys and values of more tokens behind those in the cache, (B, 2, heads, tokens, d_head) each.
+    Without gradients, the result lies in a buffer with room for 128 more tokens, so that not all is
+    copied for every token; the cache is a view of it. buffer.filled is how many tokens have been
+    written: if more than this cache has, another continuation of it was there first, and a new
+    buffer is begun. So a cache that is kept stays valid."""
+    seen, total = cache.shape[3], cache.shape[3] + new.shape[3]
+    if not seen:
+        return new
+    if torch.is_grad_enabled():
+        return torch.cat((cache, new), 3)
+    buffer = getattr(cache, 'buffer', cache)
+    if buffer.shape[3] < total or buffer.filled != seen:
+        buffer = F.pad(cache, (0, 0, 0, new.shape[3] + 128))
+    buffer[:, :, :, seen:total] = new
+    buffer.filled = total
+    cache = buffer[:, :, :, :total]
+    cache.buffer = buffer
+    return cache
 
 # --- D: the DeltaNet layer ------------------------------------------------------------------------
 

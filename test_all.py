@@ -2482,25 +2482,13 @@ def test_another_optimizer_trains_is_resumed_and_does_not_resume_adams_state(
     assert same_weights(checkpoint_in(tmp_path), at_once)
 
 
-def test_groups_of_parameters_keep_their_own_rates(tmp_path, monkeypatch):
-    def two_groups(parameters, lr, **options):
-        groups = [dict(params=parameters[:3], lr=lr / 10), dict(params=parameters[3:])]
-        return torch.optim.AdamW(groups, lr=lr, **options)
-
-    monkeypatch.setattr(torch.optim, 'Adam', two_groups)
-    run = dataclasses.replace(SMALL_RUN, samples=48, warmup=1.0)            # ends at the peak
-    train.train(run, tmp_path, train.Options(), CPU)
-    groups = checkpoint_in(tmp_path)['optimizer']['param_groups']
-    assert [group['lr'] for group in groups] == pytest.approx([run.lr / 10, run.lr])
-
-
 def test_the_learning_rate_rises_linearly_and_falls_along_a_cosine():
-    run = train.Run(samples=1000, warmup=0.2)
-    rates = [train.learning_rate(3.0, run, samples) for samples in (50, 200, 400, 600, 1000)]
+    run = train.Run(samples=1000, warmup=0.2, lr=3.0)
+    rates = [train.learning_rate(run, samples) for samples in (50, 200, 400, 600, 1000)]
     cosine = [1.5 + 1.5 * math.cos(math.pi * share) for share in (0, 1 / 4, 1 / 2, 1)]
     assert rates == pytest.approx([0.75, *cosine])
     run.warmup = 0.0
-    assert train.learning_rate(3.0, run, 500) == pytest.approx(1.5)
+    assert train.learning_rate(run, 500) == pytest.approx(1.5)
 
 
 def test_the_papers_preset_is_the_papers_grid():

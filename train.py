@@ -9,11 +9,12 @@
   torchrun --nproc_per_node=8 -- train.py --preset=paper the paper's grid, on GPUs
   python train.py --help                                 every constant
 
-Every field of a run takes one value or several, separated by commas, and all combinations are run.
-A run trains one model on samples made on the fly, then generates on held-out prompts. It writes a
-folder under out/ with checkpoint.pt and result.json. Run the same command again after an
-interruption: finished runs are skipped, the others continue from their checkpoints. Start the
-command several times, and the processes share the runs.
+Every field of a run takes one value or several, separated by commas, and all combinations are run;
+without --setup all three setups, without --arch the paper's three architectures. A run trains one
+model on samples made on the fly, then generates on held-out prompts. It writes a folder under out/
+with checkpoint.pt and result.json. Run the same command again after an interruption: finished runs
+are skipped, the others continue from their checkpoints. Start the command several times, and the
+processes share the runs.
 
 In this file: the constants, the training of one model, generation, evaluation, files. Below the
 line: many runs, what looks inside a model, the demo, the command line. A trained model elsewhere:
@@ -22,6 +23,7 @@ line: many runs, what looks inside a model, the demo, the command line. A traine
   model, run = load('results/weights/istree-hybrid-cot-tiny-d1-n14-s3.pt')
 """
 import argparse
+import contextlib
 import itertools
 import json
 import math
@@ -188,13 +190,13 @@ def make_model(run):
 
 # --- training one model ---------------------------------------------------------------------------
 
-def learning_rate(peak, run, samples):
+def learning_rate(run, samples):
     """Linear warm-up, then a cosine down to 0."""
     warmup = run.warmup * run.samples
     if samples < warmup:
-        return peak * samples / warmup
+        return run.lr * samples / warmup
     done = (samples - warmup) / max(1, run.samples - warmup)
-    return peak * 0.5 * (1 + math.cos(math.pi * min(1, done)))
+    return run.lr * 0.5 * (1 + math.cos(math.pi * min(1, done)))
 
 
 def mixed_sizes(run, task):
@@ -205,12 +207,15 @@ def mixed_sizes(run, task):
 
 
 def sizes_of_batches(run, task, steps):
-    """The n of every batch, see the recipes. With a retriever and n=14, the first quarter of the
-    batches has n=7, the others have 7 and 14 in turn."""
+    """The n of every batch, see the recipes. The share `join` of the run has as many stages as
+    there are n, and with each of them an n joins. Those that have joined take turns. With a
+    retriever and n=14 (7 and 14 are mixed, small first, join=0.5), a run of 16 batches has
+
+        7 7 7 7   7 14 7 14   7 14 7 14 7 14 7 14"""
     mix = mixed_sizes(run, task)
     if run.order == 'large-first':
         mix.reverse()
-    joining = 0 if run.order == 'together' else int(run.join * steps)   # len(mix) equal stages
+    joining = 0 if run.order == 'together' else int(run.join * steps)
     sizes = []
     for i in range(steps):
         count = len(mix) if i >= joining else 1 + i * len(mix) // joining       # have joined
@@ -228,13 +233,13 @@ def is_solved(run, log):
 def train(run, path, options, device):
     """Train the model of a run, from the checkpoint in the folder `path` if there is one. Returns
     the model, the number of samples that it was trained on, the seconds that this took, and the
-    log. Raises UserError if the loss is not finite."""
+    log. Then run_one, below the line, evaluates the model for the result. Raises UserError if the
+    loss is not finite."""
     task = make_task(run)
     torch.manual_seed(run.seed)
     model = make_model(run).to(device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=run.lr, fused=device.type != 'mps')
-    peaks = [group['lr'] for group in optimizer.param_groups]      # before resume changes them
     step, seconds, log = resume(path / 'checkpoint.pt', run, model, optimizer)
     forward = torch.compile(model) if options.compile else model
 
@@ -249,7 +254,7 @@ def train(run, path, options, device):
     eval_steps = max(1, steps // run.evaluations)
     sizes = sizes_of_batches(run, task, steps)
     batches = data.Batches(task, sizes, run.batch_size, run.seed, held_out)
-    # the loader turns the arrays into tensors
+    # an item is a batch already; the loader turns its arrays into tensors
     loader = DataLoader(batches, batch_size=None, sampler=range(step, steps),
                         num_workers=options.workers, pin_memory=device.type == 'cuda')
     progress = tqdm(loader, run.name(), steps, initial=step, unit='step', leave=False,
@@ -260,8 +265,8 @@ def train(run, path, options, device):
             break
         tokens = tokens.to(device, non_blocking=True)                       # (B, L)
         targets = targets.to(device, non_blocking=True)                     # (B, L)
-        for group, peak in zip(optimizer.param_groups, peaks):
-            group['lr'] = learning_rate(peak, run, (step + 1) * run.batch_size)
+        for group in optimizer.param_groups:
+            group['lr'] = learning_rate(run, (step + 1) * run.batch_size)
         with torch.autocast(device.type, torch.bfloat16, enabled=run.dtype == 'bfloat16'):
             logits = forward(tokens[:, :-1])                                # (B, L-1, vocab_size)
         loss = F.cross_entropy(logits.float().flatten(0, 1), targets[:, 1:].flatten(),
@@ -301,13 +306,18 @@ def train(run, path, options, device):
 
 # --- generation with the live retriever -----------------------------------------------------------
 
+def as_tokens(task, texts, device):
+    """Lists of words, all equally long -> token ids (B, L)."""
+    return torch.tensor([[task.tokens[word] for word in words] for words in texts], device=device)
+
+
 @torch.no_grad()
 def generate(model, task, n, prompts, device, state=None):
     """Greedy generation after prompts of size n, lists of words of one length. The model writes the
     most likely word, except that in the setup `retrieval` the retriever writes what follows a
     query. A completion ends with the answer, the word after an [EOS] that the model has written.
 
-    state: a memory of the prompts to use in place of the model's own, as --demo does. (The first
+    state: a memory to use in place of the model's own, for the memory transplant. (The first
     word still comes from the model's own; in IsTree it is always 0.) Returns the completions, lists
     of words with a star on the retriever's, and the numbers of queries and of well-formed
     queries."""
@@ -317,12 +327,11 @@ def generate(model, task, n, prompts, device, state=None):
     done = [False for _ in prompts]
     batch = list(range(len(prompts)))       # the samples that the model reads
     queries = well_formed = 0
-    tokens = [[task.tokens[word] for word in prompt] for prompt in prompts]
-    logits, own_state = model.prefill(torch.tensor(tokens, device=device))      # (B, vocab_size)
+    logits, own_state = model.prefill(as_tokens(task, prompts, device))         # (B, vocab_size)
     if state is None:
         state = own_state
     for _ in range(task.longest(n)):
-        tokens = logits.argmax(-1).tolist()                                     # B of them
+        tokens = logits.argmax(-1).tolist()                 # a word for each row of the batch
         for k, b in enumerate(batch):                       # k: row of the batch, b: sample
             if done[b]:
                 continue
@@ -332,19 +341,17 @@ def generate(model, task, n, prompts, device, state=None):
                 completions[b].append('*' + word)
             else:
                 word = task.words[tokens[k]]
-                done[b] = completions[b][-1:] == [task.words[data.EOS]]         # the answer
+                if completions[b][-1:] == ['[EOS]']:        # so this word is the answer
+                    done[b] = True
                 completions[b].append(word)
             texts[b] += ' ' + word
-            if task.setup == 'retrieval' and completions[b][-1] == task.words[data.END]:
+            if task.setup == 'retrieval' and completions[b][-1] == '[ENDSEARCH]':
                 pending[b], right_form = task.retrieve(texts[b])
                 queries += 1
                 well_formed += right_form
-        going = [k for k, b in enumerate(batch) if not done[b]]
-        if not going:
+        if all(done):
             break
-        if len(going) < 0.8 * len(batch):                   # leave out those that have ended
-            batch, tokens = [batch[k] for k in going], [tokens[k] for k in going]
-            state = [{name: t[going] for name, t in carried.items()} for carried in state]
+        batch, tokens, state = leave_out_done(done, batch, tokens, state)       # (only for speed)
         logits, state = model.step(torch.tensor(tokens, device=device), state)
     return completions, queries, well_formed
 
@@ -419,18 +426,14 @@ def resume(path, run, model, optimizer):
     run's."""
     if not path.exists():
         return 0, 0.0, []
-    try:
+    with readable(path):                    # (below the line: what cannot be read is a UserError)
         checkpoint = read_checkpoint(path)
         there = checkpoint['run'] | dict(optimizer=checkpoint['optimizer_name'])
-        different = difference(there, asdict(run) | dict(optimizer=type(optimizer).__name__))
-        if not different:
-            model.load_state_dict(checkpoint['model'])
-            optimizer.load_state_dict(checkpoint['optimizer'])
-            return checkpoint['step'], checkpoint['seconds'], checkpoint['log']
-    except Exception as error:          # zipfile and torch raise many kinds on a damaged file
-        raise UserError(f'{path} cannot be read ({type(error).__name__}): delete it to start over')
-    raise UserError(f'{path} belongs to another run ({different}): delete it, or choose another '
-                    '--out')
+        here = asdict(run) | dict(optimizer=type(optimizer).__name__)
+        refuse_another(path, there, here)
+        model.load_state_dict(checkpoint['model'])
+        optimizer.load_state_dict(checkpoint['optimizer'])
+        return checkpoint['step'], checkpoint['seconds'], checkpoint['log']
 
 
 def load(path):
@@ -440,14 +443,12 @@ def load(path):
     path = path / 'checkpoint.pt' if path.is_dir() else path
     if not path.exists():
         raise UserError(f'{path}: there is no trained model')
-    try:
+    with readable(path):
         checkpoint = read_checkpoint(path)
         run = Run(**checkpoint['run'])
         model = make_model(run)
         model.load_state_dict(checkpoint['model'])
         return model, run
-    except Exception as error:
-        raise UserError(f'{path} cannot be read ({type(error).__name__}): it is damaged or older')
 
 
 # ==================================================================================================
@@ -531,6 +532,16 @@ def favour_largest(share, mix, start, steps):
     return sizes
 
 
+def leave_out_done(done, batch, tokens, state):
+    """Of what `generate` carries along, only the rows of samples that are not done, if they are
+    less than 80%."""
+    going = [k for k, b in enumerate(batch) if not done[b]]
+    if len(going) >= 0.8 * len(batch):
+        return batch, tokens, state
+    rest = [{name: t[going] for name, t in carried.items()} for carried in state]
+    return [batch[k] for k in going], [tokens[k] for k in going], rest
+
+
 # --- many runs ------------------------------------------------------------------------------------
 
 def process_number():
@@ -578,6 +589,28 @@ def read_checkpoint(path):
     return torch.load(path, map_location='cpu', weights_only=True)
 
 
+@contextlib.contextmanager
+def readable(path):
+    """Whatever goes wrong inside becomes a UserError that names the file: zipfile, json and torch
+    raise many kinds of errors on damaged files."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f'{path} cannot be read ({type(error).__name__}): damaged, or of another '
+                        'version; delete it to start over, or choose another --out')
+
+
+def refuse_another(path, there, here):
+    """Raises UserError if two dicts of constants differ."""
+    names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
+    if names:
+        pairs = [f'{name}={there.get(name)} there, {here.get(name)} here' for name in names]
+        raise UserError(f'{path} belongs to another run ({", ".join(pairs)}): delete it, or choose '
+                        'another --out')
+
+
 def write_json(path, value):
     text = json.dumps(value, indent=1) + '\n'
     write(path, lambda file: file.write(text.encode()))
@@ -586,15 +619,12 @@ def write_json(path, value):
 def read_result(path):
     """The dict in a result.json. Raises UserError, naming the file, if it is damaged or of an older
     version."""
-    try:
+    with readable(path):
         result = json.loads(path.read_text(encoding='utf-8'))
         table({path.parent.name: result}), rank(result)     # (fail if something is missing)
         for example in result['examples'][:3]:
             ' '.join([example[name] for name in ('prompt', 'expected', 'written')])
         return result
-    except Exception as error:
-        raise UserError(f'{path} cannot be read ({type(error).__name__}): damaged, or of another '
-                        'version; delete it to start over, or choose another --out')
 
 
 def run_one(run, path, options, device):
@@ -713,18 +743,11 @@ def already_done(run, path):
     if not path.exists():
         return False
     result = read_result(path)
-    there = {f.name: result.get(f.name) for f in fields(run)}
-    if different := difference(there, asdict(run)):
-        raise UserError(f'{path} belongs to another run ({different}): choose another --out')
+    refuse_another(path, {f.name: result.get(f.name) for f in fields(run)}, asdict(run))
     if process_number() == 0:
         print(f'{run.name()} has a result of {result.get("date")} and is skipped. To train again, '
               f'delete {path.parent}')
     return True
-
-
-def difference(there, here):
-    names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
-    return ', '.join(f'{name}={there.get(name)} there, {here.get(name)} here' for name in names)
 
 
 def expected_work(run):
@@ -900,11 +923,6 @@ def messages(model, run, task, n, samples, device, bits_per_float=(1, 2, 3, 4, 6
         rows.append(dict(n=n, bits_per_float=k, bits=k * bits, accuracy=right.float().mean().item(),
                          all_right=right.all(1).float().mean().item()))
     return rows
-
-
-def as_tokens(task, texts, device):
-    """Lists of words, all equally long -> token ids (B, L)."""
-    return torch.tensor([[task.tokens[word] for word in words] for words in texts], device=device)
 
 
 @torch.no_grad()

@@ -1,9 +1,9 @@
 """The selective scan of Mamba (Gu & Dao 2023, arXiv 2312.00752, Algorithm 2 and section 3.3).
 
 A state space model dh/dt = A h + B u, y = C h + D u, in steps of length delta: over one step the
-state decays by a factor of exp(delta A) and takes in delta B u (equation 4 of
-the paper has a longer factor than delta; the paper's code has delta, too). It is *selective*
-because delta, B and C are computed from each token:
+state decays by a factor of exp(delta A) and takes in delta B u (equation 4 of the paper has a
+longer factor than delta; the paper's code has delta, too). It is *selective* because delta, B and C
+are computed from each token:
 
     h_t = exp(delta_t A) * h_{t-1} + delta_t u_t B_t
     y_t = C_t . h_t + D u_t
@@ -14,8 +14,8 @@ because delta, B and C are computed from each token:
 
 From the plain to the fast:
   1. `selective_scan_reference`: the recurrence as written above, in a loop. Everything is tested
-     against it.
-  2. `pairwise_scan`: what is parallel about it, the recurrence in about 2 log2(L) rounds.
+     against it, and it is all that one has to understand.
+  2. `pairwise_scan`, below the line: the recurrence in about 2 log2(L) parallel rounds.
   3. `selective_scan_fallback`: the pairs in chunks, with its own backward pass: little memory, any
      device.
   4. scan_cpu.cpp: the CPU kernel.       5. scan_kernels.cu: the CUDA kernels.
@@ -44,36 +44,6 @@ def selective_scan_reference(u, delta, A, B, C, D, initial_state):
     return torch.stack(ys, 1).to(dtype), h
 
 
-def pairwise_scan(a, b):
-    """All h_t = a_t h_{t-1} + b_t with h_{-1} = 0; a, b, h (batch, L, ...). Blelloch's (1990)
-    parallel scan. In Mamba, a_t = exp(delta_t A) and b_t = delta_t u_t B_t. (An initial state is
-    added as b_0 + a_0 h_{-1}.)
-
-    Two steps in a row are again one such step: a2 (a1 h + b1) + b2 = (a1 a2) h + (a2 b1 + b2). So
-    join the pairs (0, 1), (2, 3), ...; scan the result, half as long: this gives h_1, h_3, ...; and
-    take one step from each of those to h_2, h_4, ... With L = 5:
-
-        a, b          0     1     2     3     4
-        join             01          23             (4 has no partner)
-        scan             h_1         h_3
-        step         h_0      h_2         h_4       h_0 = b_0
-
-    About 2 log2(L) parallel rounds and 3 L multiplications. Only sums and products of the inputs,
-    never a quotient: decay so strong that it underflows does no harm.
-    """
-    L = a.shape[1]
-    if L == 1:
-        return b
-    a1, a2 = a[:, 0:L - 1:2], a[:, 1::2]                            # of each pair
-    b1, b2 = b[:, 0:L - 1:2], b[:, 1::2]
-    odd = pairwise_scan(a1 * a2, torch.addcmul(b2, a2, b1))
-    h = torch.empty_like(b)
-    h[:, 0] = b[:, 0]
-    h[:, 1::2] = odd
-    h[:, 2::2] = torch.addcmul(b[:, 2::2], a[:, 2::2], odd[:, :(L - 1) // 2])
-    return h
-
-
 @torch.compiler.allow_in_graph      # torch.compile does not look inside
 def selective_scan(u, delta, A, B, C, D, initial_state):
     """h_t = exp(delta_t A) * h_{t-1} + delta_t u_t B_t,  y_t = C_t . h_t + D u_t  (Algorithm 2).
@@ -83,13 +53,7 @@ def selective_scan(u, delta, A, B, C, D, initial_state):
     fp32.
     All of them float64: for tests, by the reference.
     Returns y, like u, and final_state, fp32, like initial_state; gradients flow to every input
-    through both. Second derivatives are an error with a kernel; the reference has them.
-
-    Values and gradients are the reference's, up to rounding, where delta >= 0 and A <= 0, as in
-    Mamba, and nothing overflows fp32. With a negative delta or a positive A the state grows
-    exponentially, and they agree only while it stays finite. NaN, infinite or overflowing values
-    raise no error; results and gradients may then differ from the reference's. Raises ValueError
-    for a wrong shape, dtype or device.
+    through both. Raises ValueError for a wrong shape, dtype or device.
     """
     inputs = u, delta, A, B, C, D, initial_state
     # check (of shapes and dtypes), ScanKernel and the fallback are below the line
@@ -129,6 +93,39 @@ def causal_conv1d_reference(x, weight, bias, initial_state):
 
 
 # ==================================================================================================
+# The recurrence in parallel.
+
+def pairwise_scan(a, b):
+    """All h_t = a_t h_{t-1} + b_t with h_{-1} = 0; a, b, h (batch, L, ...). Blelloch's (1990)
+    parallel scan. In Mamba, a_t = exp(delta_t A) and b_t = delta_t u_t B_t. (An initial state is
+    added as b_0 + a_0 h_{-1}.)
+
+    Two steps in a row are again one such step: a2 (a1 h + b1) + b2 = (a1 a2) h + (a2 b1 + b2). So
+    join the pairs (0, 1), (2, 3), ...; scan the result, half as long: this gives h_1, h_3, ...; and
+    take one step from each of those to h_2, h_4, ... With L = 5:
+
+        a, b          0     1     2     3     4
+        join             01          23             (4 has no partner)
+        scan             h_1         h_3
+        step         h_0      h_2         h_4       h_0 = b_0
+
+    About 2 log2(L) parallel rounds and 3 L multiplications. Only sums and products of the inputs,
+    never a quotient: decay so strong that it underflows does no harm.
+    """
+    L = a.shape[1]
+    if L == 1:
+        return b
+    a1, a2 = a[:, 0:L - 1:2], a[:, 1::2]                            # of each pair
+    b1, b2 = b[:, 0:L - 1:2], b[:, 1::2]
+    odd = pairwise_scan(a1 * a2, torch.addcmul(b2, a2, b1))
+    h = torch.empty_like(b)
+    h[:, 0] = b[:, 0]
+    h[:, 1::2] = odd
+    h[:, 2::2] = torch.addcmul(b[:, 2::2], a[:, 2::2], odd[:, :(L - 1) // 2])
+    return h
+
+
+# --------------------------------------------------------------------------------------------------
 # The fallback: chunk after chunk, the tokens of a chunk in parallel. Its backward pass, and the
 # kernels', walk through the sequence from the last token to the first. (Sums and products, no
 # einsum: autocast would compute matrix products in bf16.)
@@ -195,7 +192,11 @@ def states_of_chunk(u, delta, A, B, h):
 
 
 # --------------------------------------------------------------------------------------------------
-# The kernels: the operators of scan_cpu.cpp and scan_cuda.cpp, and their gradients.
+# The kernels: the operators of scan_cpu.cpp and scan_cuda.cpp, and their gradients. Values and
+# gradients are the reference's, up to rounding, where delta >= 0 and A <= 0, as in Mamba, and
+# nothing overflows fp32. With a negative delta or a positive A the state grows exponentially, and
+# they agree only while it stays finite. NaN, infinite or overflowing values raise no error; results
+# and gradients may then differ from the reference's. Second derivatives are an error.
 
 class ScanKernel(torch.autograd.Function):
     @staticmethod
