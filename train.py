@@ -457,8 +457,8 @@ def load(path):
 
 # DeltaNet and the GRU are architectures of their own (models.py); the GRU was not swept on IsTree.
 # The primitives were swept without a retriever; with one, a single learning rate serves all four.
-# Their order decides whether the Transformer learns them. The Turing machine was not swept. The
-# columns are those of the first table.
+# Their order decides whether the Transformer learns them. The Turing machine was swept with 12
+# cells and 8 letters. The columns are those of the first table.
 RECIPES |= read_recipes('''
 istree   direct    deltanet    14  16  10_000   32   1e-3   0.05  8   alone       0
 istree   cot       deltanet    14  16  200_000  16   8e-3   0.25  8   alone       0
@@ -491,12 +491,12 @@ counting retrieval transformer 16  1   8_000    16   8e-3   0.25  16  large-firs
 counting retrieval mamba       16  1   8_000    16   16e-3  0.25  16  large-first 0.75
 counting retrieval hybrid      16  1   8_000    16   8e-3   0.25  16  large-first 0.75
 turing   cot       transformer 10  1   12_000   8    4e-3   0.25  8   small-first 0.5
-turing   cot       mamba       10  1   12_000   8    8e-3   0.05  8   small-first 0.5
-turing   cot       hybrid      10  1   12_000   8    8e-3   0.05  8   small-first 0.5
-turing   retrieval mamba       10  1   12_000   8    8e-3   0.05  8   small-first 0.5
-turing   retrieval hybrid      10  1   12_000   8    8e-3   0.05  8   small-first 0.5
-turing26 cot       mamba       12  1   12_000   8    8e-3   0.05  8   small-first 0.5
-turing26 retrieval mamba       12  1   12_000   8    8e-3   0.05  8   small-first 0.5
+turing   cot       mamba       10  1   12_000   8    16e-3  0.05  8   small-first 0.5
+turing   cot       hybrid      10  1   12_000   8    8e-3   0.25  8   small-first 0.5
+turing   retrieval mamba       10  1   12_000   8    16e-3  0.25  8   small-first 0.5
+turing   retrieval hybrid      10  1   12_000   8    8e-3   0.25  8   small-first 0.5
+turing26 cot       mamba       12  1   12_000   8    16e-3  0.05  8   small-first 0.5
+turing26 retrieval mamba       12  1   12_000   8    16e-3  0.25  8   small-first 0.5
 ''')
 
 # Each preset is a list of command lines, whose runs are carried out together. A preset that has the
