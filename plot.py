@@ -1,7 +1,7 @@
-"""The figures, drawn from the records of runs. Knows results, no models.
+"""Draws the figures from the records of runs. It knows results, not models.
 
   python plot.py                             all of results/ -> figures/*.png and walk.gif
-  python plot.py --out=out --figures=mine    what is below another folder, to another folder
+  python plot.py --out=out --figures=mine    from the records below a folder, into a folder
   python plot.py --out=results/paper.jsonl   one experiment
 
 A *record* is what train.py writes of a run, a dict: its constants, what was measured, its log and
@@ -9,9 +9,9 @@ some examples. It is a line of results/EXPERIMENT.jsonl, or a file of its own, o
 
 Each figure is one function. It takes all that was found (see load) and yields a name and a figure
 if there is something to draw. A picture compares runs that differ in nothing but what it shows; a
-line names the others. A point is a mean over seeds, and its bar goes from the smallest to the
-largest. The colours are Okabe and Ito's, safe for the colour-blind. Lines differ in width and
-markers, so that three lines at 100% can be told apart. """
+printed line names the others. A point is a mean over seeds, and its bar reaches from the smallest
+value to the largest. The colours are Okabe and Ito's, safe for the colour-blind. Lines differ in
+width and markers, so that three lines at 100% can be told apart. """
 import argparse
 import json
 import math
@@ -94,7 +94,7 @@ def groups(records, *names):
 
 
 def largest_group(records, names):
-    """The records with the commonest values of these names; what most tasks share comes first."""
+    """The records with the most common values of these names: in most tasks, then in most runs."""
     best = []
     most = (0, 0)
     for _, same in groups(records, *names):
@@ -107,9 +107,9 @@ def largest_group(records, names):
 
 
 def comparable(records, figure, *one):
-    """The records that may stand in one picture: of those with the same values of the names `one`,
-    the most; of these, for each task and setup, the largest group that shares its constants. A line
-    says where the others come from."""
+    """The records that may stand in one picture: the largest group with the same values of the
+    names `one`; of these, for each task and setup, the largest group that shares its constants. A
+    printed line says where the others come from."""
     records = where(records, tuning=False)
     drawn = []
     for _, same in groups(largest_group(records, one), 'task', 'setup', 'size'):
@@ -122,12 +122,12 @@ def comparable(records, figure, *one):
 
 
 def istree(found):
-    """The runs of IsTree, but for those that mix n of one's choice (see frontier)."""
+    """The runs of IsTree, except those that mix several n of the user's choice (see frontier)."""
     return where(found['records'], task='istree', mix='')
 
 
 def default_run(found):
-    """The runs of results/default.jsonl; elsewhere, all of IsTree."""
+    """The runs of results/default.jsonl or, if there are none, all of IsTree."""
     return where(istree(found), source='default') or istree(found)
 
 
@@ -148,8 +148,8 @@ def look(arch):
 
 
 def kinds(records):
-    """[(look, records)] for each kind of model. Of an architecture with several d_state, the
-    smallest has a full line and the others have dashed ones."""
+    """[(look, records)] for each kind of model. If an architecture has several d_state, the
+    smallest gets a solid line and the others get dashed ones."""
     found = []
     for (arch,), same in groups(records, 'arch'):
         for i, ((d_state,), rows) in enumerate(groups(same, 'd_state')):
@@ -174,8 +174,8 @@ def with_setup(records):
 
 
 def by_state(records):
-    """[(look, records)] for each size of a recurrent memory, the smallest darkest. The records get
-    a field more, the floats of their state, without the windows of convolutions."""
+    """[(look, records)] for each size of a recurrent memory, the smallest darkest. A
+    new field of the records counts the floats of the state, without the windows of convolutions."""
     counted = [r | dict(floats=r['memory']['state']) for r in records]
     sizes = groups(counted, 'floats', 'arch')
     found = []
@@ -252,7 +252,7 @@ def log_axis(panel, rows, x, label):
 
 
 def best_guess(panel, rows):
-    """A dashed line: what the best guess that looks nothing up gets right."""
+    """A dashed line: the accuracy of the best guess that looks nothing up."""
     n, chance, *_ = zip(*means(rows, 'n', 'chance'))
     panel.plot(n, chance, '--', color=GREY, label='best guess without look-up')
 
@@ -322,7 +322,7 @@ def draw_logs(panel, runs, style):
 
 
 def errors(found):
-    """Where it goes wrong: the share of wrong tokens of each kind, all tokens before them given.
+    """Where models go wrong: the share of wrong tokens of each kind, given all tokens before them.
     In-context retrieval (the next neighbour) against bookkeeping."""
     traced = [r for r in default_run(found) if r.get('errors') and r['setup'] != 'direct']
     rows = []
@@ -343,8 +343,8 @@ def errors(found):
 
 def attention(found):
     """What the mechanism looks like: where the top attention layer of the hybrid looks, a row for
-    each token that was written, a column for each of the prompt. Framed: the edge that leads to the
-    next."""
+    each token that was written, a column for each token of the prompt. Framed: the edge that leads
+    to the next node."""
     for r in where(found['attention'], arch='hybrid')[:1]:
         prompt = r['prompt']
         wrote = r['trace']
@@ -381,7 +381,7 @@ def transplant(found):
         return
     setups = groups(records, 'setup')
     titles = [f'transplant: {SETUPS[setup]}' for (setup,), _ in setups]
-    titles.append('how finely must the memory be kept')
+    titles.append('how precise must the memory be?')
     figure, axes = panels(titles, 'exact traces (%)', 3.4)
 
     for panel, (_, runs) in zip(axes, setups):
@@ -410,7 +410,7 @@ def transplant(found):
 
 
 def frontier(found):
-    """What is learned on IsTree with a recurrent memory of so many floats. Each run mixes all n."""
+    """What is learned on IsTree, against the size of the recurrent memory. Each run mixes all n."""
     mixed = [r for r in where(found['records'], task='istree') if r['mix']]
     records = comparable(mixed, 'frontier', 'size', 'n')
     if records:
@@ -420,13 +420,13 @@ def frontier(found):
 
 
 def looks_back(r):
-    """Whether a model can look at its whole context: has it attention, or a retriever?"""
+    """Can a model look at its whole context, through attention or with a retriever?"""
     return r['setup'] == 'retrieval' or r['memory'].get('cache', 0) > 0
 
 
 def against_memory(records, y, ylabel):
     """A figure of three panels: y against n, a line for each size of a recurrent memory; the same
-    of what looks back; and the largest n against the size of a recurrent memory."""
+    for models that look back; and the largest n against the size of a recurrent memory."""
     titles = ['recurrent memory', 'attention, or a retriever', 'largest n with 95%']
     figure, (left, middle, right) = panels(titles, ylabel, 3.2)
     sizes = by_state([r for r in records if not looks_back(r)])
@@ -442,7 +442,7 @@ def against_memory(records, y, ylabel):
 
 def draw_largest_n(panel, sizes, y):
     """The largest n of each run against the floats of its state, both axes logarithmic, and a line
-    through the points, but those marked < or ≥, with its slope."""
+    with its slope through the points that are not marked < or ≥."""
     drawn = []
     inside = []                                         # what is neither < nor ≥
     for style, runs in sizes:
@@ -519,27 +519,27 @@ def primitives(found):
 
 
 def recall(found, figure):
-    """The runs of associative recall, but of recurrent models that answer at once only DeltaNets.
-    (Mamba and the GRU stay near the best guess, see results/README.md.)"""
+    """The runs of associative recall. Of the recurrent models that answer at once, only DeltaNets:
+    Mamba and the GRU stay near the best guess (see results/README.md)."""
     records = comparable(where(found['records'], task='recall'), figure, 'size', 'n')
     return [r for r in records if looks_back(r) or r['arch'] == 'deltanet']
 
 
 def capacity(found):
-    """How many pairs a DeltaNet recalls whose memory has so many floats. Each run mixes all n."""
+    """How many pairs a DeltaNet recalls, against the size of its memory. Each run mixes all n."""
     records = recall(found, 'capacity')
     if where(records, arch='deltanet', setup='direct'):
         figure = against_memory(records, 'accuracy', 'accuracy (%)')
         for panel in figure.axes[:2]:
             best_guess(panel, lengths(records))
-        title = 'Associative recall of n pairs: what is learned with a memory of so many floats.'
+        title = 'Associative recall of n pairs, learned with recurrent memories of several sizes.'
         yield 'capacity', finish(figure, title, 'Other recurrent models are not drawn.')
 
 
 def bits(found):
     """The communication game (train.messages): accuracy of recall against the bits of the message
-    that one player sends the other, a line for each size of a DeltaNet's memory; and what is
-    possible with so many bits."""
+    that one player sends the other, a line for each size of a DeltaNet's memory; and the
+    best that is possible with so many bits."""
     played = [r for r in recall(found, 'bits-deltanet') if r.get('messages')]
     if not played:
         return
@@ -573,10 +573,10 @@ def draw_games(panel, games, style):
 
 
 def bits_needed(accuracy, n, values):
-    """The bits that anyone, however trained, must be told about n values, each one of `values` at
-    random, to name them with this accuracy on average. By rate-distortion theory (Cover & Thomas
-    2006, chapter 10) accuracy a takes n (log2(values) - h(a) - (1 - a) log2(values - 1)) bits, with
-    h(a) = -a log2(a) - (1 - a) log2(1 - a)."""
+    """The bits that anyone, however trained, must be told about n values, each drawn from `values`
+    possible ones, to name them with this accuracy on average. By rate-distortion theory (Cover &
+    Thomas 2006, chapter 10) accuracy a takes n (log2(values) - h(a) - (1 - a) log2(values - 1))
+    bits, with h(a) = -a log2(a) - (1 - a) log2(1 - a)."""
     wrong = 1 - accuracy
     needed = math.log2(values) + accuracy * math.log2(accuracy)
     if wrong > 0:
@@ -587,7 +587,7 @@ def bits_needed(accuracy, n, values):
 # --- what it costs, and HotpotQA ------------------------------------------------------------------
 
 def generation(found):
-    """What one more token costs against the tokens before it, in time and in memory."""
+    """The cost of one more token, in time and in memory, against the number of tokens before it."""
     for (size,), rows in groups(found['generation'], 'size'):
         figure, axes = plt.subplots(1, 2, figsize=(7, 2.9))
         for panel, what in zip(axes, ('seconds', 'bytes')):
@@ -660,8 +660,8 @@ def rnn_errs(told):
 
 
 def chosen_example(found, figure):
-    """The held-out graph that tells most, of those of which examples were kept. Returns [(record,
-    example)], those of SHOWN that there are, and how the graph was chosen."""
+    """The most telling of the held-out graphs whose examples were kept. Returns [(record, example)]
+    for the models of SHOWN that were trained, and how the graph was chosen."""
     runs = [r for r in default_run(found) if r.get('examples')]
     asked = {}                          # prompt -> {(setup, arch): (record, example)}
     for r in comparable(runs, figure, 'size', 'n'):
@@ -676,8 +676,8 @@ def chosen_example(found, figure):
 
 
 def places_of(prompt):
-    """Where to draw the nodes of a two-star graph: {node: (x, y)}. The nodes with most edges are
-    the centres; then come the two leaves that are joined, which face each other."""
+    """Where to draw the nodes of a two-star graph: {node: (x, y)}. The nodes with the most edges
+    are the centres; then come the two leaves that are joined, which face each other."""
     edges = edges_of(prompt)
     degree = Counter(re.findall(r'\d+', prompt))
     a, b, *leaves = [v for v, _ in degree.most_common()]
@@ -745,7 +745,7 @@ def sample(found):
 
 
 def frames(example):
-    """After how many words a frame of the film is drawn (None: all). The last one stays."""
+    """The numbers of words after which a frame is drawn (None: all). The last frame stays."""
     words = example['written'].split()
     every = 1 if len(words) < 60 else 5
     return list(range(0, len(words), every)) + 8 * [None]
@@ -765,8 +765,8 @@ def draw_frame(panel, axes, r, example, t):
 
 
 def film(found, path):
-    """Write the film of one sample, if there is one: what each model writes, where its search goes,
-    and what it carries."""
+    """Write the film of one sample, if any was kept: what each model writes, where its search goes,
+    and what the model carries along."""
     shown, _ = chosen_example(found, 'walk')
     if not shown:
         return

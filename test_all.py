@@ -4101,33 +4101,38 @@ def test_one_command_from_nothing_to_the_table_with_a_row_for_every_model(
 
 def made_up(**changes):
     """The record of a finished run of IsTree, with made-up numbers."""
-    r = dict(task='istree', setup='cot', arch='mamba', layers='', size='tiny', n=8, d_state=1, seed=0)
-    r |= dict(distribution='', frozen_embedding=False, samples=1000, batch_size=8, lr=0.001,
-              warmup=0.1, order='alone', join=0.0, mix='', mix_largest=0.0, grad_clip=1.0,
-              dtype='float32', tuning=False)
-    r |= dict(accuracy=0.9, exact=0.5, chance=0.5, samples_trained=1000, by_length=[],
-              memory=dict(window=700, state=100), errors=dict.fromkeys(data.KINDS, 0.1),
-              log=[dict(samples=500, exact=0.25)])
-    return r | changes
+    run = train.Run(setup='cot', arch='mamba', n=8, d_state=1)
+    measured = dict(accuracy=0.9, exact=0.5, chance=0.5, samples_trained=1000, by_length=[],
+                    memory=dict(window=700, state=100), errors=dict.fromkeys(data.KINDS, 0.1),
+                    log=[dict(samples=500, exact=0.25)])
+    return dataclasses.asdict(run) | measured | changes
 
 
-def found_in(folder, records, name='experiment'):
+def unfinished_run(**changes):
+    return {name: value for name, value in made_up(**changes).items() if name not in plot.MEASURED}
+
+
+def found_in(folder, records, name='experiment.jsonl'):
     """What plot.py finds in a folder with this file of records."""
-    text = ''.join(json.dumps(r) + '\n' for r in records)
-    (folder / f'{name}.jsonl').write_text(text, encoding='utf-8')
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text('\n'.join(map(json.dumps, records)))
     return plot.load(folder)
 
 
+def drawn(draw, folder, records):
+    """The name and the panels of the only figure that a function draws from these records."""
+    [(name, figure)] = draw(found_in(folder, records))
+    return name, figure.axes
+
+
 def lines_of(panel):
-    """{label: [(x, y, how far down, how far up), ...]} of the lines with error bars in a panel."""
+    """{label: [[x, y, lower end, upper end], ...]} of the lines with error bars in a panel."""
     found = {}
-    for container in panel.containers:
-        x, y = container[0].get_data()
-        points = []
-        for a, b, segment in zip(x, y, container[2][0].get_segments()):
-            down, up = b - segment[0, 1], segment[1, 1] - b
-            points.append((a, round(b, 3), round(down, 3), round(up, 3)))
-        found[container.get_label()] = points
+    for line in panel.containers:
+        points, _, [bars] = line
+        ends = [bar[:, 1] for bar in bars.get_segments()]
+        rows = np.hstack([points.get_xydata(), ends])
+        found[line.get_label()] = np.round(rows, 3).tolist()
     return found
 
 
@@ -4139,152 +4144,124 @@ def heights_of(panel):
 
 def test_a_point_is_the_mean_its_bar_the_spread_and_a_line_names_what_is_left_out(tmp_path, capsys):
     records = [made_up(seed=seed, exact=exact) for seed, exact in enumerate((0.6, 0.9, 0.6))]
-    records += [made_up(n=16, exact=0.5), made_up(arch='hybrid', exact=0.9)]
-    records += [made_up(d_state=16, exact=0.8)]
-    records += [made_up(tuning=True, exact=0.1)]                        # a sweep is no result
-    found_in(tmp_path, [made_up(samples=9999), made_up(layers='MMM')], 'other')
-    found = found_in(tmp_path, records)
-    (name, figure), = plot.exact(found)
-    panel, = figure.axes
+    records += [made_up(n=16), made_up(arch='hybrid', exact=0.9), made_up(d_state=16, exact=0.8),
+                made_up(tuning=True, exact=0.1)]                        # a sweep is no result
+    found_in(tmp_path, [made_up(samples=9999), made_up(layers='MMM')], 'other.jsonl')
+    name, [panel] = drawn(plot.exact, tmp_path, records)
     assert (name, panel.get_title()) == ('exact-tiny', 'chain of thought')
-    assert lines_of(panel) == {'hybrid': [(8, 90, 0, 0)],
-                               'RNN (Mamba)': [(8, 70, 10, 20), (16, 50, 0, 0)],
-                               'RNN (Mamba), d_state 16': [(8, 80, 0, 0)]}
-    said = capsys.readouterr().out
-    assert said == 'exact: not drawn, since a constant differs: other\n'
-    (name, figure), = plot.errors(found)
-    assert name == 'errors-tiny-n8'
-    assert heights_of(figure.axes[0])['hybrid'] == len(data.KINDS) * [10]
-    (_, figure), = plot.learning(found)
-    assert [*figure.axes[0].lines[0].get_ydata()] == [25, 90]           # the log, then the result
+    assert lines_of(panel) == {'hybrid': [[8, 90, 90, 90]],
+                               'RNN (Mamba)': [[8, 70, 60, 90], [16, 50, 50, 50]],
+                               'RNN (Mamba), d_state 16': [[8, 80, 80, 80]]}
+    assert capsys.readouterr().out == 'exact: not drawn, since a constant differs: other\n'
+    name, [panel] = drawn(plot.errors, tmp_path, records)
+    assert name == 'errors-tiny-n8' and heights_of(panel)['hybrid'] == len(data.KINDS) * [10]
+    _, [panel] = drawn(plot.learning, tmp_path, records)
+    assert [*panel.lines[0].get_ydata()] == [25, 90]                    # the log, then the result
 
 
 def test_a_file_of_records_and_folders_of_fresh_runs_give_the_same_figures(tmp_path):
     records = [made_up(seed=0), made_up(seed=1, arch='hybrid')]
-    for r in records:
-        (tmp_path / 'out' / str(r['seed'])).mkdir(parents=True)
-        (tmp_path / 'out' / str(r['seed']) / 'result.json').write_text(json.dumps(r, indent=1))
-    (tmp_path / 'results').mkdir()
     found = found_in(tmp_path / 'results', records)
-    fresh, file = plot.load(tmp_path / 'out'), plot.load(tmp_path / 'results' / 'experiment.jsonl')
-    sources = [r['source'] for r in fresh['records'] + file['records']]
-    assert sources == ['0', '1', 'experiment', 'experiment']
-    for r in found['records'] + fresh['records'] + file['records']:
-        del r['source']
-    assert found == fresh == file and len(found['records']) == 2
+    assert found == plot.load(tmp_path / 'results' / 'experiment.jsonl')
+    assert found['records'] == [r | dict(source='experiment') for r in records]
+    for r in records:
+        found = found_in(tmp_path / 'out', [r], f'{r["seed"]}/result.json')
+    assert found['records'] == [r | dict(source=str(r['seed'])) for r in records]
 
 
 def test_each_length_of_a_primitive_is_a_point_and_the_best_guess_a_dashed_line(tmp_path):
     lengths = [dict(n=n, accuracy=a, exact=0, chance=2 / n) for n, a in ((4, 1), (16, 0.5))]
     recall = made_up(task='recall', setup='direct', n=16, by_length=lengths)
-    (name, figure), = plot.primitives(found_in(tmp_path, [recall, recall | dict(task='index')]))
-    assert name == 'primitives-tiny-n16'
-    assert [panel.get_title() for panel in figure.axes] == ['index', 'associative recall']
-    assert lines_of(figure.axes[1]) == {'RNN (Mamba)': [(4, 100, 0, 0), (16, 50, 0, 0)]}
-    guess, = [line for line in figure.axes[1].lines if line.get_linestyle() == '--']
+    name, [_, panel] = drawn(plot.primitives, tmp_path, [recall, recall | dict(task='index')])
+    assert (name, panel.get_title()) == ('primitives-tiny-n16', 'associative recall')
+    assert lines_of(panel) == {'RNN (Mamba)': [[4, 100, 100, 100], [16, 50, 50, 50]]}
+    [guess] = [line for line in panel.lines if line.get_linestyle() == '--']
     assert [*guess.get_ydata()] == [50, 12.5]
 
 
 @pytest.mark.parametrize('n, values', [(1, 2), (1, 5), (2, 2), (2, 3), (3, 2)])
-def test_nobody_recalls_more_than_the_bound_of_the_communication_game(n, values):
+@pytest.mark.parametrize('messages', [1, 2, 3])
+def test_nobody_recalls_more_than_the_bound_of_the_communication_game(n, values, messages):
     """All ways to send one of few messages about n values, the best answers to each: brute
     force."""
     inputs = [*itertools.product(range(values), repeat=n)]
-    for messages in (1, 2, 3):
-        if messages ** len(inputs) > 20_000:
-            continue
-        best = 0
-        for sent in itertools.product(range(messages), repeat=len(inputs)):
-            right = 0
-            for message in {*sent}:
-                told = [x for x, m in zip(inputs, sent) if m == message]
-                for i in range(n):
-                    right += max(collections.Counter(x[i] for x in told).values())
-            best = max(best, right / (n * len(inputs)))
-        needed = plot.bits_needed(best, n, values)
-        assert needed <= math.log2(messages) + 1e-9
-        if messages in (1, len(inputs)):                    # nothing known, all known
-            assert abs(needed - math.log2(messages)) < 1e-9
+    best = 0
+    for sent in itertools.product(range(messages), repeat=len(inputs)):
+        right = 0
+        for message in {*sent}:
+            told = [x for x, m in zip(inputs, sent) if m == message]
+            right += sum(max(collections.Counter(column).values()) for column in zip(*told))
+        best = max(best, right / (n * len(inputs)))
+    assert plot.bits_needed(best, n, values) <= math.log2(messages) + 1e-9
+    assert abs(plot.bits_needed(1 / values, n, values)) < 1e-9          # nothing is known
     assert plot.bits_needed(1, n, values) == n * math.log2(values)
 
 
 def test_the_capacity_of_a_memory_counts_its_state_and_says_what_lies_outside(tmp_path):
-    """Memories of 100, 400 and 1,600 floats that recall up to 2, 8 and 32 pairs: slope 1. Others
-    recall no n, or all."""
+    """Memories of 400 and 1,600 floats that recall up to 8 and 32 pairs: slope 1. Others recall no
+    n, or all."""
+    deltanet = made_up(task='recall', setup='direct', arch='deltanet', n=64)
     records = []
-    for floats, largest in ((25, 1), (100, 2), (400, 8), (1600, 32), (6400, 128)):
-        lengths = []
-        for n in (2, 4, 8, 16, 32, 64):
-            lengths.append(dict(n=n, chance=0, accuracy=1 if n <= largest else 0.9))
+    for floats, largest in ((25, 1), (400, 8), (1600, 32), (6400, 128)):
+        lengths = [dict(n=n, chance=0, accuracy=0.9 if n > largest else 1)
+                   for n in (2, 4, 8, 16, 32, 64)]
         game = [dict(n=16, bits_per_float=k, bits=k * floats, accuracy=k / 4) for k in (1, 2)]
-        records.append(made_up(task='recall', setup='direct', arch='deltanet', n=64,
-                               d_state=floats, memory=dict(state=floats, window=999),
-                               by_length=lengths, messages=game))
-    found = found_in(tmp_path, records)
-    (name, figure), = plot.capacity(found)
-    left, _, right = figure.axes
-    points = lines_of(left)['RNN (DeltaNet), 400 floats of state']
-    assert points[2:4] == [(8, 100, 0, 0), (16, 90, 0, 0)]
+        records.append(deltanet | dict(d_state=floats, memory=dict(state=floats, window=999),
+                                       by_length=lengths, messages=game))
+    _, [_, _, right] = drawn(plot.capacity, tmp_path, records)
     assert right.get_legend_handles_labels()[1][-1] == 'slope 1.00'
-    assert [text.get_text() for text in right.texts] == ['<', '', '', '', '≥']
-    circles = [line.get_ydata()[0] for line in right.lines[:5]]
-    middle = 2 ** 0.5                   # half of the way from 100 to 90%, over log n
-    np.testing.assert_allclose(circles, [2, 2 * middle, 8 * middle, 32 * middle, 64])
-    (name, figure), = plot.bits(found)
-    points = lines_of(figure.axes[0])['RNN (DeltaNet), 100 floats of state']
-    assert points == [(100, 25, 0, 0), (200, 50, 0, 0)]
-    possible = figure.axes[0].lines[-1].get_xydata()[-1]
-    assert [*possible] == [16 * math.log2(4 * 64), 100]                     # of 256 values each
+    assert [text.get_text() for text in right.texts] == ['<', '', '', '≥']
+    half = 2 ** 0.5                     # of the way from 100 to 90%, over log n
+    circles = [line.get_ydata()[0] for line in right.lines[:4]]
+    assert circles == pytest.approx([2, 8 * half, 32 * half, 64])
+    _, [panel, _] = drawn(plot.bits, tmp_path, records)
+    points = lines_of(panel)['RNN (DeltaNet), 400 floats of state']
+    assert points == [[400, 25, 25, 25], [800, 50, 50, 50]]
+    assert [*panel.lines[-1].get_xydata()[-1]] == [16 * math.log2(256), 100]    # of 256 values
 
 
-def test_the_frontier_and_the_transplant_are_drawn_from_their_fields(tmp_path):
+def test_the_frontier_is_of_runs_that_mix_n_and_the_main_figure_of_the_others(tmp_path):
     lengths = [dict(n=n, chance=0.5, accuracy=1, exact=e) for n, e in ((6, 0.9), (16, 0.1))]
     mixed = made_up(n=16, mix='6+16', by_length=lengths)
-    records = [mixed | dict(arch='deltanet', memory=dict(state=288, window=9))]
-    records += [mixed | dict(setup='retrieval'), made_up(n=16)]
-    found = found_in(tmp_path, records)
-    (_, figure), = plot.exact(found)                                # the run that mixes no n
-    panel, = figure.axes
-    assert lines_of(panel) == {'RNN (Mamba)': [(16, 50, 0, 0)]}
-    (name, figure), = plot.frontier(found)
-    left, middle, right = figure.axes
+    records = [mixed | dict(arch='deltanet', memory=dict(state=288, window=9)),
+               mixed | dict(setup='retrieval'), made_up(n=16)]
+    _, [panel] = drawn(plot.exact, tmp_path, records)
+    assert lines_of(panel) == {'RNN (Mamba)': [[16, 50, 50, 50]]}
+    name, [left, middle, right] = drawn(plot.frontier, tmp_path, records)
     assert name == 'frontier-tiny' and right.lines[0].get_data() == ([288], [6])
-    points = lines_of(left)['RNN (DeltaNet), 288 floats of state']
-    assert points == [(6, 90, 0, 0), (16, 10, 0, 0)]
+    assert lines_of(left) == {'RNN (DeltaNet), 288 floats of state': [[6, 90, 90, 90],
+                                                                      [16, 10, 10, 10]]}
     assert [*lines_of(middle)] == ['RNN (Mamba), with a retriever']
 
+
+def test_the_transplant_is_drawn_from_the_record_of_a_probe(tmp_path):
     replaced = dict(nothing=dict(own=0.9, donor=0), everything=dict(own=0.1, donor=0.8))
     rounding = {'1': dict(exact_trees=0.2), '2': dict(exact_trees=0.4)}
-    probe = made_up(transplant=replaced, rounding=rounding)
-    for name in plot.MEASURED:                                      # (it does not train)
-        del probe[name]
-    found = found_in(tmp_path, [probe])
-    assert not found['records'] and not found['unfinished']
-    (name, figure), = plot.transplant(found)
-    left, right = figure.axes
-    assert name == 'transplant' and [*heights_of(left).values()] == [[90], [10], [80]]
-    assert lines_of(right) == {'RNN (Mamba), chain of thought': [(1, 20, 0, 0), (2, 40, 0, 0)]}
+    probe = unfinished_run(transplant=replaced, rounding=rounding)      # (it does not train)
+    assert not found_in(tmp_path, [probe])['unfinished']
+    _, [left, right] = drawn(plot.transplant, tmp_path, [probe])
+    assert [*heights_of(left).values()] == [[90], [10], [80]]
+    assert lines_of(right) == {'RNN (Mamba), chain of thought': [[1, 20, 20, 20], [2, 40, 40, 40]]}
 
 
-def kept_examples(setup, spoil=None):
-    """What train.py keeps of a run. spoil changes what the model is said to have written."""
+def kept_examples(setup):
+    """What train.py keeps of a run that makes no mistake."""
     kept = []
     for prompt, completion in data.held_out_samples(data.IsTree(8, setup), 8, 3):
-        written = spoil(completion) if spoil else completion
-        words = dict(prompt=prompt, expected=completion, written=written)
-        kept.append({name: ' '.join(part) for name, part in words.items()})
+        text = ' '.join(completion)
+        kept.append(dict(prompt=' '.join(prompt), expected=text, written=text))
     return kept
 
 
 def told_runs():
     """Runs with examples. All is right but the third node of the second example of the RNN without
     a retriever."""
-    def spoil(words):
-        return [*words[:2], str((int(words[2]) + 1) % 8), *words[3:]]
     wrong = kept_examples('cot')
-    wrong[1] = kept_examples('cot', spoil)[1]
-    cache = dict(cache=100 * 23)                        # 100 floats for each word of the prompt
-    return [made_up(arch='transformer', examples=kept_examples('cot'), memory=cache),
+    words = wrong[1]['expected'].split()
+    words[2] = str((int(words[2]) + 1) % 8)
+    wrong[1]['written'] = ' '.join(words)
+    cache = 100 * 23                                    # 100 floats for each word of the prompt
+    return [made_up(arch='transformer', examples=kept_examples('cot'), memory=dict(cache=cache)),
             made_up(examples=wrong),
             made_up(setup='retrieval', examples=kept_examples('retrieval'))]
 
@@ -4297,20 +4274,21 @@ def test_a_search_read_from_either_setup_is_the_same_tour():
 
 
 def test_the_film_shows_the_kept_text_what_is_carried_and_the_first_wrong_step(tmp_path):
-    shown, why = plot.chosen_example(found_in(tmp_path, told_runs()), 'walk')
-    assert why.startswith('Of 3 held-out graphs')
-    assert shown[1][1] == told_runs()[1]['examples'][1]
+    shown, _ = plot.chosen_example(found_in(tmp_path, told_runs()), 'walk')
+    _, wrong = shown[1]
+    assert wrong == told_runs()[1]['examples'][1]
     _, (graph, carried) = plot.plt.subplots(2)
     for r, example in shown:
         words = example['written'].split()
         for t in plot.frames(example):
             plot.draw_frame(graph, carried, r, example, t)
-            wrong = example is shown[1][1] and (t is None or t > 2)
             text, _, error = graph.texts[0].get_text().partition('At ')
-            assert ' '.join(words[:t]).endswith(' '.join(text.split())) and (text or t == 0)
+            last = text.split()
+            assert last == words[:t][-len(last):]
             colours = [line.get_color() for line in graph.lines]
-            assert (plot.RED in colours) == bool(error) == wrong
-            if wrong:
+            errs = example is wrong and t not in (0, 1, 2)
+            assert (plot.RED in colours) == bool(error) == errs
+            if errs:
                 right = example['expected'].split()[2]
                 assert error == f'{words[1]} it wrote {words[2]} instead of {right}.'
                 assert colours.count(plot.look('mamba')['color']) == 1      # the steps before
@@ -4320,13 +4298,11 @@ def test_the_film_shows_the_kept_text_what_is_carried_and_the_first_wrong_step(t
 
 
 def test_the_picture_of_a_sample_shows_the_graph_on_which_the_rnn_errs_and_says_so(tmp_path):
-    (name, figure), = plot.sample(found_in(tmp_path, told_runs()))
-    example = told_runs()[1]['examples'][1]
-    right, wrong = [panel.texts[0].get_text() for panel in figure.axes[:2]]
-    assert right.split() == example['expected'].split() and 'instead of' in wrong
+    [(name, figure)] = plot.sample(found_in(tmp_path, told_runs()))
+    assert name == 'sample-tiny-n8' and 'instead of' in figure.axes[1].texts[0].get_text()
     title, why = [text.get_text() for text in figure.texts]
-    assert name == 'sample-tiny-n8' and title == f'Is it a tree? {example["prompt"]}'
-    assert 'the first on which the RNN errs' in why
+    assert title == f'Is it a tree? {told_runs()[1]["examples"][1]["prompt"]}'
+    assert why.startswith('Of 3 held-out graphs') and 'the first on which the RNN errs' in why
 
 
 def test_plot_py_draws_whatever_there_is_and_leaves_out_what_is_damaged(tmp_path):
@@ -4335,130 +4311,48 @@ def test_plot_py_draws_whatever_there_is_and_leaves_out_what_is_damaged(tmp_path
     env = os.environ | {'MPLBACKEND': 'module://matplotlib_inline.backend_inline',
                         'MATPLOTLIBRC': str(tmp_path / 'matplotlibrc')}
 
-    def draw(figures='figures'):
-        command = [sys.executable, 'plot.py', f'--out={tmp_path}/out',
-                   f'--figures={tmp_path}/{figures}']
+    def draw(figures):
+        command = [sys.executable, 'plot.py', f'--out={tmp_path}/out', f'--figures={figures}']
         return subprocess.run(command, cwd=HERE, text=True, capture_output=True, env=env)
-    empty = draw()
+
+    figures, out = tmp_path / 'figures', tmp_path / 'out'
+    empty = draw(figures)
     assert empty.returncode == 2 and re.fullmatch('plot.py: .*run train.py first\n', empty.stderr)
-    (tmp_path / 'out' / 'hotpot').mkdir(parents=True)
-    found_in(tmp_path / 'out', told_runs())
-    begun = {name: value for name, value in made_up(seed=5).items() if name not in plot.MEASURED}
-    found_in(tmp_path / 'out', [begun], 'begun')
-    (tmp_path / 'out' / 'fresh').mkdir()
-    (tmp_path / 'out' / 'fresh' / 'checkpoint.pt').touch()
     prompt, completion = data.held_out_samples(data.IsTree(8, 'cot'), 8, 1)[0]
-    shown = dict(arch='hybrid', size='tiny', n=8, prompt=prompt, trace=completion, share=0.8,
+    shown = dict(arch='hybrid', size='tiny', n=8, prompt=prompt, trace=completion,
                  weights=len(completion) * [len(prompt + completion) * [0.1]])
-    (tmp_path / 'out' / 'attention.json').write_text(json.dumps(shown))
-    costs = [dict(arch='mamba', size='tiny', length=n, seconds=0.1, bytes=9) for n in (4, 8)]
-    (tmp_path / 'out' / 'generation.json').write_text(json.dumps(costs))
     answers = [dict(condition=c, type='bridge', em=1.0) for c in ('gold', 'full', 'retrieval')]
-    found_in(tmp_path / 'out' / 'hotpot', answers, 'mamba-tiny-s0')
-    found_in(tmp_path / 'out' / 'hotpot', answers[:1], 'begun')
-    whole = (tmp_path / 'out' / 'experiment.jsonl').read_bytes()
-    (tmp_path / 'out' / 'cut.jsonl').write_bytes(whole[:-9])
-    (tmp_path / 'out' / 'foreign.jsonl').write_text('{"arch": "mamba"}\n[]\n')
-    (tmp_path / 'out' / 'binary.jsonl').write_bytes(b'\xff\x00')
-    done = draw()
-    lines = done.stdout.splitlines()
+    cost = dict(arch='mamba', size='tiny', length=4, seconds=0.1, bytes=9)
+    files = {'experiment.jsonl': told_runs(), 'begun.jsonl': [unfinished_run(seed=5)],
+             'attention.json': [shown], 'generation.json': [cost],
+             'hotpot/mamba-tiny-s0.jsonl': answers, 'hotpot/begun.jsonl': answers[:1],
+             'foreign.jsonl': [dict(arch='mamba'), []], 'cut.jsonl': [made_up()],
+             'fresh/checkpoint.pt': []}
+    for name, records in files.items():
+        found_in(out, records, name)
+    os.truncate(out / 'cut.jsonl', 999)
+    (out / 'binary.jsonl').write_bytes(b'\xff\x00')
+    done = draw(figures)
     for words in ('cut.jsonl is damaged', 'foreign.jsonl is damaged', 'binary.jsonl is damaged',
                   'begun.jsonl is not finished', 'not finished: begun, mamba cot n=8 seed 5',
                   'not finished: fresh'):
-        assert len([line for line in lines if words in line]) == 1, words
+        assert done.stdout.count(words) == 1, words
     assert done.returncode == 0 and done.stderr == ''
-    assert {path.name for path in (tmp_path / 'figures').iterdir()} == {
+    assert {path.name for path in figures.iterdir()} == {
         'walk.gif', 'idea.png', 'exact-tiny.png', 'learning-tiny-n8.png', 'errors-tiny-n8.png',
         'hotpot.png', 'generation-tiny.png', 'attention-tiny-n8.png', 'sample-tiny-n8.png'}
-    assert (tmp_path / 'figures' / 'walk.gif').stat().st_size < 1_500_000
-    (tmp_path / 'file').touch()
-    refused = draw('file')
-    assert refused.returncode == 2 and re.fullmatch(f"plot.py: .*'{tmp_path}/file'\n", refused.stderr)
+    assert (figures / 'walk.gif').stat().st_size < 1_500_000
+    refused = draw(out / 'cut.jsonl')                                   # is a file
+    assert refused.returncode == 2 and re.fullmatch("plot.py: .*cut.jsonl'\n", refused.stderr)
+
 
 
 # --- the class assignment -------------------------------------------------------------------------
 
 CODED = [k for k, e in grade.EXERCISES.items() if e.target]
-
-
-@pytest.fixture(scope='module')
-def handed_out(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('course') / 'handout'
-    grade.handout(folder, list(grade.EXERCISES), 0)
-    return folder
-
-
-def graded(folder, k):
-    [result] = grade.grade(folder, [k], 'tests')
-    return result['score'], result['output']
-
-
-def hand_in(folder, k, solution, source=None):
-    """Write an exercise's file with another solution into a folder, and grade it."""
-    e = grade.EXERCISES[k]
-    path = folder / e.file
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(grade.blank(source or (HERE / e.file).read_text(), {e.target: solution}))
-    return graded(folder, k)
-
-
-def test_the_handout_holds_no_line_of_a_solution(handed_out):
-    files = [path for path in handed_out.rglob('*.*') if path.suffix != '.json']
-    theirs = ''.join([path.read_text() for path in files])
-    hidden, elsewhere = set(), ''
-    for file in ('data.py', 'scan_cuda/__init__.py', 'models.py', 'train.py'):
-        source = (HERE / file).read_text()
-        for target in [e.target for e in grade.EXERCISES.values() if e.file == file and e.target]:
-            lines = source.split('\n')
-            first, last, _ = grade.body(lines, grade.find(ast.parse(source), target))
-            for line in lines[first - 1:last]:
-                hidden |= {line.split(' #')[0].strip(' #'), line.strip(' ,#').partition(", r'")[2]}
-            source = grade.blank(source, {target: 'pass'})
-        elsewhere += source
-    hidden = {line for line in hidden if len(line) > 24 or '\\d' in line and len(line) > 9}
-    assert len(hidden) > 60
-    assert not [line for line in hidden if line in theirs and line not in elsewhere]
-    for pattern in ('*.c*', 'test_all.py', 'grade.py'):
-        assert not [*handed_out.rglob(pattern)]
-    assert grade.MODEL_ANSWER[:40] not in theirs and 'exercise 1: about 15 lines' in theirs
-
-
-def test_the_reference_gets_full_points():
-    results = grade.grade(HERE, [k for k in CODED if k != 13], 'tests')     # (see ADD_ONE)
-    assert [r['score'] for r in results] == [r['max_score'] for r in results], results
-
-
-LAYER = grade.LINEAR_ATTENTION
-
-
-@pytest.mark.parametrize('register', [
-    "LAYERS = {'L': LinearAttention, 'M'", "LAYERS['L'] = LinearAttention",
-    "LAYERS |= {'L': LinearAttention}", 'LAYERS.update(L=LinearAttention)'])
-def test_a_layer_of_two_dozen_lines_gets_full_points_however_it_is_registered(register, tmp_path):
-    source = (HERE / 'models.py').read_text()
-    if register.endswith("'M'"):
-        source = source.replace("\nLAYERS = {'M'", f'{LAYER}\n\n{register}')
-    else:
-        source += f'{LAYER}\n\n{register}\n'
-    (tmp_path / 'models.py').write_text(source)
-    assert graded(tmp_path, 12)[0] == 15, graded(tmp_path, 12)
-
-
-@pytest.mark.parametrize('right, wrong, points', [
-    ("'state': S + k.mT @ v}", "'state': S}", 11.25),
-    ('(q @ k.mT).tril()', '(q @ k.mT)', 7.5),
-    (' + self.out_proj(y', ' + (y', 0),
-    ("S = carried['state'] ", "S = carried['state'].add_(1) ", 11.25),
-    ("'window': window,", "'window': window, 'seen': x,", 11.25)])      # its memory grows
-def test_faulty_layers_lose_points(right, wrong, points, tmp_path):
-    layer = LAYER.replace(right, wrong)
-    assert layer != LAYER
-    source = (HERE / 'models.py').read_text() + layer + "\nLAYERS['L'] = LinearAttention\n"
-    (tmp_path / 'models.py').write_text(source)
-    assert graded(tmp_path, 12)[0] == points, graded(tmp_path, 12)
-
-
-ADD_ONE = """
+OURS = {k: (HERE / e.file).read_text() for k, e in grade.EXERCISES.items() if e.file}
+OURS[12] += f"{grade.LINEAR_ATTENTION}\nLAYERS['L'] = LinearAttention\n"
+OURS[13] += """
 class Increment(Turing):
     letters = 'oi'
     table = transitions('''
@@ -4467,32 +4361,32 @@ class Increment(Turing):
         carry  i  o  -1  carry
         carry  o  i   0  [TRUE]''', letters)
 """
-
-
-@pytest.mark.parametrize('right, wrong, points', [
-    ('', '', 15),
-    ('carry  i  o  -1  carry', 'carry  i  o  -1  right', 5),            # runs for ever
-    ('carry  o  i   0', 'carry  o  o   0', 5),
-    (r"| V ~ ([a-z_])\b'", "'", 10),                                    # the prompt alone
-    (r"| V ~ ([a-z_])", "|V ~ ([a-z_])", 10)])                           # 2 inside 12
-def test_a_machine_that_adds_1_and_its_look_up_are_graded(right, wrong, points, tmp_path):
-    """Also a machine that is wrong or never ends, and patterns that miss or confuse records."""
-    source = (HERE / 'data.py').read_text() + ADD_ONE
-    assert right in source
-    (tmp_path / 'data.py').write_text(source.replace(right, wrong))
-    assert graded(tmp_path, 13)[0] == points, graded(tmp_path, 13)
-
-
-def test_the_grader_expects_of_a_machine_what_arithmetic_says():
-    for group in grade.examples(13, 'tests').values():
-        for example in group:
-            if 'tape' in example:
-                bits = ''.join(example['tape']).replace('o', '0').replace('i', '1')
-                result = ''.join(grade.right_answer(13, example)['result'])
-                assert int(result[:-1].replace('o', '0').replace('i', '1'), 2) == int(bits, 2) + 1
-
-
-RECURSIVE = '''tour = []
+# name | exercise | points | part of what the student is told | what stands in the function
+WRONG = r'''
+a crash | 1 | 0 | ended (code 0) after 0 of | import os; os._exit(0)
+an early end | 1 | 0 | ended (code 0) after 0 of | raise SystemExit
+prints instead of returning | 1 | 0 | Yours                 >None< | print(['0'])
+a hard-coded output | 1 | 0 | Expected              0 | return '0 2 1 2 3 2 0'.split()
+numbers, not words | 1 | 0 | Yours                 >0< | return [0]
+an import of the solution | 1 | 0 | No module | import test_all; return test_all.tour
+reads the solution | 1 | 0 | not allowed | return open('HERE/data.py').read()
+writes a file | 1 | 0 | not allowed | open('data.py', 'a')
+deletes files | 1 | 0 | not allowed | import shutil; shutil.rmtree('.')
+starts a program | 1 | 0 | not allowed | import os; os.system('true')
+patches pytest | 1 | 0 | Expected | import pytest; pytest.fail = print; return []
+forges answers | 1 | 0 | ended (code 0) after | FORGED
+a list in itself | 1 | 0 | ValueError | tour = []; tour.append(tour); return tour
+asks for too much memory | 1 | 0 | MemoryError | return bytearray(10**15)
+recursion | 1 | 8 | RecursionError | RECURSIVE
+the wrong type | 2 | 0 | Expected | return {1: {2: set()}}
+no queries | 2 | 0 | Expected | return cot_trace(neighbours)
+one pattern for all queries | 3 | 4 | Expected | ONE_FOR_ALL
+a sibling | 4 | 0 | may not be | return selective_scan_fallback(u, delta, A, B, C, D, initial_state)
+not parallel | 5 | 7.5 | fewer than 2,000 operations | LOOP
+autograd | 6 | 0 | autograd cannot be used | return torch.autograd.grad(dy.sum(), dy)
+no cache | 7 | 0 | Expected | return x, cache'''
+LONG = {
+    'RECURSIVE': '''tour = []
     def search(v, parent):
         tour.append(v)
         for w in neighbours[v]:
@@ -4502,214 +4396,263 @@ RECURSIVE = '''tour = []
                 tour.append(v)
         return True
     search('0', None)
-    return tour'''
-LOOP = '''h = [b[:, 0]]
+    return tour''',
+    'LOOP': '''h = [b[:, 0]]
     for t in range(1, a.shape[1]):
         h.append(a[:, t] * h[-1] + b[:, t])
-    return torch.stack(h, 1)'''
-FORGED = "[os.write(k, b'{}\\n') for k in range(3, 9) if os.path.exists(f'/dev/fd/{k}')]"
-ONE_FOR_ALL = r"""patterns = tuple((form, r' V ~(?= (\d+))')
-                     for form in (r'(\d+) ~', r'(\d+) -', r'(\d+) - (\d+)'))"""
-# exercise, what stands in the function -> points, part of what the student is told
-WRONG = {
-    'an infinite loop': (1, 'while True: pass', 0, 'not done after'),
-    'a crash': (1, 'import os; os._exit(0)', 0, 'ended (code 0) after 0 of'),
-    'an early end': (1, 'raise SystemExit', 0, 'ended (code 0) after 0 of'),
-    'prints instead of returning': (1, "print(['0'])", 0, 'Yours                 >None<'),
-    'a hard-coded output': (1, "return '0 2 1 2 3 2 0'.split()", 0, 'Expected              0'),
-    'numbers, not words': (1, "return [0]", 0, "  >0<\nExpected              >'0'<"),
-    'an import of the solution': (1, 'import test_all; return test_all.tour', 0, 'No module'),
-    'reads the solution': (1, f'return open({str(HERE / "data.py")!r}).read()', 0, 'not allowed'),
-    'deletes files': (1, "import shutil; shutil.rmtree('.')", 0, 'not allowed'),
-    'starts a program': (1, "import os; os.system('true')", 0, 'not allowed'),
-    'patches pytest': (1, 'import pytest; pytest.fail = print; return []', 0, 'Expected'),
-    'forges answers': (1, f"import os; {FORGED}; return []", 0, ''),
-    'a list in itself': (1, 'tour = []; tour.append(tour); return tour', 0, 'ValueError'),
-    'asks for too much memory': (1, 'return bytearray(10**15)', 0, 'MemoryError'),
-    'recursion': (1, RECURSIVE, 8, 'RecursionError'),
-    'the wrong type': (2, 'return {1: {2: set()}}', 0, 'Expected'),
-    'no queries': (2, 'return cot_trace(neighbours)', 0, 'Expected'),
-    'one pattern for all queries': (3, ONE_FOR_ALL, 4, 'Expected'),
-    'a sibling': (4, 'return selective_scan_fallback(u, delta, A, B, C, D, initial_state)', 0,
-                  'may not be'),
-    'a loop, not parallel': (5, LOOP, 7.5, 'fewer than 2,000 operations'),
-    'autograd': (6, 'return torch.autograd.grad(dy.sum(), dy)', 0, 'autograd cannot be used'),
-    'no cache': (7, 'return x, cache', 0, 'Expected'),
+    return torch.stack(h, 1)''',
+    'FORGED': '''import os
+    for k in range(3, 9):
+        if os.path.exists(f'/dev/fd/{k}'):
+            os.write(k, b'{}\\n')
+    return []''',
+    'ONE_FOR_ALL': r"""patterns = tuple((form, r' V ~(?= (\d+))')
+                     for form in (r'(\d+) ~', r'(\d+) -', r'(\d+) - (\d+)'))""",
 }
+REGISTER = "LAYERS['L'] = LinearAttention"
+# exercise, a part of our file, what stands there instead, points
+CHANGED = (
+    (12, REGISTER, "LAYERS = {'L': LinearAttention, 'M': MambaLayer}", 15),
+    (12, REGISTER, "LAYERS |= {'L': LinearAttention}", 15),
+    (12, REGISTER, 'LAYERS.update(L=LinearAttention)', 15),
+    (12, "'state': S + k.mT @ v}", "'state': S}", 11.25),
+    (12, '(q @ k.mT).tril()', '(q @ k.mT)', 7.5),
+    (12, ' + self.out_proj(y', ' + (y', 0),
+    (12, "S = carried['state'] ", "S = carried['state'].add_(1) ", 11.25),
+    (12, "'window': window,", "'window': window, 'seen': x,", 11.25),         # its memory grows
+    (13, 'carry  i  o  -1  carry', 'carry  i  o  -1  right', 5),              # runs for ever
+    (13, 'carry  o  i   0', 'carry  o  o   0', 5),
+    (13, r"| V ~ ([a-z_])\b'", "'", 10),                                      # the prompt alone
+    (13, r'| V ~ ([a-z_])', '|V ~ ([a-z_])', 10),                             # 2 inside 12
+    (3, 'patterns = (\n', 'patterns: tuple = (\n', 10),
+    (3, r' V ~', r'V ~', 6),                                                  # 1 inside 11
+    (3, r' (?:V - W', r'(?:V - W', 6),
+    (3, r')\b[^[]', r')[^[]', 8),
+    (3, r' (?:V - (', r'(?:V - (', 4),
+    (3, r'V\b)', r'V)', 8),
+    (7, '    ', '  ', 15),
+    (7, '    ', '\t', 15),
+)
 
 
-@pytest.mark.parametrize('name', WRONG)
-def test_a_wrong_submission_gets_the_points_that_it_deserves(name, tmp_path, monkeypatch):
-    k, code, points, told = WRONG[name]
-    if 'while' in code:
-        monkeypatch.setattr(grade, 'SECONDS', 3)
-    score, output = hand_in(tmp_path, k, code)
-    assert score == points and told in output, output
+def with_body(k, code):
+    """Our file with other code in the function of an exercise."""
+    return grade.blank(OURS[k], {grade.EXERCISES[k].target: code})
 
 
-def test_files_that_cannot_be_graded_get_no_points_and_one_line(handed_out, tmp_path):
-    assert graded(handed_out, 1) == graded(handed_out, 12) == (0, 'not written yet')
-    assert graded(tmp_path, 1) == (0, 'data.py is missing')
-    file = tmp_path / 'data.py'
-    for content, told in ((b'def', '(data.py, line 1)'), (b'\xff', '(data.py, line 1)'),
-                          (b'(' * 10**4, 'cannot be graded'), (b'x = 1', 'cot_trace is missing'),
-                          (b' ' * 10**7, 'larger than 1 MB')):
-        file.write_bytes(content)
-        score, output = graded(tmp_path, 1)
-        assert score == 0 and told in output and '\n' not in output
-    file.unlink()
-    file.symlink_to(HERE / 'data.py')
-    assert graded(tmp_path, 1) == (0, 'data.py is a link, or larger than 1 MB')
+def lines_of_solution(k):
+    lines = OURS[k].split('\n')
+    first, last, _ = grade.body(lines, grade.find(ast.parse(OURS[k]), grade.EXERCISES[k].target))
+    return lines[first - 1:last]
 
 
-def our_tour():
-    """The code of cot_trace below its docstring."""
-    source = (HERE / 'data.py').read_text()
-    lines = source.split('\n')
-    first, last, _ = grade.body(lines, grade.find(ast.parse(source), 'cot_trace'))
-    return '\n'.join(lines[first - 1:last])
+HELPER = '\n'.join(['def tour(neighbours, root=0):', *lines_of_solution(1)])
+TOP = 'from __future__ import annotations\nfrom copy import copy\nROOT: str = "0"\n'
+HELPED = grade.blank(with_body(1, 'return tour(copy(neighbours), ROOT)'),
+                     {'neighbours_of': 'return {}'})
+# name -> exercise, its file, points, part of what the student is told
+SUBMISSIONS = {
+    'a byte order mark': (1, '\ufeff' + OURS[1], 10, ''),
+    'latin-1': (1, f'# coding: latin-1\n# \udce9\n{OURS[1]}', 10, ''),        # the byte E9
+    'helpers and imports': (1, f'{TOP}{HELPED}\n\n{HELPER}', 10, ''),
+    'half a line': (1, 'def', 0, '(data.py, line 1)'),
+    'no text': (1, '\udcff', 0, '(data.py, line 1)'),
+    'no function': (1, 'x = 1', 0, 'cot_trace is missing'),
+    'too deep': (1, '(' * 10**4, 0, 'cannot be graded'),
+    'too large': (1, ' ' * 10**7, 0, 'larger than 1 MB'),
+}
+for k, source in OURS.items():
+    SUBMISSIONS[f'our {k}'] = k, source, grade.EXERCISES[k].points, ''
+for row in WRONG.strip().split('\n'):
+    name, k, points, told, code = [part.strip() for part in row.split(' | ')]
+    code = LONG.get(code, code.replace('HERE', str(HERE)))
+    SUBMISSIONS[name] = int(k), with_body(int(k), code), float(points), told
+for k, right, wrong, points in CHANGED:
+    SUBMISSIONS[f'{k} {wrong}'] = k, OURS[k].replace(right, wrong), points, ''
 
 
-def test_helper_functions_imports_and_constants_count_but_no_other_change(tmp_path):
-    source = grade.blank((HERE / 'data.py').read_text(), {'neighbours_of': 'return {}'})
-    source = f'from __future__ import annotations\nfrom copy import copy\nROOT: str = "0"\n{source}'
-    source += f'\n\ndef tour(neighbours, root):\n{our_tour()}'
-    assert hand_in(tmp_path, 1, 'return tour(copy(neighbours), ROOT)', source)[0] == 10
+def graded(folder, k):
+    [result] = grade.grade(folder, [k], 'tests')
+    return result['score'], result['output']
 
 
-@pytest.mark.parametrize('k, form', [(1, 'byte order mark'), (1, 'latin-1'), (3, 'annotated'),
-                                     (7, 'two spaces'), (7, 'tabs')])
-def test_a_right_submission_may_have_any_encoding_and_indentation(k, form, tmp_path):
-    file = grade.EXERCISES[k].file
-    source = (HERE / file).read_text()
-    code = source.encode()
-    if form == 'byte order mark':
-        code = b'\xef\xbb\xbf' + code
-    if form == 'latin-1':
-        code = f'# coding: latin-1\n# \xe9\n{source}'.encode('latin-1')
-    if form == 'annotated':
-        code = code.replace(b'    patterns = (\n', b'    patterns: tuple = (\n')
-    for name, width in (('two spaces', b'  '), ('tabs', b'\t')):
-        if form == name:
-            code = re.sub(rb'(?m)^( {4})+', lambda match: width * (len(match[0]) // 4), code)
-    assert code != source.encode()
-    (tmp_path / file).write_bytes(code)
-    assert graded(tmp_path, k)[0] == grade.EXERCISES[k].points
+def hand_in(folder, k, content):
+    """Write an exercise's file into a folder, and grade it."""
+    path = folder / grade.EXERCISES[k].file
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(content, 'utf-8', 'surrogateescape')
+    return graded(folder, k)
 
 
-def test_a_submission_may_use_packages_that_come_through_PYTHONPATH(tmp_path):
-    (tmp_path / 'packages').mkdir()
-    (tmp_path / 'packages' / 'borrowed.py').write_text(f'def tour(neighbours):\n{our_tour()}\n')
-    source = (HERE / 'data.py').read_text()
-    code = 'import borrowed; return borrowed.tour(neighbours)'
-    (tmp_path / 'data.py').write_text(grade.blank(source, {'cot_trace': code}))
-    program = 'import sys; from assignment import grade; grade.main(sys.argv[1:])'
-    command = [sys.executable, '-c', program, 'grade', tmp_path, '--exercises=1', '--json']
-    environment = os.environ | {'PYTHONPATH': str(tmp_path / 'packages')}
-    done = subprocess.run(command, env=environment, cwd=HERE, capture_output=True)
-    assert json.loads(done.stdout)['score'] == 10
+def answered_here(command, cwd, input, **options):
+    """In place of subprocess.run: the answers of a copy of the project, by this process, which need
+    not load torch again."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(cwd)
+        patch.setattr(sys, 'path', [cwd, *sys.path])
+        patch.setenv('SCAN_CUDA_BUILD', '0')
+        for name in ('scan_cuda', 'scan_cuda.build', 'models', 'train'):
+            patch.delitem(sys.modules, name)
+        answers = [grade.answer(int(command[-1]), json.loads(line)) for line in input.splitlines()]
+    return SimpleNamespace(stdout='\n'.join(map(json.dumps, answers)))
 
 
 def untrained(path, **fields):
     """Write the checkpoint of a model that has not been trained."""
-    run = train.Run(**fields)
+    run = train.Run(arch='mamba', **fields)
     torch.manual_seed(run.seed)
     model = train.make_model(run)
     path.mkdir(parents=True)
     train.save(path / 'checkpoint.pt', run, model, torch.optim.Adam(model.parameters()), 0, 0.0, [])
 
 
-def test_an_experiment_counts_by_its_checkpoints(tmp_path):
+@pytest.fixture(scope='module')
+def handed_out(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('course') / 'handout'
+    grade.handout(folder, list(grade.EXERCISES), 0)
+    return folder
+
+
+@pytest.fixture(scope='module')
+def grades(tmp_path_factory):
+    """name of a submission -> points, what the student is told. Each is graded in a process of its
+    own, two at a time. Where the process loads torch, which takes seconds, only our solutions."""
+    experiment, found = tmp_path_factory.mktemp('experiment'), {}
+    untrained(experiment / 'out' / '9' / 'mine', layers='G', d_state=1)
+    with ThreadPoolExecutor(2) as pool:
+        found['experiment'] = pool.submit(graded, experiment, 9)
+        for name, (k, content, _, _) in SUBMISSIONS.items():
+            if name.startswith('our ') or k not in (4, 5, 6, 7, 12):
+                folder = tmp_path_factory.mktemp('submission')
+                found[name] = pool.submit(hand_in, folder, k, content)
+    return {name: future.result() for name, future in found.items()}
+
+
+@pytest.mark.parametrize('name', SUBMISSIONS)
+def test_a_submission_gets_the_points_that_it_deserves(name, grades, tmp_path, monkeypatch):
+    k, content, points, told = SUBMISSIONS[name]
+    if name not in grades:
+        monkeypatch.setattr(subprocess, 'run', answered_here)
+        grades[name] = hand_in(tmp_path, k, content)
+    score, output = grades[name]
+    assert score == points and told in output, output
+    assert (content == OURS[k]) == name.startswith('our ')
+    assert not re.match('cannot be graded.*\n', output)         # but one line
+
+
+def test_an_infinite_loop_is_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(grade, 'SECONDS', 3)
+    told = hand_in(tmp_path, 1, with_body(1, 'while True: pass'))
+    assert told == (0, 'not done after 3 seconds')
+
+
+def test_a_submission_may_use_packages_that_come_through_PYTHONPATH(tmp_path, monkeypatch):
+    (tmp_path / 'borrowed.py').write_text(HELPER)
+    monkeypatch.syspath_prepend(tmp_path)                       # where Python puts PYTHONPATH
+    code = with_body(1, 'import borrowed; return borrowed.tour(neighbours)')
+    assert hand_in(tmp_path, 1, code)[0] == 10
+
+
+def test_what_is_not_written_or_a_link_gets_no_points(handed_out, tmp_path, monkeypatch):
+    assert graded(tmp_path, 1) == (0, 'data.py is missing')
+    (tmp_path / 'data.py').symlink_to(HERE / 'data.py')
+    assert graded(tmp_path, 1) == (0, 'data.py is a link, or larger than 1 MB')
+    monkeypatch.setattr(subprocess, 'run', answered_here)
+    assert graded(handed_out, 12) == (0, 'not written yet')
+
+
+def test_an_experiment_counts_by_its_checkpoints(grades, tmp_path, monkeypatch):
+    """Not by result.json; and a checkpoint may come from a GPU that is not there."""
+    assert grades['experiment'] == (0, 'failed  mine: 0.0%, layers G, 1 floats of memory')
     assert graded(tmp_path, 9) == (0, 'out/9/*/checkpoint.pt is missing')
-    path = tmp_path / 'out' / '9' / 'mine'
-    untrained(path, arch='mamba', layers='G', d_state=1)
-    (path / 'result.json').write_text('{"accuracy": 1.0}')
-    assert graded(tmp_path, 9) == (0, 'failed  mine: 0.0%, layers G, 1 floats of memory')
-    untrained(tmp_path / 'out' / '9' / 'n8', arch='mamba', n=8)         # knows no node 13
-    (path / 'checkpoint.pt').write_bytes(b'PK')
+    folder = tmp_path / 'out' / '9'
+    untrained(folder / 'n8', n=8)                               # knows no node 13
+    untrained(folder / 'broken')
+    (folder / 'broken' / 'checkpoint.pt').write_bytes(b'PK')
+    monkeypatch.setattr(torch.serialization, 'location_tag', lambda storage: 'cuda:0')
+    untrained(folder / 'GPU', layers='G', d_state=1)
+    assert b'cuda:0' in (folder / 'GPU' / 'checkpoint.pt').read_bytes()
+    (folder / 'GPU' / 'result.json').write_text('{"accuracy": 1.0}')
+    monkeypatch.setattr(subprocess, 'run', answered_here)
     score, output = graded(tmp_path, 9)
-    mine, n8 = output.split('\n')
-    assert score == 0 and mine.startswith('failed  mine: ') and 'accuracy' not in mine
-    assert n8.startswith('failed  n8: IndexError')
+    assert score == 0 and re.fullmatch(r'failed  GPU: 0.0%, layers G, 1 floats of memory\n'
+                                       r'failed  broken: (?!.*accuracy).*\n'
+                                       r'failed  n8: IndexError.*', output)
 
 
 def test_checkpoints_of_one_seed_or_of_another_kind_of_model_do_not_count(tmp_path, monkeypatch):
     monkeypatch.setattr(grade, 'ACCURACY', {9: 0.0})
+    monkeypatch.setattr(subprocess, 'run', answered_here)
     for name, layers in (('a', 'G'), ('b', 'G'), ('c', 'AG')):
-        untrained(tmp_path / 'out' / '9' / name, arch='mamba', layers=layers)
+        untrained(tmp_path / 'out' / '9' / name, layers=layers)
     told = [line.split(':')[0] for line in graded(tmp_path, 9)[1].split('\n')]
     assert told == ['passed  a', 'failed  b', 'failed  c']
 
 
-def test_a_checkpoint_from_a_GPU_is_graded_without_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.serialization, 'location_tag', lambda storage: 'cuda:0')
-    path = tmp_path / 'out' / '9' / 'mine'
-    untrained(path, arch='mamba', layers='G', d_state=1)
-    assert b'cuda:0' in (path / 'checkpoint.pt').read_bytes()
-    assert graded(tmp_path, 9)[1] == 'failed  mine: 0.0%, layers G, 1 floats of memory'
-
-
-@pytest.mark.parametrize('right, wrong', [
-    (r' V ~', r'V ~'), (r' (?:V - W', r'(?:V - W'), (r')\b[^[]', r')[^[]'),
-    (r' (?:V - (', r'(?:V - ('), (r'V\b)', r'V)')])
-def test_the_grader_notices_a_pattern_that_finds_1_inside_11(right, wrong, monkeypatch):
-    """The answers stand in the texts. Each of the blanks and \\b in our patterns is needed."""
-    tests = grade.examples(3, 'tests')['1 inside 11']
-    wanted = [['0'], ['300'], ['400']]
-    assert [grade.answer(3, example)['answer'] for example in tests] == wanted
-    broken = tuple((form, pattern.replace(right, wrong)) for form, pattern in data.IsTree.patterns)
-    assert broken != data.IsTree.patterns
-    monkeypatch.setattr(data.IsTree, 'patterns', broken)
-    assert [grade.answer(3, example)['answer'] for example in tests] != wanted
+def test_the_handout_holds_no_line_of_a_solution(handed_out):
+    """Each line of a solution stands less often in the handout than in our files."""
+    files = {e.file for e in grade.EXERCISES.values() if e.file}
+    ours = ''.join([(HERE / file).read_text() for file in files])
+    theirs = ''.join([path.read_text() for path in handed_out.rglob('*.[pm]*')])
+    hidden = set()
+    for k in CODED:
+        for line in lines_of_solution(k):
+            hidden |= {line.split(' #')[0].strip(' #'), line.strip(' ,#)').partition(", r'")[2]}
+    hidden = {line for line in hidden if len(line) > 24 or '\\d' in line and len(line) > 9}
+    assert len(hidden) > 60
+    assert not [line for line in hidden if theirs.count(line) >= ours.count(line)]
+    assert not re.search(r'\.cpp|\.cu|grade\.py', str([*handed_out.rglob('*')]))
+    assert grade.MODEL_ANSWER[:40] not in theirs and 'exercise 1: about 15 lines' in theirs
 
 
 @pytest.mark.parametrize('k', grade.ACCURACY)
-def test_in_a_handout_the_prerequisites_of_an_experiment_are_all_that_it_needs(k, tmp_path):
+def test_in_a_handout_the_prerequisites_of_an_experiment_are_all_that_it_needs(k, tmp_path,
+                                                                               monkeypatch):
+    monkeypatch.setenv('SCAN_CUDA_BUILD', '0')
     solved = set(map(int, re.findall(r'\d+', grade.EXERCISES[k].needs)))
     grade.handout(tmp_path / 'handout', sorted(set(CODED) - solved), 0)
-    command = [*grade.EXERCISES[k].command.split()[1:-1], '--n=4', '--samples=64', '--n_val=8']
-    done = subprocess.run([sys.executable, *command], cwd=tmp_path / 'handout', capture_output=True,
-                          text=True, env=os.environ | {'SCAN_CUDA_BUILD': '0'})
-    assert done.returncode == 0, done.stderr
+    command = grade.EXERCISES[k].command.split()[1:-1]
+    subprocess.run([sys.executable, *command, '--n=4', '--samples=64', '--n_val=8'],
+                   cwd=tmp_path / 'handout', check=True)
 
 
-def test_the_gradients_that_the_grader_expects_are_those_of_torch():
-    for group in grade.examples(6, 'tests').values():
-        for example in group:
-            inputs = {name: torch.tensor(value, dtype=torch.float64, requires_grad=True)
-                      for name, value in example.items()}
-            dy, dstates = inputs.pop('dy'), inputs.pop('dstates')
-            with mock.patch('scan_cuda.CHUNK', 4):
-                outputs = scan_cuda.Fallback.forward(mock.Mock(), *inputs.values())
-            wanted = torch.autograd.grad(outputs, [*inputs.values()], [dy, dstates])
-            found = grade.answer(6, example)
-            assert [*found] == [f'gradient of {name}' for name in inputs]
-            for gradient, right in zip(found.values(), wanted):
-                torch.testing.assert_close(torch.tensor(gradient, dtype=torch.float64), right)
+def test_the_gradients_that_the_grader_expects_are_those_of_differences(monkeypatch):
+    monkeypatch.setattr(scan_cuda, 'CHUNK', 4)
+    for example in sum(grade.examples(6, 'tests').values(), []):
+        *inputs, _, _ = [torch.tensor(value, dtype=torch.float64, requires_grad=True)
+                         for value in example.values()]
+        assert torch.autograd.gradcheck(scan_cuda.Fallback.apply, inputs)
+
+
+def test_the_grader_expects_no_part_of_a_number_in_place_of_it():
+    expected = [['0'], ['300'], ['400']]
+    tests = grade.examples(3, 'tests')['1 inside 11']
+    assert [grade.right_answer(3, example)['answer'] for example in tests] == expected
 
 
 def test_a_drawing_of_the_assignment_shows_the_example_its_shapes_and_marks_the_place():
     example = dict(edges=['1-0', '2-1'], u=[[[1.0], [2.0]]], script=[['0']])
     expected = dict(tour=['0', '1', '2'], queries=3)
     yours = dict(tour=['0', '1', '7', '8'], queries=3)
-    assert grade.difference(example, yours, expected).split('\n') == [
-        'edges                 1-0 2-1', 'u (1, 2, 1)           1 2',
-        "Yours                 0 1 >'7'< 8", "Expected              0 1 >'2'<",
-        '                      They differ at tour[2].']
+    assert grade.difference(example, yours, expected) == '''\
+edges                 1-0 2-1
+u (1, 2, 1)           1 2
+Yours                 0 1 >'7'< 8
+Expected              0 1 >'2'<
+                      They differ at tour[2].'''
     assert grade.difference(example, expected, expected) is None
-    for tour in (None, 7, [], ['0', '1'], ['0', '1', '2', None], [['0', '1', '2']], [0, 1, 2]):
+    for tour in (None, [], ['0', '1'], ['0', '1', '2', None], [['0', '1', '2']], [0, 1, 2]):
         assert 'Expected' in grade.difference(example, dict(expected, tour=tour), expected)
     assert 'Expected' in grade.difference(example, {}, expected)
 
 
 def test_a_failed_test_draws_its_smallest_example(handed_out, capsys):
-    example, expected = json.loads((handed_out / 'expected.json').read_text())[0][2][0]
-    assert len(example['edges']) == 2
-    drawn = grade.difference(example, {'tour': [*expected['tour'][:2], '9']}, expected)
-    assert ">'9'<" in drawn and f">'{expected['tour'][2]}'<" in drawn
+    command = [sys.executable, '-m', 'pytest', '-x', '-k', 'exercise_1_']
+    done = subprocess.run(command, cwd=handed_out, capture_output=True, text=True)
+    assert re.search(r'edges +\d-\d \d-\d\nYours +not written yet', done.stdout)
     grade.main(['grade', str(handed_out), '--exercises=1', '--json'])
-    result = json.loads(capsys.readouterr().out)
-    assert result['score'] == 0 and result['tests'][0]['max_score'] == 10
+    [result] = json.loads(capsys.readouterr().out)['tests']
+    assert (result['score'], result['max_score'], result['output']) == (0, 10, 'not written yet')
 
 
 if __name__ == '__main__':

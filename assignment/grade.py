@@ -3,18 +3,18 @@
   python test_all.py handout DIR [--exercises=1,2,5] [--seed=0]            a folder for students
   python test_all.py grade DIR [--exercises=1,2,5] [--seed=...] [--json]   what one handed in
 
-Handouts are made from the code: the chosen functions lose their bodies, and what else holds a
-solution is left out. Of a submission, only these functions count, and helpers and imports added to
-the same file. They are put into our copy of the project, in a temporary folder, without the
-implementations that they might call instead, and run there in a process that may neither write nor
-read elsewhere (tests.guard); what they return is compared here. This stops mistakes and ordinary
-cheating. Against malice, let the grader run in a container, as Gradescope does: `--json` goes to
-/autograder/results/results.json.
+A handout is made from the code: the chosen functions lose their bodies, and whatever else contains
+a solution is left out. Of a submission, only these functions count, with the helpers and imports
+that the student has added to the same file. They are put into a temporary copy of our project,
+without the implementations that they might call instead. A process runs them there; it may not
+write files, and not read any outside of the copy (tests.guard). What they return is compared here.
+This stops accidents and ordinary cheating. Against malice, run the grader in a container, as
+Gradescope does, and write the output of `--json` to /autograder/results/results.json.
 """
 import argparse
 import ast
+import inspect
 import json
-import math
 import os
 import random
 import re
@@ -23,7 +23,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,7 +32,7 @@ import data
 from assignment.tests import LAYER_CLAIMS, answer, difference, show
 
 PROJECT = Path(__file__).resolve().parent.parent
-FILES = ('data.py', 'models.py', 'train.py', 'eval_hotpot.py', 'plot.py', 'scan_cuda/*',
+FILES = ('data.py', 'models.py', 'train.py', 'eval_hotpot.py', 'plot.py', 'scan_cuda/*.*',
          'requirements.txt', 'LICENSE', '.gitignore')
 KERNELS = ('scan_cuda/*.cpp', 'scan_cuda/*.cu', 'scan_cuda/*.h')    # the scan in other languages
 SCAN = 'scan_cuda/__init__.py'
@@ -43,7 +42,7 @@ SECONDS = 120                   # for an exercise, and for an experiment's check
 class Exercise(NamedTuple):
     title: str
     points: int
-    minutes: int                # a guess; a language model took less than one for each of 1 to 8
+    minutes: int                # an estimate; a language model took less than 1 for each of 1 to 8
     what: str
     file: str = ''
     target: str = ''            # to be written in it: function, Class.method or Class.attribute
@@ -59,9 +58,9 @@ class Exercise(NamedTuple):
 EXERCISES = {
     1: Exercise('Depth-first search', 10, 20, '''
         Algorithm 1 of the paper: the chain of thought by which a model decides whether a graph is a
-        tree. For the edges 2-0 1-0 2-1, the tour is 0 2 1: it ends before node 0, visited and not
-        the parent of 1. Nodes are words, '0' and not 0. Graphs may have 4,096 nodes, but Python
-        allows only about 1,000 nested calls.''',
+        tree. For the edges 2-0 1-0 2-1 the tour is 0 2 1. It ends there because the next neighbour,
+        node 0, has been visited and is not the parent of 1. Nodes are strings: '0', not 0. Graphs
+        may have 4,096 nodes, but Python allows only about 1,000 nested calls.''',
                 file='data.py', target='cot_trace', close=('retrieval_trace',)),
     2: Exercise('The trace with queries', 15, 45, '''
         Algorithm 2 of the paper: the same search by a model that remembers nothing and asks for
@@ -73,100 +72,102 @@ EXERCISES = {
         the record `w ~ v` and go to w.''',
                 file='data.py', target='retrieval_trace', needs='exercise 1, read or solved'),
     3: Exercise("The retriever's regular expressions", 10, 40, '''
-        Three patterns are the whole retriever, each beside the form of the queries that it answers;
-        V and W stand for the numbers of the query. Those of the other tasks, below the line, are
-        examples. `search` uses them: the answer is the group that matched in the text before the
-        query, and of several matches the last one outside queries counts. A pattern for an edge
-        must therefore begin at the start of the text and not leave the prompt, as the model may
-        write another [BOS]. The other end may stand left or right. Beware of 1 inside 11.''',
+        The whole retriever is three patterns. Each stands beside the form of the queries that it
+        answers; V and W stand for the numbers in the query. The patterns of the other tasks, below
+        the line, are examples. `search` applies a pattern to the text before the query. The answer
+        is the group that matched; of several matches, the last one outside of queries counts. A
+        pattern for an edge must therefore begin at the start of the text, and it must not leave the
+        prompt, since the model may write another [BOS]. The neighbour may stand on either side of
+        the dash. Beware of 1 inside 11.''',
                 file='data.py', target='IsTree.patterns', stub=r'''patterns = (
         (r'(\d+) ~', 'exercise 3'),
         (r'(\d+) -', 'exercise 3'),
         (r'(\d+) - (\d+)', 'exercise 3'))'''),
     4: Exercise('The scan as a loop', 10, 20, '''
-        The recurrence at the heart of Mamba, one token after the other.''',
+        The recurrence at the heart of Mamba, one token at a time.''',
                 file=SCAN, target='selective_scan_reference',
                 siblings=('pairwise_scan', 'selective_scan_fallback'), left_out=KERNELS),
     5: Exercise('The scan in pairs', 10, 40, '''
-        Two steps h -> a h + b of the recurrence are again such a step. This makes the scan
-        parallel: about 2 log2(L) operations on long tensors instead of L on short ones. Do not
+        Two steps h -> a h + b in a row are again such a step. This makes the scan parallel:
+        about 2 log2(L) operations on long tensors instead of L on short ones. Do not
         divide: products of decays underflow.''',
                 file=SCAN, target='pairwise_scan', siblings=('selective_scan_reference',),
                 left_out=KERNELS, needs='exercise 4'),
     6: Exercise("The scan's backward pass", 15, 90, '''
-        The gradients of all inputs of `Fallback.forward`, by hand: the gradient of the state obeys
-        a recurrence that runs backwards in time. `forward` says what has been saved;
-        `states_of_chunk`, which you may use, computes the states of a chunk. dstates holds what
-        reaches the saved states from elsewhere: usually that of the last one alone is not zero, but
-        add what you find. Autograd cannot be used.''',
+        Compute the gradients of all inputs of `Fallback.forward` by hand. The gradient of the state
+        obeys a recurrence that runs backwards in time. `forward` shows what has been saved. You may
+        use `states_of_chunk`, which computes the states of a chunk. dstates holds the gradients
+        that reach the saved states from outside. Usually only the last of them is not zero, but add
+        them all. Autograd cannot be used.''',
                 file=SCAN, target='Fallback.backward', left_out=KERNELS,
                 needs='exercises 4 and 5'),
     7: Exercise("Attention's KV cache", 15, 45, '''
         One forward pass for training, for reading a prompt and for a single token: stepping through
-        a text with the cache must give what one parallel pass gives. `rotate` gives queries and
+        a text with the cache must give the same as one parallel pass. `rotate` gives queries and
         keys their positions; `LlamaLayer` shows where the cache comes from. You may use
-        scaled_dot_product_attention of torch, but its is_causal aligns the mask at the top left:
-        with a cache, the first of the L tokens would see only the first one in the cache.''',
+        torch's scaled_dot_product_attention, but its is_causal aligns the mask to the top left:
+        with a cache, the first of the L tokens would see only the first token in the cache.''',
                 file='models.py', target='Attention.forward', left_out=('plot.py',)),
     8: Exercise('Generation with the live retriever', 15, 45, '''
         The model writes queries, the retriever writes the answers, and the samples of a batch end
         at different times. `task.retrieve(text)` answers the query at the end of a text,
         `model.prefill` and `model.step` return the logits of the next token and the state,
-        `task.tokens` and `task.words` translate. Nothing is longer than `task.longest(n)` words; a
-        query at the very end counts, though there is no room for the answer. The tests' model
-        writes nonsense once it has been fed a wrong token: look at the first difference only.''',
+        `task.tokens` and `task.words` translate. No completion has more than `task.longest(n)`
+        words. A query at the very end counts, though there is no room for the answer. The model of
+        the tests writes nonsense once it has been fed a wrong token: look at the first difference
+        only.''',
                 file='train.py', target='generate', left_out=('eval_hotpot.py', 'plot.py'),
                 needs='reading `Task` in data.py'),
     9: Exercise('Experiment: how much memory does n=14 need?', 15, 60, '''
         Train an RNN (up to four layers, none of them attention) that solves IsTree with chain of
         thought, with at most 5,000 floats of memory. Hand in the folders of three seeds as
-        out/9/...; each must reach 75% on graphs that the grader draws. This one does not (three
-        minutes a seed on one core):''',
+        out/9/...; each must reach an accuracy of 75% on graphs that the grader draws. This one does
+        not (three minutes a seed on one core):''',
                 needs='exercises 1, 5, 6 and 8',
                 command='python train.py --arch=mamba --d_state=1 --setup=cot --seed=0,1,2'),
     10: Exercise('Experiment: where should the attention layer stand?', 15, 60, '''
         One Mamba layer with d_state=1 and one attention layer: which should be on top? Try both,
-        and hand in the folders of three seeds of the better one as out/10/...; each must reach 90%
-        on graphs that the grader draws. This is one of the two (five minutes a seed on one core):
-        ''', needs='exercises 1, 5, 6, 7 and 8',
+        and hand in the folders of three seeds of the better one as out/10/...; each must reach an
+        accuracy of 90% on graphs that the grader draws. This is one of the two (five minutes a seed
+        on one core):''', needs='exercises 1, 5, 6, 7 and 8',
                  command='python train.py --arch=hybrid --layers=AM --setup=cot --seed=0,1,2'),
     11: Exercise('A question', 10, 30, '''
         With chain of thought, the RNN falls behind as n grows; with a retriever, it does not,
         although its memory is the same. Why? And why does one attention layer suffice, and why in
-        only one of the two places? Write half a page, answers.md, with numbers of your own.''',
+        only one of the two places? Write half a page in answers.md, with numbers of your own.''',
                  needs='exercises 9 and 10'),
     12: Exercise('A layer of your own', 15, 60, '''
-        Write a recurrent layer that is not there yet, for example linear attention: its memory is a
-        matrix to which k^T v is added for every token. Add a class to models.py and enter it in
-        `LAYERS` under a new letter. The header of models.py says what a layer must have,
-        `short_convolution` joins a key with the value behind it, and `GRULayer` is the shortest
-        example; two dozen lines suffice. Then let two of them learn associative recall. With the
-        letter L and linear attention (a minute on one core; result.json has the accuracy at every
-        n):''', file='models.py', extends='LAYERS', needs='reading models.py',
+        Write a recurrent layer that the project does not have, for example linear attention: its
+        memory is a matrix to which k^T v is added for every token. Add a class to models.py and
+        enter it in `LAYERS` under a new letter. The header of models.py says what a layer must
+        have, `short_convolution` joins a key with the value that follows it, and `GRULayer` is the
+        shortest example; two dozen lines suffice. Then train two such layers on associative recall.
+        For linear attention under the letter L (a minute on one core; result.json has the accuracy
+        at every n):''', file='models.py', extends='LAYERS', needs='reading models.py',
                  command='python train.py --task=recall --setup=direct --arch=mamba --layers=LL '
                          '--d_state=32 --samples=64000 --order=together --join=0'),
     13: Exercise('A Turing machine', 15, 45, '''
         A machine that adds 1. The tape holds a binary number, o for 0 and i for 1. The highest
         digit stands in cell 1 and is o. Add a class `Increment(Turing)` to data.py, with
-        `letters = 'oi'` and a `table` like that of `Turing`, five rows or more, which ends in
-        [TRUE]. And write the pattern by which the retriever answers a machine: the symbol that was
-        last recorded for cell V, or else that of the prompt.''',
+        `letters = 'oi'` and a `table` like that of `Turing`, of four rows or more, which ends in
+        [TRUE]. Also write the pattern by which the retriever answers a machine: the symbol that was
+        last recorded for cell V or, if there is no record, the one in the prompt.''',
                  file='data.py', target='Turing.patterns',
                  stub="patterns = ((r'(\\d+)', 'exercise 13'),)",
                  needs='reading `Turing` in data.py, exercise 3'),
 }
 ACCURACY = {9: 0.75, 10: 0.90}      # that a model of an experiment must reach
 MODEL_ANSWER = '''
-The RNN has to write its fixed number of floats before it knows what will be asked. The search asks
-for any node's next neighbour, so by the end of the prompt all edges and their order must be in
-there: about 57 bits at n=14, growing as n log n, in a form that training finds. Where the RNN errs,
-it errs on the next neighbour, not on returns to the parent, which stand a few tokens back. With a
-retriever it need not remember the prompt: which node, from where and what was answered suffice for
-every n. An attention layer keeps all tokens and is the look-up. On top, it reads what the Mamba
+The RNN must fill its fixed number of floats before it knows what will be asked. The search asks for
+the next neighbour of any node, so at the end of the prompt the memory must hold all edges and their
+order: about 57 bits at n=14, growing as n log n, in a form that training finds. When the RNN errs,
+it errs on the next neighbour, not on the return to a parent, which stands a few tokens back. With a
+retriever it need not remember the prompt: the node, where it came from and the last answer suffice
+for every n. An attention layer keeps all tokens and looks them up. On top, it reads what the Mamba
 layer has prepared, tokens mixed with their neighbours: an edge, three tokens, becomes one key.
-Below, it sees bare tokens, and "the token two places after this one" would take a second attention
-layer. Full marks: fixed against growing memory; what has to be looked up; retrieval makes it local;
-composition of edges; numbers of three seeds.'''
+Below, it sees bare tokens, and to find "the token two places after this one" would take a second
+attention layer. Full marks: fixed against growing memory; what has to be looked up; a retriever
+makes the task local; how edges become keys; numbers from three seeds.'''
 LINEAR_ATTENTION = '''
 class LinearAttention(nn.Module):
     def __init__(self, c):
@@ -208,8 +209,8 @@ of `data.py` first.
     pytest test_assignment.py -x -k exercise_{first}_
 
 The first two commands show that everything is installed; the second takes less than a minute. The
-others test your work: all of it, or one exercise up to the first failure. A failed test draws the
-smallest of its examples that fails and marks the first difference, >like this<. `B (2, 5, 4)` means
+other two test your work: all of it, or one exercise up to the first failure. A failed test draws
+the smallest example that fails and marks the first difference >like this<. `B (2, 5, 4)` means
 that B has this shape.
 
 Hand in the whole folder. We grade these functions, with helpers and imports that you add to the
@@ -223,10 +224,9 @@ assignment is solved already.
 # --- examples: what the functions are tried on ----------------------------------------------------
 
 def graph(rng, n, ring=0):
-    """Edges of a tree of n nodes, or of a graph with as many edges and a ring of so many nodes."""
-    edges = [(i, (i + 1) % ring) for i in range(ring)]
-    for i in range(max(1, ring), n - (ring > 0)):
-        edges.append((i, rng.randrange(i)))
+    """The edges of a tree of n nodes; or, as many, of a graph with a ring of `ring` nodes."""
+    edges = [(i, rng.randrange(i)) for i in range(max(1, ring), n - (ring > 0))]
+    edges += [(i, (i + 1) % ring) for i in range(ring)]
     name = rng.sample(range(n), n)
     return rng.sample([(name[u], name[v]) for u, v in edges], n - 1)
 
@@ -246,25 +246,29 @@ NO_QUERIES = ('~', '-', '3', '3 ~ 1', '3 - 1 2', '- 1', '1 3', '3 - -', '3 - [EO
 
 
 def asked(sample):
-    """The texts of a sample that end in a query, as lists of words."""
+    """The texts of a sample that end in a query."""
     prompt, completion = sample
-    words = prompt + [word.removeprefix('*') for word in completion]
-    return [words[:i + 1] for i, word in enumerate(words) if word == '[ENDSEARCH]']
+    text = ' '.join(prompt + completion).replace('*', '')
+    return [text[:query.end()] for query in re.finditer(r'\[ENDSEARCH\]', text)]
 
 
 def texts(rng):
     found = asked(data.IsTree(12, 'retrieval').write(graph(rng, 12), True))
-    tests = {kind: [text for text in found if re.search(pattern, ' '.join(text))]
-             for kind, pattern in QUERIES.items()}
+    groups = {}
+    for kind, pattern in QUERIES.items():
+        groups[kind] = [text for text in found if re.search(pattern, text)]
     a, b = rng.sample(range(1, 10), 2)
-    tests['1 inside 11'] = [text.format(a=a, b=b).split() for text in ELEVEN]
-    tests['queries without an answer'] = [UNANSWERED.format(query).split() for query in NO_QUERIES]
-    return {kind: [dict(text=text) for text in group] for kind, group in tests.items()}
+    groups['1 inside 11'] = [text.format(a=a, b=b) for text in ELEVEN]
+    groups['queries without an answer'] = [UNANSWERED.format(query) for query in NO_QUERIES]
+    tests = {}
+    for kind, group in groups.items():
+        tests[kind] = [dict(text=text.split()) for text in group]
+    return tests
 
 
 def numbers(rng, *shape, low=-1, scale=1):
     """Nested lists of random numbers."""
-    drawn = np.random.default_rng(rng.randrange(2**32)).uniform(low, 1, shape)
+    drawn = np.random.default_rng(rng.getrandbits(32)).uniform(low, 1, shape)
     return (np.round(drawn, 2) * scale + 0.0).tolist()          # (no -0.0)
 
 
@@ -285,7 +289,7 @@ def backward(rng, batch, L, d_inner, d_state, inside=0):
     """inside: scale of the gradients that reach the saved states; a chunk has 4 tokens."""
     inputs = scan(rng, batch, L, d_inner, d_state)
     del inputs['D']                     # (is not the fallback's)
-    states = batch, 1 + math.ceil(L / 4), d_inner, d_state
+    states = batch, 1 + (L + 3) // 4, d_inner, d_state
     return inputs | dict(dy=numbers(rng, batch, L, d_inner),
                          dstates=numbers(rng, *states, scale=inside))
 
@@ -322,7 +326,8 @@ def machine(rng, n, letters='oi', query=None):
     half = rng.choices(letters, k=n)
     if query is None:
         return dict(tape=['o', *half])
-    return dict(text=asked(data.Turing(2 * n, 'retrieval').write([*half, *reversed(half)]))[query])
+    sample = data.Turing(2 * n, 'retrieval').write(half + half[::-1])
+    return dict(text=asked(sample)[query].split())
 
 
 # What makes the examples of an exercise, and for each of its tests the arguments, small to large.
@@ -363,13 +368,13 @@ TESTS = {
 
 def examples(number, seed):
     """The tests of an exercise: {name: examples}."""
-    rng, tests = random.Random(f'{number} {seed}'), {}
+    rng = random.Random(f'{number} {seed}')
     if number == 3:
         return texts(rng)
-    if number in TESTS:
-        make, arguments = TESTS[number]
-        for name in arguments:
-            tests[name] = [make(rng, *values) for values in arguments[name]]
+    make, arguments = TESTS.get(number, (None, {}))
+    tests = {}
+    for name in arguments:
+        tests[name] = [make(rng, *values) for values in arguments[name]]
     return tests
 
 
@@ -387,7 +392,7 @@ def right_answer(number, example):
 
 def defined(node):
     """The names that a statement defines."""
-    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+    if hasattr(node, 'name'):                                           # a function, a class
         return {node.name}
     names = set()
     for part in ast.walk(node):
@@ -401,10 +406,8 @@ def defined(node):
 def find(tree, name):
     """The statement that defines a function, a Class.method or a Class.attribute, or None."""
     for part in name.split('.'):
-        found = [node for node in getattr(tree, 'body', ()) if part in defined(node)]
-        if not found:
-            return None
-        tree = found[-1]
+        inside = reversed(getattr(tree, 'body', ()))
+        tree = next((node for node in inside if part in defined(node)), None)
     return tree
 
 
@@ -430,14 +433,13 @@ def blank(source, solutions):
 
 
 def transplant(ours, theirs, target, extends):
-    """Our source code; below it, the target as their file defines it, all that the file adds, and
+    """Our source code. Below it: the target as their file defines it, whatever their file adds, and
     what it does to the dictionary `extends`. Their file is a syntax tree. Raises Failed."""
     tree = ast.parse(ours)
     known = {'annotations'}.union(*map(defined, tree.body))     # (of __future__: belongs on top)
     for node in theirs.body:
         names = defined(node)
-        mentioned = {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
-        registers = extends in mentioned and not isinstance(node, (ast.FunctionDef, ast.ClassDef))
+        registers = extends and extends in ast.unparse(node) and not hasattr(node, 'name')
         if target in names or names - known or registers:
             tree.body.append(node)
     solution = find(theirs, target)
@@ -450,27 +452,28 @@ def transplant(ours, theirs, target, extends):
 
 def copy_project(folder, without=()):
     """Copy our files, except those that match a pattern."""
+    (folder / 'scan_cuda').mkdir()
     for pattern in FILES:
         for path in PROJECT.glob(pattern):
             name = path.relative_to(PROJECT)
-            if path.is_file() and not any(map(name.match, without)):
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            if not any(map(name.match, without)):
                 shutil.copyfile(path, folder / name)
-    shutil.copyfile(PROJECT / 'assignment' / 'tests.py', folder / 'test_assignment.py')
+    shutil.copyfile(PROJECT / 'assignment/tests.py', folder / 'test_assignment.py')
 
 
 # --- the handout ----------------------------------------------------------------------------------
 
 def take_out(folder, number):
     """Leave the solution of an exercise out of a copy of the project. Returns what README.md says
-    about it. The number of lines is somewhat more than ours, in fives."""
-    e, path = EXERCISES[number], folder / EXERCISES[number].file
-    solution = find(ast.parse((PROJECT / e.file).read_text(encoding='utf-8')), e.target)
-    code = ast.unparse(ast.Module(getattr(solution, 'body', [])[1:], []))
-    lines = f'about {5 * max(1, round(code.count(chr(10)) / 4.5))} lines'
+    about it."""
+    e = EXERCISES[number]
+    ours = (PROJECT / e.file).read_text(encoding='utf-8')
+    first, last, _ = body(ours.split('\n'), find(ast.parse(ours), e.target))
+    lines = f'about {5 * (1 + (last - first) // 5)} lines'
     instead = {e.target: e.stub or f"raise NotImplementedError('exercise {number}: {lines}')"}
     for name in e.close:
         instead[name] = f"raise NotImplementedError('left out: too close to exercise {number}')"
+    path = folder / e.file
     path.write_text(blank(path.read_text(encoding='utf-8'), instead), encoding='utf-8')
     return f'`{e.target}` in `{e.file}`: {lines}. '
 
@@ -478,13 +481,13 @@ def take_out(folder, number):
 def describe(number, where, tests):
     """The section of an exercise in README.md, with the smallest example of its first test."""
     e = EXERCISES[number]
-    what = textwrap.fill(' '.join(e.what.split()), 100, break_on_hyphens=False)
     text = (f'\n## Exercise {number}: {e.title} ({e.points} points)\n\n{where}'
-            f'About {e.minutes} minutes. Prerequisites: {e.needs}.\n\n{what}\n')
+            f'About {e.minutes} minutes. Prerequisites: {e.needs}.\n\n{inspect.cleandoc(e.what)}\n')
     if e.command:
         text += f'\n    {e.command}\n'
     if e.target:
-        example, expected = tests[0][2][0]
+        _, answered = next(iter(tests.values()))
+        example, expected = answered[0]
         drawn = '\n'.join(show(example | expected))
         drawn = drawn.replace(' [STARTSEARCH]', f'\n{"":22}[STARTSEARCH]')
         text += f'\n```\n{drawn}\n```\n'
@@ -493,24 +496,24 @@ def describe(number, where, tests):
 
 def handout(folder, chosen, seed):
     """Write the students' folder. Raises ValueError if there is something in it already."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
         raise ValueError(f'{folder} is not an empty folder: choose another one')
     copy_project(folder, [pattern for k in chosen for pattern in EXERCISES[k].left_out])
-    written, text, points, minutes = [], '', 0, 0
+    written, sections, points, minutes = {}, '', 0, 0
     for k in chosen:
-        where, tests = '', []
-        if EXERCISES[k].target:
-            where = take_out(folder, k)
+        e, tests = EXERCISES[k], {}
+        points += e.points
+        minutes += e.minutes
+        where = take_out(folder, k) if e.target else ''
         for name, group in examples(k, f'handout {seed}').items():
-            tests.append((k, name, [(example, right_answer(k, example)) for example in group]))
-        text += describe(k, where, tests)
-        written += tests
-        points += EXERCISES[k].points
-        minutes += EXERCISES[k].minutes
+            tests[f'exercise_{k}_{name}'] = k, [(example, right_answer(k, example))
+                                                for example in group]
+        sections += describe(k, where, tests)
+        written |= tests
     (folder / 'expected.json').write_text(json.dumps(written))
-    start = README.format(points=points, hours=round(minutes / 60), first=chosen[0],
-                          seconds=SECONDS)
-    (folder / 'README.md').write_text(start + text, encoding='utf-8')
+    text = README.format(points=points, hours=round(minutes / 60), first=chosen[0], seconds=SECONDS)
+    (folder / 'README.md').write_text(text + sections, encoding='utf-8')
 
 
 # --- grading --------------------------------------------------------------------------------------
@@ -525,7 +528,7 @@ def read(folder, file):
     path = folder / file
     if not path.is_file():
         raise Failed(f'{file} is missing')
-    if path.resolve() != folder.resolve() / file or path.stat().st_size > 10**6:
+    if path.resolve() != folder.resolve() / file or path.stat().st_size > 1_000_000:
         raise Failed(f'{file} is a link, or larger than 1 MB')
     return ast.parse(path.read_bytes(), file)
 
@@ -538,8 +541,8 @@ def run(folder, number, tried):
                        OMP_NUM_THREADS='1')
     try:
         process = subprocess.run(
-            [sys.executable, '-B', 'test_assignment.py', f'{number}'], cwd=folder, text=True,
-            input=''.join([json.dumps(example) + '\n' for example in tried]), timeout=SECONDS,
+            [sys.executable, '-B', 'test_assignment.py', str(number)], cwd=folder, text=True,
+            input='\n'.join(map(json.dumps, tried)), timeout=SECONDS,
             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment)
     except subprocess.TimeoutExpired:
         raise Failed(f'not done after {SECONDS} seconds')
@@ -547,17 +550,14 @@ def run(folder, number, tried):
     if len(found) != len(tried):
         raise Failed(f'ended (code {process.returncode}) after {len(found)} of {len(tried)} '
                      'examples')
-    if 'error' in found[0] and all(one == found[0] for one in found):
+    if 'error' in found[0] and found.count(found[0]) == len(tried):
         raise Failed(found[0]['error'])
     return found
 
 
 def grade_exercise(folder, number, seed):
-    """Returns the share of the tests that pass, and what to tell the student."""
+    """The share of the tests that pass, and what to tell the student."""
     e, tests = EXERCISES[number], examples(number, seed)
-    tried = []
-    for name in tests:
-        tried += tests[name]
     refused = {name: f'raise RuntimeError("{name} may not be called in exercise {number}")'
                for name in e.siblings + e.close}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as copy:
@@ -566,38 +566,35 @@ def grade_exercise(folder, number, seed):
         source = blank(path.read_text(encoding='utf-8'), refused)
         source = transplant(source, read(folder, e.file), e.target, e.extends)
         path.write_text(source, encoding='utf-8')
-        found = iter(run(copy, number, tried))
+        found = iter(run(copy, number, sum(tests.values(), [])))
     passed, told, drawn = 0, [], []
-    for name in tests:
+    for name, group in tests.items():
         drawings = [difference(example, next(found), right_answer(number, example))
-                    for example in tests[name]]
-        drawings = [drawing for drawing in drawings if drawing]
-        passed += not drawings
-        told.append(f'{"failed" if drawings else "passed"}  {name}')
-        drawn += drawings
+                    for example in group]
+        passed += not any(drawings)
+        told.append(f'{"failed" if any(drawings) else "passed"}  {name}')
+        drawn += filter(None, drawings)
     return passed / len(tests), '\n'.join([*told, '', *drawn[:1]]).strip()
 
 
 def grade_experiment(folder, number, seed):
-    """The same for an experiment, whose tests are the checkpoints."""
+    """The same for an experiment: each of three checkpoints is a test."""
     paths = sorted(folder.glob(f'out/{number}/*/checkpoint.pt'))
     if not paths:
         raise Failed(f'out/{number}/*/checkpoint.pt is missing')
-    setting = dict(n=14, setup='cot', seed=f'{number} {seed}', samples=500)
     passed, told, seen = 0, [], set()
     for path in paths[:3]:
-        good = False
         try:
             with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as copy:
                 copy_project(Path(copy))
                 shutil.copyfile(path, Path(copy, 'checkpoint.pt'))
-                [found] = run(copy, number, [setting])
+                [found] = run(copy, number, [dict(seed=f'{number} {seed}')])
             line = '{accuracy:.1%}, layers {layers}, {memory:,} floats of memory'.format(**found)
-            if found['weights'] not in seen and allowed(number, found):     # not one seed twice
-                good = found['accuracy'] >= ACCURACY[number]
+            good = (found['accuracy'] >= ACCURACY[number] and allowed(number, found)
+                    and found['weights'] not in seen)                       # not one seed twice
             seen.add(found['weights'])
         except Failed as reason:
-            line = str(reason)
+            good, line = False, str(reason)
         passed += good
         told.append(f'{"passed" if good else "failed"}  {path.parent.name}: {line}')
     return passed / 3, '\n'.join(told)
@@ -608,15 +605,12 @@ def allowed(number, found):
     layers = found['layers']
     if number == 9:
         return len(layers) <= 4 and 'A' not in layers and found['memory'] <= 5000
-    return sorted(layers) == ['A', 'M'] and found['d_state'] == 1
+    return layers in ('AM', 'MA') and found['d_state'] == 1
 
 
 def grade_question(folder, number, seed):
-    """For the one who grades it by hand."""
-    path = folder / 'answers.md'
-    text = 'answers.md is missing'
-    if path.is_file():
-        text = path.read_text(encoding='utf-8', errors='replace')[:5000]
+    """What helps to grade it by hand."""
+    text = (folder / 'answers.md').read_text(encoding='utf-8', errors='replace')[:5000]
     return 0, f'{EXERCISES[number].points} points by hand.\n\n{text}\n\nModel answer:{MODEL_ANSWER}'
 
 
@@ -624,8 +618,8 @@ GRADERS = {9: grade_experiment, 10: grade_experiment, 11: grade_question}
 
 
 def grade(folder, chosen, seed):
-    """The tests of Gradescope's results.json, one per exercise. Raises nothing, whatever was handed
-    in."""
+    """The tests of Gradescope's results.json, one per exercise. Raises nothing, whatever the
+    submission holds."""
     results = []
     for k in chosen:
         try:
@@ -634,16 +628,15 @@ def grade(folder, chosen, seed):
             share, told = 0, str(reason)
         except Exception as error:      # whatever a student did, the others are still to be graded
             share, told = 0, f'cannot be graded: {type(error).__name__}: {error}'
-        points = 0 if k == 11 else EXERCISES[k].points
-        results.append(dict(number=str(k), name=f'Exercise {k}: {EXERCISES[k].title}', output=told,
+        points = 0 if k == 11 else EXERCISES[k].points          # 11: by hand
+        results.append(dict(name=f'Exercise {k}: {EXERCISES[k].title}', output=told,
                             score=round(share * points, 2), max_score=points,
                             visibility='hidden' if k == 11 else 'visible'))
     return results
 
 
 def main(argv):
-    parser = argparse.ArgumentParser('test_all.py', description='For a class. Tests: pytest '
-                                     'test_all.py')
+    parser = argparse.ArgumentParser('test_all.py', epilog='To run the tests: pytest test_all.py')
     parser.add_argument('command', choices=('handout', 'grade'),
                         help='make a folder for the students, or grade what came back')
     parser.add_argument('folder', type=Path)
@@ -660,9 +653,11 @@ def main(argv):
         return print(f'{c.folder} is ready for the students; it begins with README.md. To grade:\n'
                      f'  python test_all.py grade DIR --exercises={c.exercises}')
     results = grade(c.folder, chosen, c.seed or secrets.token_hex(8))
-    score = round(sum(result['score'] for result in results), 2)
     if c.json:
-        return print(json.dumps(dict(score=score, tests=results), indent=1))
+        return print(json.dumps(dict(tests=results)))
+    score = points = 0
     for result in results:
         print('{name}: {score:g} of {max_score} points\n\n{output}\n'.format(**result))
-    print(f'Total: {score:g} of {sum(result["max_score"] for result in results)} points')
+        score += result['score']
+        points += result['max_score']
+    print(f'Total: {score:g} of {points} points')

@@ -30,8 +30,7 @@ def guard(event, arguments):
     Mistakes then do no harm, and the solution is out of reach; but this is no sandbox."""
     if event == 'open' and not isinstance(arguments[0], int):
         path = os.path.realpath(os.fsdecode(arguments[0]))
-        mode, flags = arguments[1] or '', arguments[2] or 0
-        writing = set(mode) & set('wax+') or flags & (os.O_WRONLY | os.O_RDWR)
+        writing = arguments[2] & (os.O_WRONLY | os.O_RDWR)
         refused = path != os.devnull and (writing or not path.startswith(READABLE))
     else:
         refused = event.split('.')[0] in PROCESSES and event not in ALLOWED
@@ -40,9 +39,10 @@ def guard(event, arguments):
 
 
 if __name__ == '__main__':              # the grader's run, before any line of yours
-    if 3 < int(sys.argv[1]) < 13:
+    NUMBER = int(sys.argv[1])
+    if 3 < NUMBER < 13:
         import torch.utils.data         # while it may still load libraries
-        torch.compile(print)            # (the rest of torch, which makes a folder)
+        torch.compile(print)            # loads the rest of torch, which makes a folder
     sys.addaudithook(guard)
 
 import data
@@ -78,26 +78,24 @@ def turing(tape=None, text=None):
         return retrieve(text, data.Turing)
     table = data.Increment.table
     (state, _), *_ = table
-    tape, cell = [*tape, '_'], 1
+    tape, at = [*tape, '_'], 0
     for _ in range(1000):
-        tape[cell - 1], move, state = table[state, tape[cell - 1]]
-        cell += int(move)
+        tape[at], move, state = table[state, tape[at]]
+        at += int(move)
         if state == '[TRUE]':
             return {'result': tape}
     raise RuntimeError('no [TRUE] after 1,000 steps')
 
 
-def tensors(value):
+def tensors(*values):
     """Nested lists of numbers -> float64 tensors."""
     import torch
-    if isinstance(value, dict):
-        return {name: tensors(one) for name, one in value.items()}
-    return torch.tensor(value, dtype=torch.float64)
+    return [torch.tensor(value, dtype=torch.float64) for value in values]
 
 
 def scan_loop(**inputs):
     import scan_cuda
-    y, state = scan_cuda.selective_scan_reference(**tensors(inputs))
+    y, state = scan_cuda.selective_scan_reference(*tensors(*inputs.values()))
     return {'y': y.tolist(), 'final_state': state.tolist()}
 
 
@@ -113,10 +111,8 @@ def scan_pairs(a, b):
             return function(*args, **kwargs or {})
 
     with Counter() as counter:
-        answers = {'h': scan_cuda.pairwise_scan(tensors(a), tensors(b)).tolist()}
-    if len(a[0]) >= 1000:
-        answers['fewer than 2,000 operations'] = counter.operations < 2000
-    return answers
+        h = scan_cuda.pairwise_scan(*tensors(a, b))
+    return {'h': h.tolist(), 'fewer than 2,000 operations': counter.operations < 2000}
 
 
 def scan_gradients(dy, dstates, **inputs):
@@ -126,9 +122,9 @@ def scan_gradients(dy, dstates, **inputs):
     refuse = Mock(side_effect=RuntimeError('autograd cannot be used in this exercise'))
     with patch('scan_cuda.CHUNK', 4), patch('torch.Tensor.backward', refuse), \
             patch.multiple(torch.autograd, grad=refuse, backward=refuse):
-        scan_cuda.Fallback.forward(context, *tensors(inputs).values())
+        scan_cuda.Fallback.forward(context, *tensors(*inputs.values()))
         context.saved_tensors = context.save_for_backward.call_args.args
-        found = scan_cuda.Fallback.backward(context, tensors(dy), tensors(dstates))
+        found = scan_cuda.Fallback.backward(context, *tensors(dy, dstates))
     return {f'gradient of {name}': gradient.tolist()
             for name, gradient in zip(inputs, found, strict=True)}
 
@@ -175,20 +171,18 @@ def generate(setup, n, prompts, script, other_memory):
     task, state = data.IsTree(n, setup), None
     model = Script(task, [prompt + completion for prompt, completion in zip(prompts, script)])
     if other_memory:
-        tokens = [[task.tokens[word] for word in prompt] for prompt in reversed(prompts)]
-        _, state = model.prefill(torch.tensor(tokens))
+        _, state = model.prefill(train.as_tokens(task, prompts[::-1], 'cpu'))
     found = train.generate(model, task, n, prompts, torch.device('cpu'), state)
     return dict(zip(('completions', 'queries', 'well-formed queries'), found, strict=True))
 
 
-def trained(n, setup, seed, samples):
+def trained(seed, n=14, setup='cot', samples=500):
     """The model in checkpoint.pt, on samples that it has not seen."""
-    import torch
     import train
     model, run = train.load('checkpoint.pt')
     task = data.IsTree(n, setup)
     drawn = data.draw(task, n, samples, seed)
-    measured, _ = train.evaluate(model, task, n, drawn, 250, torch.device('cpu'))
+    measured, _ = train.evaluate(model, task, n, drawn, 250, 'cpu')
     return {'accuracy': measured['accuracy'], 'layers': model.config.layers, 'd_state': run.d_state,
             'memory': sum(model.memory(len(drawn[0][0])).values()),
             'weights': model.embedding.weight.double().sum().item()}
@@ -219,9 +213,8 @@ def parts_agree(model, tokens):
 
 
 def is_causal(model, tokens):
-    changed, L = tokens.clone(), tokens.shape[1]
-    changed[:, -1] += 1
-    return close(read(model, changed, L)[:, :-1], read(model, tokens, L)[:, :-1])
+    L = tokens.shape[1]
+    return close(read(model, tokens[:, :-1], L), read(model, tokens, L)[:, :-1])
 
 
 def gradients_flow(model, tokens):
@@ -313,7 +306,7 @@ def show(example):
 
 def around(found, places, at):
     """The words near a place, which is marked."""
-    words = [word(found[place]) if place in found else '' for place in places]
+    words = [word(found.get(place, '')) for place in places]
     words[at] = f'>{ascii(found.get(places[at], ""))}<'
     return words[max(0, at - 8):at + 10]
 
@@ -330,15 +323,13 @@ def difference(example, yours, expected):
                 return '\n'.join([*show(example), row('Yours', around(left, places, at)),
                                   row('Expected', around(right, places, at)),
                                   row('', [f'They differ at {name}{[*place]}.'])])
-    return None
 
 
 # --- how it is run: by pytest, or by the grader ---------------------------------------------------
 
 def pytest_generate_tests(metafunc):
     tests = json.loads((HERE / 'expected.json').read_text())
-    metafunc.parametrize('number, examples', [(number, examples) for number, _, examples in tests],
-                         ids=[f'exercise_{number}_{name}' for number, name, _ in tests])
+    metafunc.parametrize('number, examples', tests.values(), ids=tests)
 
 
 def test(number, examples):
@@ -352,5 +343,4 @@ if __name__ == '__main__':              # examples as lines of JSON on stdin, an
     results = os.fdopen(os.dup(1), 'w')
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     for line in sys.stdin:
-        results.write(json.dumps(answer(int(sys.argv[1]), json.loads(line))) + '\n')
-        results.flush()
+        print(json.dumps(answer(NUMBER, json.loads(line))), file=results, flush=True)

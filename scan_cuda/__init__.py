@@ -2,7 +2,7 @@
 
 A state space model dh/dt = A h + B u, y = C h + D u, in steps of length delta: over one step the
 state decays by a factor of exp(delta A) and takes in delta B u (equation 4 of the paper has a
-longer factor than delta; the paper's code has delta, too). It is *selective* because delta, B and C
+longer factor than delta; the paper's code uses delta, too). It is *selective* because delta, B and C
 are computed from each token:
 
     h_t = exp(delta_t A) * h_{t-1} + delta_t u_t B_t
@@ -51,7 +51,7 @@ def selective_scan(u, delta, A, B, C, D, initial_state):
     u, delta (batch, L, d_inner), B, C (batch, L, d_state): all fp32 or all bf16; L >= 1,
     d_state <= 64. A (d_inner, d_state), D (d_inner,), initial_state (batch, d_inner, d_state):
     fp32.
-    All of them float64: for tests, by the reference.
+    If all of them are float64 (for tests), the reference computes the result.
     Returns y, like u, and final_state, fp32, like initial_state; gradients flow to every input
     through both. Raises ValueError for a wrong shape, dtype or device.
     """

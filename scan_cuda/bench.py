@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch.utils.benchmark import Timer
 
-import models       # which uses the scan: only this program looks ahead
+import models       # which imports the scan: no other file imports one that comes later
 import scan_cuda
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'

@@ -28,8 +28,9 @@ REMEDY = ('pip install -r requirements.txt, a C++ compiler (Debian, Ubuntu: apt 
 
 @functools.cache
 def load(device_type):
-    """Build (once) and load the kernel of 'cpu' or 'cuda'. Returns whether there is one; a failure
-    prints one line on stderr and is not tried again. SCAN_CUDA_BUILD=0 in the environment: none."""
+    """Build (once) and load the kernel of 'cpu' or 'cuda'. Returns whether there is one. A failure
+    prints one line on stderr, and no second try follows. SCAN_CUDA_BUILD=0 in the environment means
+    that no kernel is built or loaded."""
     asked = os.environ.get('SCAN_CUDA_BUILD') != '0' and not torch.version.hip
     if not asked or device_type not in SOURCES:
         return False
@@ -70,7 +71,7 @@ def load_from(folder):
 
 
 def cache_folder(device_type):
-    """A folder for each kind of library, since machines may share a home."""
+    """A folder for each kind of library, since machines may share a home directory."""
     key = [torch.__version__, torch.backends.cpu.get_cpu_capability()]
     if device_type == 'cuda':
         cards = os.environ.get('TORCH_CUDA_ARCH_LIST') or torch.cuda.get_device_capability()
@@ -94,7 +95,7 @@ def cpu_flags():
 
 
 def build(device_type, folder):
-    """Compile the extension and load it. What torch remarks on compilers is left out."""
+    """Compile the extension and load it, without torch's remarks on compilers."""
     logging.getLogger('torch.utils.cpp_extension').setLevel(logging.CRITICAL)
     scripts = str(Path(sys.executable).parent)                  # where pip puts ninja
     os.environ['PATH'] = os.environ.get('PATH', os.defpath) + os.pathsep + scripts
