@@ -2,8 +2,8 @@
 
 A state space model dh/dt = A h + B u, y = C h + D u, in steps of length delta: over one step the
 state decays by a factor of exp(delta A) and takes in delta B u (equation 4 of the paper has a
-longer factor than delta; the paper's code uses delta, too). It is *selective* because delta, B and C
-are computed from each token:
+longer factor than delta; the paper's code uses delta, too). It is *selective* because delta, B and
+C are computed from each token:
 
     h_t = exp(delta_t A) * h_{t-1} + delta_t u_t B_t
     y_t = C_t . h_t + D u_t
