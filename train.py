@@ -493,10 +493,10 @@ counting retrieval hybrid      16  1   8_000    16   8e-3   0.25  16  large-firs
 turing   cot       transformer 10  1   12_000   8    4e-3   0.25  8   small-first 0.5
 turing   cot       mamba       10  1   12_000   8    16e-3  0.05  8   small-first 0.5
 turing   cot       hybrid      10  1   12_000   8    8e-3   0.25  8   small-first 0.5
-turing   retrieval mamba       10  1   12_000   8    16e-3  0.25  8   small-first 0.5
+turing   retrieval mamba       10  1   12_000   8    8e-3   0.05  8   small-first 0.5
 turing   retrieval hybrid      10  1   12_000   8    8e-3   0.25  8   small-first 0.5
 turing26 cot       mamba       12  1   12_000   8    16e-3  0.05  8   small-first 0.5
-turing26 retrieval mamba       12  1   12_000   8    16e-3  0.25  8   small-first 0.5
+turing26 retrieval mamba       12  1   12_000   8    8e-3   0.05  8   small-first 0.5
 ''')
 
 # Each preset is a list of command lines, whose runs are carried out together. A preset that has the
