@@ -247,7 +247,7 @@ def kept(path):
         try:
             result = json.loads(line)
             key = result['id'], result['condition']
-            table([('', {key: result})])            # (needs whatever is used later)
+            table([('', {key: result})])            # (fails if something is missing)
             results[key] = result
         except Exception:
             raise UserError(f'{path}: line {i} is damaged: delete it, or the file to redo all')
@@ -633,10 +633,10 @@ class SmallWorld(data.Task):
                  Found: *Odo Dahl: Ravik once, Elsto now.*
                  Answer: Ravik
 
-    What stands between stars is the retriever's. n is the number of paragraphs. One model learns
-    all three conditions: the first label after the question belongs to the prompt and says which it
-    is. A word with its colon is one word; so is each punctuation mark, and a line break with the
-    mark before it. A completion ends with [PAD]."""
+    The retriever writes what stands between stars. n is the number of paragraphs. One model learns
+    all three conditions: the first label after the question belongs to the prompt and says which
+    condition it is. A word with its colon is one word; so is each punctuation mark, and a line
+    break with the mark before it. A completion ends with [PAD]."""
     setups = ('retrieval',)
     distributions = ('mixed',)              # every question under all three conditions
     possible_n = range(4, 2 * (len(TOWN) // 3) + 1, 2)
@@ -673,7 +673,7 @@ class SmallWorld(data.Task):
         return 31
 
     def chance(self, n):
-        """Of a guess: yes or no, or else one of the towns of the paragraphs shown, which are 3
+        """That of guessing yes or no, or else one of the towns in the paragraphs shown: there are 3
         under gold and 3n/2 under full and retrieval."""
         return 1 / 4 * 1 / 2 + 3 / 4 * (1 / 3 + 2 * 2 / (3 * n)) / 3
 
@@ -746,9 +746,9 @@ def as_text(words):
 
 
 def padded(words, n):
-    """A conversation with [BOS] and with [PAD] in front, so that all prompts are equally long. A
-    prompt has paragraphs (9 words about a novel, 8 about a person), at most 12 words of the
-    question, and the first label."""
+    """The words of a conversation after [BOS] and so many [PAD] that all prompts are equally long.
+    A prompt has 9 words about each novel, 8 about each person, up to 12 of the question, and the
+    first label."""
     missing = n // 2 * (9 + 8) + 12 - words.index('?\n')
     return ['[PAD]'] * missing + ['[BOS]'] + words
 
@@ -767,16 +767,15 @@ class Words:
 
 
 data.TASKS['hotpot'] = SmallWorld
+# The columns are those of train.py's table. Learning rates come from a sweep.
 RECIPES = train.read_recipes('''
 hotpot retrieval transformer 10 16 160_000 16 2e-3 0.25 4 alone 0
 hotpot retrieval mamba       10 16 160_000 16 4e-3 0.25 4 alone 0
 hotpot retrieval hybrid      10 16 160_000 16 4e-3 0.25 4 alone 0
-''')                                    # (columns: those of train.py's table; from a sweep)
-for recipe in RECIPES.values():
-    recipe['n_val'] = '1500'
-train.RECIPES |= RECIPES
-TRAINING = ['--task=hotpot', '--n_val=1500']        # (they are these on train.py's command line)
+''')
+train.RECIPES |= {key: recipe | dict(n_val='1500') for key, recipe in RECIPES.items()}
 RUNS = train.all_runs(dict(task='hotpot', n_val='1500'))
+TRAINING = ['--task=hotpot', '--n_val=1500']            # the same on train.py's command line
 
 
 # --- the command line -----------------------------------------------------------------------------
@@ -802,8 +801,8 @@ def parse(argv):
 
 
 def find_models(options):
-    """The folders of all models of the small world under --out. Architectures of the paper of which
-    there is none are trained first."""
+    """The folders of all trained models of the small world under --out. Architectures of the paper
+    that have no model there are trained first."""
     archs = {folder.name.split('-')[1] for folder in trained_folders(options)}
     missing = [run for run in RUNS if run.arch not in archs]
     train.run_all(missing, options)

@@ -3397,104 +3397,97 @@ def test_the_four_examples_are_short_and_search_as_ask_does():
     assert searches == 4
 
 
-class Scripted:
-    """Reads text, writes what its script says for the question: no neural network in it."""
-    version = 0
+def conversation_of(record, condition):
+    prompt, completion = eval_hotpot.as_sample(record, condition)
+    return eval_hotpot.as_text([word.removeprefix('*') for word in prompt + completion])
 
-    def __init__(self, records, write_line, name='scripted'):
-        self.name, self.write_line, self.openings = name, write_line, []
-        self.records = {record['question']: record for record in records}
+
+class Reciter:
+    """Writes each line as it stands in the small world's samples: no neural network in it."""
+    name, version = 'reciter', 0
+
+    def __init__(self, records):
+        self.openings, self.conversations = [], []
+        for record, condition in itertools.product(records, eval_hotpot.CONDITIONS):
+            self.conversations.append(conversation_of(record, condition))
 
     def read(self, text):
         self.openings.append(text)
 
     def write(self, text):
-        before, _, turn = text.rpartition('Question: ')
-        return self.write_line(self.records[turn.partition('\n')[0]], turn)
+        [conversation] = [c for c in self.conversations if c.startswith(text)]
+        return conversation.removeprefix(text).partition('\n')[0]
 
 
-def perfect(record, turn):
-    titles, n = sorted(eval_hotpot.supporting(record)), turn.count('Search:')
-    if turn.endswith('Answer:'):
-        return record['answer']
-    if turn.endswith('Search:') or 0 < n < len(titles):
-        query = f'^{re.escape(titles[n - turn.endswith("Search:")])}:'
-        return query if turn.endswith('Search:') else f'Search: {query}'
-    return 'Thought: I know.'
+class Bad(Reciter):
+    name = 'bad'
+
+    def write(self, text):
+        return 'Search: (unclosed'
 
 
 @pytest.fixture
 def asked(tmp_path):
-    """A function that asks a model three questions, and what it gives a perfect one: the results
-    and their file."""
+    """Three questions (`records`), what a perfect model makes of them (`results`), the `file` with
+    the results, and ask(model)."""
     records, options = eval_hotpot.draw_records(3), eval_hotpot.Options(out=str(tmp_path))
 
-    def ask(write_line=perfect, kind=Scripted, name='scripted'):
-        model = kind(records, write_line, name)
+    def ask(model):
         _, results = eval_hotpot.evaluate(model, records, options)
-        return results, model
+        return results
 
-    results, _ = ask()
+    results = ask(Reciter(records))
     [file] = tmp_path.glob('hotpot/*.jsonl')
-    return ask, results, file
+    return SimpleNamespace(records=records, results=results, file=file, ask=ask)
 
 
 def test_a_perfect_model_gets_everything_and_a_bad_one_nothing_under_all_conditions(asked):
-    ask, good, _ = asked
-    bad, _ = ask(lambda record, turn: 'Search: (unclosed', name='bad')
-    assert len(good) == len(bad) == 9
-    for (_, condition), r in good.items():
-        assert r['em'] == r['f1'] == 1
-        searches = 2 if condition == 'retrieval' else 0
-        assert [outcome for _, outcome in r['queries']] == ['found'] * searches
-    for (_, condition), r in bad.items():
-        assert r['em'] == r['f1'] == 0
-        searches = eval_hotpot.MAX_QUERIES if condition == 'retrieval' else 0
-        assert [outcome for _, outcome in r['queries']] == ['malformed'] * searches
-    alone = eval_hotpot.table([('good', good)])
-    both = eval_hotpot.table([('good', good), ('bad', bad)])
+    bad = asked.ask(Bad(asked.records))
+    assert len(asked.results) == len(bad) == 9
+    for (id, condition), r in bad.items():
+        good = asked.results[id, condition]
+        assert (good['em'], good['f1'], r['em'], r['f1']) == (1, 1, 0, 0)
+        outcomes = [outcome for _, outcome in r['queries']]
+        assert outcomes == ['malformed'] * (3 if condition == 'retrieval' else 0)
+    alone = eval_hotpot.table([('good', asked.results)])
+    both = eval_hotpot.table([('good', asked.results), ('bad', bad)])
     assert alone.count('100.0 ±') == 12 and 'Subset: the 3 questions' in alone
     assert both.count('100.0 ±') == 6 and 'Subset: the 0 questions' in both
 
 
 def test_a_killed_evaluation_continues_and_a_torn_line_is_asked_again(asked, monkeypatch):
-    ask, whole, file = asked
-    bytes_of_all = file.read_bytes()
-    file.write_bytes(bytes_of_all[:-1000])
-    again, model = ask()
-    assert again == whole and file.read_bytes() == bytes_of_all and 0 < len(model.openings) < 9
-    lazy, model = ask(None)
-    assert lazy == whole and not model.openings
-    monkeypatch.setattr(eval_hotpot, 'MAX_QUERIES', 2)                  # another file
-    assert len(ask()[1].openings) == 9 and len(list(file.parent.glob('*.jsonl'))) == 2
+    model, lazy, other = [Reciter(asked.records) for _ in range(3)]
+    bytes_of_all = asked.file.read_bytes()
+    asked.file.write_bytes(bytes_of_all[:-1000])
+    assert asked.ask(model) == asked.results and 0 < len(model.openings) < 9
+    assert asked.file.read_bytes() == bytes_of_all
+    assert asked.ask(lazy) == asked.results and not lazy.openings
+    monkeypatch.setattr(eval_hotpot, 'MAX_QUERIES', 4)
+    assert asked.ask(other) and len(other.openings) == 9                # (another file)
 
 
 def test_a_second_evaluation_into_the_same_file_is_refused_and_the_first_goes_on(asked):
-    ask, whole, file = asked
-    file.unlink()
-
-    class Impatient(Scripted):
+    class Impatient(Reciter):
         def write(self, text):
             with pytest.raises(train.UserError, match='another evaluation is writing this file'):
-                ask()
+                asked.ask(Reciter(asked.records))
             return super().write(text)
 
-    assert ask(kind=Impatient)[0] == whole
-    assert len(file.read_text().splitlines()) == 9
+    asked.file.unlink()
+    assert asked.ask(Impatient(asked.records)) == asked.results
+    assert len(asked.file.read_text().splitlines()) == 9
 
 
 @pytest.mark.parametrize('change', [
-    '[' * 99_999, '{}', '[]', dict(em='x'), dict(f1=None), dict(queries=3), dict(queries=['found']),
-    dict(id=[])])
+    '[' * 99_999, '{}', '[]', dict(em='x'), dict(f1=None), dict(queries=['found']), dict(id=[])])
 def test_damaged_results_are_refused_by_name_and_left_as_they_are(change, asked):
-    ask, _, file = asked
-    lines = file.read_text().splitlines()
+    lines = asked.file.read_text().splitlines()
     lines[5] = change if isinstance(change, str) else json.dumps(json.loads(lines[5]) | change)
     damaged = '\n'.join([*lines, '{"torn": ']).encode()
-    file.write_bytes(damaged)
-    with pytest.raises(train.UserError, match=f'^{file}: line 6 is damaged[^\n]+$'):
-        ask()
-    assert file.read_bytes() == damaged
+    asked.file.write_bytes(damaged)
+    with pytest.raises(train.UserError, match=f'^{asked.file}: line 6 is damaged[^\n]+$'):
+        asked.ask(Reciter(asked.records))
+    assert asked.file.read_bytes() == damaged
 
 
 # pretrained models
@@ -3811,11 +3804,11 @@ def test_the_command_that_compares_three_families_from_beginning_to_end(
 
 def test_one_command_from_nothing_to_the_table_with_a_row_for_every_model(
         tmp_path, monkeypatch, capsys):
-    brief = dict(samples=64, n_val=20, evaluations=1)
+    brief = dict(samples=16, n_val=6, evaluations=1)
     runs = [dataclasses.replace(run, **brief) for run in eval_hotpot.RUNS]
     monkeypatch.setattr(eval_hotpot, 'RUNS', runs)
     monkeypatch.setattr(eval_hotpot, 'LINE_TOKENS', 4)
-    command = [tmp_path, '--questions=2']
+    command = [tmp_path, '--questions=1']
     assert run_hotpot(*command) == 0
     more = [f'--{name}={value}' for name, value in brief.items()]
     assert run_hotpot(tmp_path, '--train', '--arch=mamba', '--seed=0,1', '--d_state=8', *more) == 0
@@ -3894,13 +3887,8 @@ def test_a_small_world_sample_is_the_conversation_that_the_evaluation_holds():
     for (record, condition), (prompt, completion) in zip(
             asked, data.held_out_samples(task, 10, 120)):
         words = prompt + [word.removeprefix('*') for word in completion]
-        conversation = eval_hotpot.as_text(words)
-
-        def write(text):                            # the line as it stands in the sample
-            return conversation.removeprefix(text).partition('\n')[0]
-
-        model = SimpleNamespace(read=lambda text: None, write=write)
-        r = eval_hotpot.ask(model, record, condition)
+        conversation = conversation_of(record, condition)
+        r = eval_hotpot.ask(Reciter([record]), record, condition)
         assert r['text'] == conversation + '\n' and r['em'] == 1
         shown = [title for title, [sentence] in record['context']
                  if f'{title}: {sentence}\n' in conversation.partition('Question:')[0]]
