@@ -3296,8 +3296,7 @@ def test_hotpotqa_is_read_in_both_layouts_as_a_list_or_a_record_a_line(tmp_path)
 
 
 @pytest.mark.parametrize('change', [
-    None, dict(question=None), dict(answer=5), dict(answer='\ud800'), dict(_id=[]),
-    dict(context=[]), dict(context=[['title', 'no list']]),
+    None, dict(question=None), dict(answer='\ud800'), dict(context=[['title', 'no list']]),
     dict(context=dict(title=['a', 'b'], sentences=[['x.']])), dict(supporting_facts=[['title']]),
     dict(supporting_facts=[['nowhere', 0]])])
 def test_a_malformed_question_is_named_by_its_place_in_one_line(change, tmp_path):
@@ -3307,6 +3306,37 @@ def test_a_malformed_question_is_named_by_its_place_in_one_line(change, tmp_path
     path = saved(text if change else text[:-100], tmp_path)
     with pytest.raises(ValueError, match=rf'^{path}: record {place} is malformed [^\n]+$'):
         eval_hotpot.load_hotpot(path)
+
+
+def mutated(value, chance):
+    """A JSON value with one thing in it replaced, dropped or doubled."""
+    if isinstance(value, (list, dict)) and value and chance.random() < 0.9:
+        key = chance.choice(list(value) if isinstance(value, dict) else range(len(value)))
+        new, what = copy.copy(value), chance.random()
+        if what < 0.1:
+            del new[key]
+        elif what < 0.2 and isinstance(value, list):
+            new.insert(key, value[key])
+        else:
+            new[key] = mutated(value[key], chance)
+        return new
+    return chance.choice([None, True, -1, 1e300, 10 ** 30, '', ' ', 'text', '\ud800', [], {}, [[]],
+                          {'title': 3}, [['a', 'b']]])
+
+
+def test_questions_damaged_at_random_can_be_asked_or_are_refused_in_one_line(tmp_path):
+    chance, refused, path = random.Random(1), 0, tmp_path / 'questions.json'
+    records = eval_hotpot.draw_records(3)
+    for layout in (records, [in_hub_layout(record) for record in records]):
+        for _ in range(200):
+            path.write_bytes(damaged(json.dumps(layout).encode(), chance))
+            try:
+                for record in eval_hotpot.load_hotpot(path):
+                    eval_hotpot.ask(Bad([]), record, 'retrieval')
+            except ValueError as error:
+                refused += 1
+                assert str(path) in str(error) and '\n' not in str(error)
+    assert 100 < refused < 390
 
 
 # numbers that hotpot_evaluate_v1.py gave
