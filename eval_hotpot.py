@@ -19,7 +19,8 @@ Each question is asked under three conditions: gold (the model sees the two supp
 full (all ten) and retrieval (all ten, then the model searches them). Pretrained models read four
 worked examples first. Questions that every model answers right under gold are also reported
 separately, as in the paper. All conversations are kept in out/hotpot/*.jsonl, one line per question
-and condition. To continue after an interruption, run the same command again.
+and condition; --show=3 prints those about the first question. To continue after an interruption,
+run the same command again.
 
 In this file: one conversation, the metrics, the search, all questions, the table. Below the line:
 the worked examples, the models, the file of questions, the small world, the command line. The file
