@@ -427,8 +427,10 @@ class HubModel(LanguageModel):
     """A causal language model that `transformers` runs."""
 
     def read(self, text):
-        if not self.model._is_stateful:         # recurrent models cannot go on with several tokens
-            super().read(text)                  # at once: they read everything again for each line
+        # in transformers, recurrent models may go on wrongly when several tokens follow a cache, so
+        # they read the whole text again for each line
+        if not self.model._is_stateful:
+            super().read(text)
 
     def go_on(self, tokens, cache):
         out = self.model.base_model(self.as_batch(tokens), use_cache=True,
