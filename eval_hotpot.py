@@ -60,7 +60,7 @@ CONDITIONS = {'gold': 'Thought:', 'full': 'Thought:', 'retrieval': 'Search:'}   
 
 # --- one conversation -----------------------------------------------------------------------------
 
-MAX_QUERIES = 3                             # of a question
+MAX_QUERIES = 3                             # per question
 
 
 def ask(model, record, condition):
@@ -80,8 +80,8 @@ def ask(model, record, condition):
     model: read(text) reads a text in advance, and write(text) returns the rest of its last line.
     Returns a dict, a line of the results, with the conversation as its `text`."""
     text, line, queries = opening(record, condition), '', []
-    model.read(text)            # (full and retrieval begin alike, which is read only once)
-    label = CONDITIONS[condition]           # it begins a line; '': the model is free to choose
+    model.read(text)                        # (what full and retrieval share is read only once)
+    label = CONDITIONS[condition]           # of the next line; '' leaves the choice to the model
     while not line.startswith('Answer:'):
         line = f'{label} {model.write(text + label).strip()}'.strip()
         text += line + '\n'
@@ -355,7 +355,7 @@ Answer: Charles Darwin
 
 # --- models ---------------------------------------------------------------------------------------
 
-LINE_TOKENS = 64                        # of a line that a model writes, at most
+LINE_TOKENS = 64                        # the most that a model writes in a line
 
 
 class LanguageModel:
@@ -447,8 +447,8 @@ class HubModel(LanguageModel):
 
 
 def pretrained(name, options, device):
-    """A pretrained model by its name on the hub, its folder, its .gguf file or a package that
-    contains one. Raises UserError."""
+    """A pretrained model. name: on the hub, or of a folder, of a .gguf file, or of an installed
+    package that contains such a file. Raises UserError."""
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, logging
         logging.set_verbosity_error()
@@ -488,8 +488,7 @@ def pretrained(name, options, device):
 
 
 def gguf_file(name):
-    """Path of a .gguf file, given as such or by an installed package that contains it; otherwise
-    None."""
+    """The path of the .gguf file that a name stands for, see pretrained; None if there is none."""
     if name.endswith('.gguf'):
         return Path(name)
     package = importlib.util.find_spec(name) if name.isidentifier() else None   # (does not run it)
@@ -499,8 +498,7 @@ def gguf_file(name):
 
 
 def check_gguf(path):
-    """Raises ValueError on positions that are scaled, which `transformers` overlooks in GGUF
-    files."""
+    """Raises ValueError if positions are scaled, which `transformers` overlooks in GGUF files."""
     import gguf
     reader = gguf.GGUFReader(path)
     for name in [*reader.fields, *[tensor.name for tensor in reader.tensors]]:
@@ -515,9 +513,9 @@ MAMBA_NAMES = {'backbone.': '', 'embeddings': 'embedding', 'norm_f': 'norm', 'mi
 
 @torch.no_grad()
 def mamba(theirs):
-    """The models.Model with the weights of transformers' MambaForCausalLM, which reads token by
-    token if its kernels are not installed. None for another kind of model, and for one that
-    models.py cannot be: whatever its config.json asks for, the logits must be the same."""
+    """A models.Model with the weights of transformers' MambaForCausalLM, which reads token by token
+    if its kernels are not installed. None for other models, and for a Mamba that models.py cannot
+    represent: whatever its config.json says, the logits must be the same."""
     c = theirs.config
     if c.model_type != 'mamba':
         return None
@@ -526,7 +524,7 @@ def mamba(theirs):
         for hub, ours in MAMBA_NAMES.items():
             name = name.replace(hub, ours)
         weights[name] = weight.squeeze(1) if name.endswith('conv_weight') else weight
-    del weights['lm_head.weight']                                   # usually the embedding
+    del weights['lm_head.weight']                                   # usually equal to the embedding
     try:
         model = models.Model(models.Config(
             c.vocab_size, 'M' * c.num_hidden_layers, c.hidden_size, d_state=c.state_size,
@@ -583,15 +581,15 @@ def json_values(text):
 
 
 def as_record(given, id):
-    """A record in the official layout; id: if it has none. Raises whatever comes of it on a
-    malformed one."""
+    """A record in the official layout. id: for one that has none. Raises any kind of exception if
+    the record is malformed."""
     record = dict(_id=given.get('_id', id), question=given['question'], answer=given['answer'],
                   context=pairs(given['context'], 'sentences'),
                   supporting_facts=pairs(given['supporting_facts'], 'sent_id'))
     texts = [record['_id'], record['question'], record['answer']]
     for title, sentences in record['context']:
-        texts = texts + [title] + sentences                         # TypeError if that is no list
-    ' '.join(texts).encode()                                        # raises on what is no text
+        texts = texts + [title] + sentences                         # raises if they are no list
+    ' '.join(texts).encode()                                        # raises if one is no text
     if not supporting(record) & dict(record['context']).keys():
         raise ValueError('no paragraph supports the answer')
     return record
@@ -785,10 +783,10 @@ TRAINING = ['--task=hotpot', '--n_val=1500']            # the same on train.py's
 
 @dataclass
 class Options(train.Options):
-    models: str = constant('', 'from the hub, folders, files, packages; none: small world')
+    models: str = constant('', 'hub names, folders, files or packages; none: the small world')
     data: str = constant('hotpot_dev_distractor_v1.json', 'questions for pretrained models')
-    download: bool = constant(False, 'download the official file (45 MB) if --data is not there')
-    questions: int = constant(500, 'number of questions, from the first on; 0: all of the file')
+    download: bool = constant(False, 'get the official file (45 MB) if --data does not exist')
+    questions: int = constant(500, 'how many questions, from the first on; 0: all in the file')
 
 
 def parse(argv):
