@@ -3328,7 +3328,7 @@ def test_questions_damaged_at_random_can_be_asked_or_are_refused_in_one_line(tmp
     chance, refused, path = random.Random(1), 0, tmp_path / 'questions.json'
     records = eval_hotpot.draw_records(3)
     for layout in (records, [in_hub_layout(record) for record in records]):
-        for _ in range(200):
+        for _ in range(75):
             path.write_bytes(damaged(json.dumps(layout).encode(), chance))
             try:
                 for record in eval_hotpot.load_hotpot(path):
@@ -3336,7 +3336,7 @@ def test_questions_damaged_at_random_can_be_asked_or_are_refused_in_one_line(tmp
             except ValueError as error:
                 refused += 1
                 assert str(path) in str(error) and '\n' not in str(error)
-    assert 100 < refused < 390
+    assert 50 < refused < 145
 
 
 # numbers that hotpot_evaluate_v1.py gave
