@@ -456,17 +456,13 @@ def trace_with_a_stack(prompt):
     return trace
 
 
-def replayed(task, prompt, completion):
-    """The completion, in which the retriever writes the words with a star once more, live."""
-    text, written = ' '.join(prompt), []
+def assert_retrieved(task, prompt, completion):
+    """The words with a star are those that the retriever writes, live."""
+    text = ' '.join(prompt)
     for word in completion:
         if word.startswith('*'):
-            [answer], well_formed = task.retrieve(text)
-            assert well_formed
-            word = '*' + answer
-        written.append(word)
+            assert task.retrieve(text) == ([word[1:]], True)
         text += ' ' + word.removeprefix('*')
-    return written
 
 
 def drawn(docstring, name):
@@ -500,7 +496,8 @@ def test_a_completion_is_what_networkx_and_another_version_of_the_algorithm_say(
         if setup == 'retrieval':
             expected = [*trace_with_a_stack(prompt), '[EOS]', *expected]
         assert completion == expected
-        assert n > 100 or replayed(task, prompt, completion) == completion
+        if n < 100:                                         # (larger ones take long)
+            assert_retrieved(task, prompt, completion)
         longest = task.longest(n)                           # that of every tree
         assert len(completion) == longest or not is_tree and len(completion) < longest
 
@@ -751,7 +748,7 @@ def test_a_task_of_ones_own_has_samples_batches_and_a_retriever(setup):
     for prompt, completion in [drawing, *samples]:
         points_to = dict(edges_of(prompt))
         assert completion[-1] == points_to[points_to[points_to['0']]]
-        assert replayed(task, prompt, completion) == completion
+        assert_retrieved(task, prompt, completion)
         assert len(completion) == task.longest(8)
     tokens, targets = data.collate(task, samples)
     assert (tokens[:, -1] == targets[:, -1]).all()
@@ -780,9 +777,13 @@ def questions_of(name, setup, sample):
     if setup == 'retrieval':
         completion = completion[-1:]                    # without the look-ups
     words = [word.removeprefix('*') for word in prompt + completion]
-    start, step = words.index('~') + 1, 3 if name == 'cgram' else 2
-    asked = [words[i:i + step] for i in range(start, len(words), step)]
-    return words[1:start - 1], [(' '.join(query), answer) for *query, answer in asked]
+    start = words.index('~') + 1
+    step = 3 if name == 'cgram' else 2
+    questions = []
+    for i in range(start, len(words), step):
+        *query, answer = words[i:i + step]
+        questions.append((' '.join(query), answer))
+    return words[1:start - 1], questions
 
 
 def assert_right(name, setup, n, sample):
@@ -797,7 +798,7 @@ def assert_right(name, setup, n, sample):
         queries = [query for query, _ in questions]
         assert given == ' '.join(queries[1:]).split()
     else:
-        assert replayed(task, prompt, completion) == completion
+        assert_retrieved(task, prompt, completion)
         assert completion[-2] == '[EOS]'
         if name == 'counting':                          # every occurrence, and no further one
             assert given == int(answer) * [query] + ['[FAILED]']
@@ -847,20 +848,24 @@ def test_no_shortcut_beats_the_best_guess(name, n):
     known = collections.defaultdict(collections.Counter)
     for sample in data.draw(task, n, 2_000, seed=10):
         sequence, questions = questions_of(name, 'direct', sample)
-        places = dict(recall=sequence[1::2], counting=['0', '1', '2', '3']).get(name, sequence)
-        before, left = places[0], collections.Counter(places)
+        places = sequence[1::2] if name == 'recall' else sequence
+        if name == 'counting':
+            places = ['0', '1', '2', '3']
+        left = collections.Counter(places)
+        before = places[0]
         for query, answer in questions:
             clue = known[query.split()[-1]]             # the answers to such queries so far
-            crossing_out = most_frequent(left)
-            guesses = [*places, before, query, most_frequent(clue), crossing_out]
+            guesses = [*places, before, query, most_frequent(clue), most_frequent(left)]
             right.append([guess == answer for guess in guesses])
             before = answer
             left[answer] -= 1
             clue[answer] += 1
-    accuracies, best = np.mean(right, 0), task.chance(n)
-    assert max(accuracies) < best + 0.03
-    if name in ('index', 'recall') and n > 2:           # crossing out is the best guess
-        assert abs(accuracies[-1] - best) < 0.02
+    best = task.chance(n)
+    *others, crossing_out = np.mean(right, 0)
+    assert max(others) < best + 0.03
+    assert crossing_out < best + 0.03
+    if name in ('index', 'recall') and n > 2:           # it is the best guess
+        assert crossing_out > best - 0.02
 
 
 @pytest.mark.parametrize('name, n, setup, by_hand', [
@@ -891,8 +896,8 @@ def test_all_answers_are_equally_likely_although_samples_are_held_out(name, n, d
     kind = data.TASKS[name]
     task = kind(n, kind.setups[0])
     for size in task.mixed():
-        held_out = set.union(*held_out_prompts(task, size, 1_000))
-        samples = data.fresh_samples(task, size, 10_000, (0, 0), held_out)
+        reported, tuning = held_out_prompts(task, size, 1_000)
+        samples = data.fresh_samples(task, size, 10_000, (0, 0), reported | tuning)
         answers = collections.Counter(completion[-1] for _, completion in samples)
         assert len(answers) == different
         assert min(answers.values()) > 0.7 * 10_000 / different
@@ -902,7 +907,7 @@ def test_all_answers_are_equally_likely_although_samples_are_held_out(name, n, d
 @pytest.mark.parametrize('name, sizes', [
     ('index', [2, 4, 8, 12]), ('recall', [2, 4, 8]), ('counting', [4, 8]),
     ('istree', [5]), ('istree', [6, 8]), ('istree', [7, 14]),
-    ('turing', [5]), ('turing', [7, 10]), ('turing', [12, 24])])
+    ('turing', [5]), ('turing', [7, 10])])
 def test_a_run_mixes_doubling_n_up_to_its_own_or_its_half(name, sizes):
     assert data.TASKS[name](sizes[-1], 'retrieval').mixed() == sizes
 
@@ -958,7 +963,7 @@ def test_the_machine_compares_the_two_ends_pair_by_pair(n, kind, setup):
         assert prompt[1::2] == [str(cell) for cell in range(1, n + 2)] + ['[EOS]']
         assert completion == trace_by_comparing(tape, setup)
         assert (completion[-1] == '[TRUE]') == palindrome
-        assert replayed(task, prompt, completion) == completion
+        assert_retrieved(task, prompt, completion)
         assert (len(completion) == task.longest(n)) == palindrome
         assert len(completion) <= task.longest(n)
         data.collate(task, [(prompt, completion)])      # (every word is one of the task's)
@@ -1029,7 +1034,7 @@ def test_the_table_of_another_machine_is_all_that_it_takes():
     assert ' '.join(completion) == steps
     task = Complement(2, 'retrieval')                   # the last step looks up what was written
     prompt, completion = task.write('ab')
-    assert replayed(task, prompt, completion) == completion
+    assert_retrieved(task, prompt, completion)
 
 
 # --- scan_cuda/ -----------------------------------------------------------------------------------
@@ -1131,12 +1136,12 @@ def scan_inputs(batch, L, d_inner, d_state, decay=1.0, dtype=torch.float32, devi
     torch.manual_seed(L)
     u, delta = torch.randn(2, batch, L, d_inner)
     B, C = torch.randn(2, batch, L, d_state)
-    u, delta, B, C = (t.to(dtype) for t in (u, F.softplus(delta) * decay, B, C))
-    A, D = -torch.randn(d_inner, d_state).exp(), torch.randn(d_inner)
-    initial_state = torch.randn(batch, d_inner, d_state)
+    A, D = torch.randn(d_inner, d_state), torch.randn(d_inner)
+    h = torch.randn(batch, d_inner, d_state)
+    inputs = u, F.softplus(delta) * decay, -A.exp(), B, C, D, h
     exact = torch.promote_types(dtype, torch.float32)
-    A, D, initial_state = (t.to(exact) for t in (A, D, initial_state))
-    return [t.to(device).requires_grad_() for t in (u, delta, A, B, C, D, initial_state)]
+    dtypes = dtype, dtype, exact, dtype, dtype, exact, exact
+    return [t.to(device, kind).requires_grad_() for t, kind in zip(inputs, dtypes)]
 
 
 def conv_inputs(batch, L, d, width=4, dtype=torch.float32):
@@ -1291,15 +1296,13 @@ def test_each_barrier_of_the_emulated_kernel_is_needed_and_its_loss_noticed(emul
     skip = ctypes.c_int.in_dll(emulated, 'emulate_skip')
     inputs = scan_inputs(1, 150, 5, 3)
     outputs = with_gradients(fast_scan, inputs)
-    barriers = 0
-    for number, line in enumerate((HERE / 'scan_cuda/scan_kernels.cu').open(), 1):
-        if line.strip().startswith('__syncthreads();'):
-            skip.value = number
-            with pytest.raises(AssertionError):
-                assert_same(fast_scan, inputs, outputs)
-            barriers += 1
+    lines = (HERE / 'scan_cuda/scan_kernels.cu').read_text().splitlines()
+    barriers = [k for k, line in enumerate(lines, 1) if line.strip().startswith('__syncthreads();')]
+    assert len(barriers) == 6
+    for skip.value in barriers:
+        with pytest.raises(AssertionError):
+            assert_same(fast_scan, inputs, outputs)
     skip.value = 0
-    assert barriers == 6
 
 
 def test_second_derivatives_of_the_fallback_are_the_difference_quotients(monkeypatch):
@@ -1308,32 +1311,19 @@ def test_second_derivatives_of_the_fallback_are_the_difference_quotients(monkeyp
     assert torch.autograd.gradgradcheck(selective_scan_fallback, inputs)
 
 
-def gradient_penalty(f, inputs):
-    """Gradients of a loss that holds the size of another one's gradients."""
-    y = f(*inputs)
-    y = y[0] if isinstance(y, tuple) else y
-    [first] = torch.autograd.grad(y.sum(), inputs[:1], create_graph=True)
-    return torch.autograd.grad(y.sum() + (first ** 2).sum(), inputs)
-
-
 @pytest.mark.parametrize('backend', [None, 'eager', 'aot_eager'])
-@pytest.mark.parametrize('f, reference, inputs', [
-    (selective_scan, selective_scan_reference, scan_inputs(2, 70, 3, 2)),
-    (selective_scan_fallback, selective_scan_reference, scan_inputs(2, 70, 3, 2)),
-    (causal_conv1d, causal_conv1d_reference, conv_inputs(2, 9, 5))])
-def test_second_derivatives_are_right_or_an_error(f, reference, inputs, backend):
+@pytest.mark.parametrize('f, inputs', [
+    (selective_scan, scan_inputs(2, 70, 3, 2)), (causal_conv1d, conv_inputs(2, 9, 5))])
+def test_second_derivatives_of_a_kernel_are_an_error(f, inputs, backend, compiled):
     def call(*inputs):
-        return f(*inputs)
+        y = f(*inputs)
+        return y[0] if isinstance(y, tuple) else y
 
     if backend:
         call = torch.compile(call, backend=backend, fullgraph=True)
-    try:
-        found = gradient_penalty(call, inputs)
-    except RuntimeError as error:
-        assert re.search('not implemented|double backward', str(error))
-        return
-    for got, want in zip(found, gradient_penalty(reference, inputs)):
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    with pytest.raises(RuntimeError, match='not implemented|double backward'):
+        [gradient] = torch.autograd.grad(call(*inputs).sum(), inputs[:1], create_graph=True)
+        gradient.sum().backward()
 
 
 @pytest.mark.parametrize('L', [1, 2, 3, 4, 5, 8, 21, 64])
@@ -1345,34 +1335,22 @@ def test_pairwise_scan_is_the_loop(L):
         torch.testing.assert_close(scanned[:, t], h)
 
 
-class Recorded(TorchDispatchMode):
-    """Notes every operator that torch runs, and its result."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
+class Largest(TorchDispatchMode):
+    """Notes the size of the largest tensor that torch makes."""
+    bytes = 0
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         result = operator(*args, **(kwargs or {}))
-        self.calls.append((operator.overloadpacket, result))
+        if isinstance(result, torch.Tensor):
+            self.bytes = max(self.bytes, result.untyped_storage().nbytes())
         return result
 
 
-def test_pairwise_scan_multiplies_about_three_times_a_token():
-    """A claim about work, not speed: elements of all products and multiply-adds."""
-    with Recorded() as record:
-        scan_cuda.pairwise_scan(torch.rand(1, 1024), torch.rand(1, 1024))
-    products = torch.ops.aten.mul, torch.ops.aten.addcmul
-    work = [result.numel() for operator, result in record.calls if operator in products]
-    assert 2 * 1024 < sum(work) < 3 * 1024
-
-
 def test_fallback_never_holds_the_states_of_more_than_a_chunk():
-    with Recorded() as record:
-        with_gradients(selective_scan_fallback, scan_inputs(2, 1000, 32, 64))
-    tensors = [result for _, result in record.calls if isinstance(result, torch.Tensor)]
-    largest = max(tensor.untyped_storage().nbytes() for tensor in tensors)
-    assert largest == 4 * 2 * scan_cuda.CHUNK * 32 * 64
+    inputs = scan_inputs(2, 1000, 32, 64)
+    with Largest() as largest:
+        with_gradients(selective_scan_fallback, inputs)
+    assert largest.bytes == 4 * 2 * scan_cuda.CHUNK * 32 * 64
 
 
 @every_device
@@ -1392,19 +1370,16 @@ def test_operators_pass_opcheck(device):
 
 @pytest.mark.parametrize('f, inputs', [
     (selective_scan, scan_inputs(2, 5, 3, 4)), (causal_conv1d, conv_inputs(2, 5, 3))])
-@pytest.mark.parametrize('spoil', [
-    lambda t: t[..., :-1], lambda t: t[None], lambda t: t.to(torch.float64), lambda t: t.to('meta')],
-    ids=['size', 'dimensions', 'dtype', 'device'])
-def test_an_input_that_does_not_fit_those_before_it_is_named_in_one_line(f, inputs, spoil):
+def test_an_input_that_does_not_fit_those_before_it_is_named_in_one_line(f, inputs):
     names = list(inspect.signature(f).parameters)
-    for k, name in enumerate(names):
-        wrong = [*inputs[:k], spoil(inputs[k]), *inputs[k + 1:]]
-        if f is causal_conv1d and name == 'initial_state' and wrong[k].dtype == torch.float64:
-            continue                                    # (it is converted)
-        with pytest.raises(ValueError) as error:
-            f(*wrong)
-        [named] = re.findall(rf'^{f.__name__}: (\w+) must be .*$', str(error.value))
-        assert named in names[k:]
+    for k, t in enumerate(inputs):
+        for wrong in (t[..., :-1], t[None], t.to('meta'), t.double()):
+            if k == 3 and f is causal_conv1d and wrong.dtype == torch.float64:
+                continue                                # (initial_state is converted)
+            with pytest.raises(ValueError) as error:
+                f(*inputs[:k], wrong, *inputs[k + 1:])
+            [named] = re.findall(rf'^{f.__name__}: (\w+) must be .*\Z', str(error.value))
+            assert named in names[k:]
 
 
 @pytest.mark.parametrize('L, d_state', [(0, 4), (5, 65), (5, 0)])
@@ -1464,25 +1439,23 @@ def stub(monkeypatch, tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize('device, environment, reason', [
-    ('cpu', dict(CXX='no-such-compiler'), 'no-such-compiler'),
-    ('cpu', dict(BROKEN='1'), 'error: no luck'),
-    ('cpu', dict(TORCH_EXTENSIONS_DIR=f'{__file__}/cache'), 'Not a directory'),
-    ('cuda', {}, 'CUDA_HOME')])
+@pytest.mark.parametrize('device, variable, value, reason', [
+    ('cpu', 'CXX', 'no-such-compiler', 'no-such-compiler'),
+    ('cpu', 'BROKEN', '1', 'error: no luck'),
+    ('cpu', 'TORCH_EXTENSIONS_DIR', f'{__file__}/cache', 'Not a directory'),
+    ('cuda', 'BROKEN', '', 'CUDA_HOME')])
 def test_a_build_that_fails_is_one_line_with_reason_and_remedy(
-        device, environment, reason, stub, monkeypatch, capfd):
+        device, variable, value, reason, stub, monkeypatch, capfd):
     errors = 'echo a note; echo "a.cpp:1:1: error: no luck"; exit 1'
     (stub / 'before').write_text(f'if [ $BROKEN ]; then {errors}; fi')
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv(variable, value)
     build = scan_cuda.build
     assert not build.load(device) and not build.load(device)
-    out, err = capfd.readouterr()
-    *building, line = err.splitlines()
-    assert out == '' and all(line.endswith('kernel, once') for line in building)
-    said, remedy = line.split('; remedy: ')
-    assert said.startswith(f'scan_cuda: no {device.upper()} kernel') and reason in said
-    assert remedy == build.REMEDY
+    said = capfd.readouterr().err.splitlines()
+    said = [line for line in said if not line.endswith('kernel, once')]
+    assert len(said) == 1
+    assert said[0].startswith(f'scan_cuda: no {device.upper()} kernel')
+    assert reason in said[0] and said[0].endswith(f'; remedy: {build.REMEDY}')
     assert build.load('cpu') == (device == 'cuda')      # which does without nvcc
 
 
@@ -1556,7 +1529,7 @@ def test_a_killed_build_leaves_nothing_behind_that_is_waited_for_or_loaded(stub)
     assert list(stub.glob('cache/*/lock'))              # cpp_extension's: it would wait for it
     (stub / 'before').write_text('')
     second = start_build(stub)
-    assert second.communicate(timeout=60)[1] == BUILDING and second.returncode == 0
+    assert second.communicate()[1] == BUILDING and second.returncode == 0
 
 
 def test_a_damaged_library_is_built_again(stub, capfd):
@@ -1585,42 +1558,24 @@ def test_a_model_keeps_to_its_device(arch, device):
     with torch.device(device):
         model = models.make_model(arch, 'tiny', 50)
         tokens = torch.zeros(2, 70, dtype=torch.int64)
-    loss = F.cross_entropy(model(tokens).mT, tokens)
-    loss.backward()
+    F.cross_entropy(model(tokens).mT, tokens).backward()
     with torch.no_grad():
         _, state = model.prefill(tokens)
         logits, _ = model.step(tokens[:, 0], state)
-    assert logits.device.type == loss.device.type == device
-    assert logits.shape == (2, 50)
+    assert logits.device.type == device
 
 
 @pytest.mark.skipif(not shutil.which('nvcc'), reason='no nvcc: the CUDA kernels are not compiled')
 def test_cuda_kernels_compile_for_turing_ampere_and_hopper_without_spills(tmp_path):
-    command = ['nvcc', '-std=c++17', '-O3', '--threads=2', '-Xptxas=-v', '-o', tmp_path / 'scan.o',
-               '-c', HERE / 'scan_cuda/scan_kernels.cu']
+    source, compiled = HERE / 'scan_cuda/scan_kernels.cu', tmp_path / 'scan.o'
+    command = f'nvcc -std=c++17 -O3 --threads=2 -Xptxas=-v -c {source} -o {compiled}'.split()
     for card in (75, 80, 90):
         command.append(f'-gencode=arch=compute_{card},code=sm_{card}')
     run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert 'warning' not in run.stderr
+    assert run.returncode == 0 and 'warning' not in run.stderr, run.stderr
     # 4 kernels for fp32 and bf16; the parallel ones need no stack either
     assert run.stderr.count('0 bytes spill stores, 0 bytes spill loads') == 3 * 4 * 2
     assert run.stderr.count(' 0 bytes stack frame') == 3 * 2 * 2
-
-
-@pytest.mark.skipif(not torch.version.cuda, reason='a build of torch without CUDA')
-@pytest.mark.skipif(not shutil.which('nvcc'), reason='no nvcc')
-def test_cuda_extension_builds_and_loads_without_a_gpu(tmp_path):
-    code = """if True:
-        import torch, scan_cuda
-        torch.cuda.is_available = lambda: False
-        has = torch._C._dispatch_has_kernel_for_dispatch_key
-        assert scan_cuda.build.load('cpu') and not has('scan_cuda::scan_forward', 'CUDA')
-        assert scan_cuda.build.load('cuda')
-        assert has('scan_cuda::scan_forward', 'CUDA') and has('scan_cuda::scan_backward', 'CUDA')"""
-    run_python(code, TORCH_CUDA_ARCH_LIST='8.0;9.0', TORCH_EXTENSIONS_DIR=str(tmp_path))
-    [library] = tmp_path.glob('*/scan_cuda.so')
-    assert b'sm_80' in library.read_bytes() and b'sm_90' in library.read_bytes()
 
 
 @pytest.fixture
@@ -1637,14 +1592,12 @@ def test_benchmark_prints_a_line_for_every_scan(bench, capsys):
     assert names == 2 * ['selective_scan', 'selective_scan_fallback', 'selective_scan_reference']
 
 
-def test_one_more_token_costs_memory_in_attention_only(bench):
-    after = {}
-    for row in bench.generation_cost('tiny', (16, 64)):
-        after[row['arch'], row['length']] = row['bytes']
-        assert row['seconds'] > 0
-    keys_and_values = 2 * 64 * 4                        # bytes of a token in an attention layer
-    for arch, layers in dict(transformer=2, mamba=0, hybrid=1).items():
-        assert after[arch, 64] - after[arch, 16] == 48 * layers * keys_and_values
+def test_benchmark_of_generation_has_states_as_large_as_those_after_real_tokens(bench):
+    rows = bench.generation_cost('tiny', (16, 64))
+    assert [row['length'] for row in rows] == 3 * [16, 64]
+    for row in rows:
+        memory = models.make_model(row['arch'], 'tiny', 128).memory(row['length'])
+        assert row['bytes'] == 4 * sum(memory.values())
 
 
 # --- models.py ------------------------------------------------------------------------------------
@@ -1665,41 +1618,29 @@ def furthest(a, b):
 
 
 @every_pattern
-@pytest.mark.parametrize('prompt', [1, 67])
+@pytest.mark.parametrize('parts', [[1] * 80, [67] + [1] * 13, [20, 1, 2, 57]])
 @torch.no_grad()
-def test_stepping_through_every_layer_gives_the_logits_of_the_parallel_pass(layers, prompt):
+def test_every_layer_reads_a_text_in_parts_and_leaves_a_kept_state_alone(layers, parts):
     model, tokens = small_model(layers)
-    parallel = model(tokens)
-    logits, state = model.prefill(tokens[:, :prompt])
-    for t in range(prompt, 80):
-        assert furthest(logits, parallel[:, t - 1]) < 1e-4
-        logits, state = model.step(tokens[:, t], state)
-    assert furthest(logits, parallel[:, -1]) < 1e-4
-
-
-@every_pattern
-@torch.no_grad()
-def test_every_layer_reads_a_prompt_in_several_passes_and_leaves_a_kept_state_alone(layers):
-    model, tokens = small_model(layers, 100)
-    state = model.init_state(3)
-    parts = []
-    for part in tokens.split((20, 1, 2, 77), 1):
+    expected, state = model(tokens).split(parts, 1), model.init_state(3)
+    for part, logits in zip(tokens.split(parts, 1), expected):
         model.hidden(part.flip(0), state)               # other tokens, after the same state
         hidden, state = model.hidden(part, state)
-        parts.append(model.head(hidden))
-    assert furthest(torch.cat(parts, 1), model(tokens)) < 1e-4
+        assert furthest(model.head(hidden), logits) < 1e-4
 
 
 @every_pattern
 @torch.no_grad()
-def test_every_layer_keeps_the_memory_of_each_sample_in_a_row_of_its_own(layers):
+def test_every_layer_steps_on_from_a_prompt_with_a_sample_in_each_row(layers):
     model, tokens = small_model(layers)
-    _, state = model.prefill(tokens[:, :-1])
-    for carried in state:
+    parallel = model(tokens)
+    logits, state = model.prefill(tokens[:, :-1])
+    assert furthest(logits, parallel[:, -2]) < 1e-4
+    for carried in state:                               # go on with the second sample alone
         for name in carried:
             carried[name] = carried[name][1:2]
     logits, _ = model.step(tokens[1:2, -1], state)
-    assert furthest(logits, model(tokens)[1, -1]) < 1e-4
+    assert furthest(logits, parallel[1, -1]) < 1e-4
 
 
 @every_pattern
@@ -1714,25 +1655,19 @@ def test_in_every_layer_no_token_sees_the_future(layers):
 
 
 @every_pattern
-def test_gradients_reach_every_parameter_of_every_layer(layers):
-    model, tokens = small_model(layers)
-    F.cross_entropy(model(tokens[:, :-1]).mT, tokens[:, 1:]).backward()
-    for name, parameter in model.named_parameters():
-        assert name == 'embedding.weight' or parameter.grad.abs().max() > 0, name
-
-
-@every_pattern
 def test_torch_compile_gives_the_logits_and_gradients_of_every_layer(layers):
     """Traced and differentiated as by torch.compile, but not turned into C++, which takes long."""
     model, tokens = small_model(layers)
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters = dict(model.named_parameters())
+    del parameters['embedding.weight']                  # it is frozen
     eager = model(tokens)
     compiled = torch.compile(model, backend='aot_eager')(tokens)
     assert furthest(compiled, eager) < 1e-4
-    expected = torch.autograd.grad(F.cross_entropy(eager.mT, tokens), parameters)
-    gradients = torch.autograd.grad(F.cross_entropy(compiled.mT, tokens), parameters)
-    for ours, theirs in zip(gradients, expected):
+    expected = torch.autograd.grad(F.cross_entropy(eager.mT, tokens), parameters.values())
+    gradients = torch.autograd.grad(F.cross_entropy(compiled.mT, tokens), parameters.values())
+    for name, ours, theirs in zip(parameters, gradients, expected):
         assert furthest(ours, theirs) < 1e-4
+        assert theirs.abs().max() > 0, name             # gradients reach every parameter
 
 
 @every_pattern
@@ -1743,8 +1678,7 @@ def test_every_layer_trains_in_bfloat16_by_autocast(layers):
         rounded = model(tokens)
     assert 0 < furthest(rounded, exact) < 0.1 * exact.abs().max()
     rounded.float().square().mean().backward()
-    for name, parameter in model.named_parameters():
-        assert name == 'embedding.weight' or parameter.grad.isfinite().all(), name
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
 
 @pytest.mark.parametrize('layers, fixed, cache', [
@@ -1753,16 +1687,12 @@ def test_every_layer_trains_in_bfloat16_by_autocast(layers):
     ('G', dict(state=16), 0),
     ('A', {}, 2 * 64),                                  # two vectors a token
     ('MMA', dict(window=768, state=4096), 2 * 64)])
-@torch.no_grad()
 def test_the_memory_of_recurrent_layers_is_fixed_and_that_of_attention_grows(layers, fixed, cache):
-    model, tokens = small_model(layers)
+    model, _ = small_model(layers)
     for seen in (10, 1000):
-        expected = fixed | dict(cache=seen * cache) if cache else fixed
-        assert model.memory(seen) == expected
-    _, state = model.prefill(tokens[:, :9])
-    _, state = model.step(tokens[:, 9], state)
-    floats = sum(tensor.numel() for carried in state for tensor in carried.values())
-    assert floats == 3 * sum(model.memory(10).values())
+        memory = model.memory(seen)
+        assert memory.pop('cache', 0) == seen * cache
+        assert memory == fixed
 
 
 def normalised(x, weight):
@@ -1773,32 +1703,32 @@ def delta_net_by_hand(w, x):
     """A layer of 2 heads of 3, token by token, for one sample x (L, d_model); w: its weights."""
     inside = normalised(x, w['norm.weight'])
     padded = torch.cat((x.new_zeros(3, 18), inside @ w['qkv_proj.weight'].T))
-    S = x.new_zeros(2, 3, 3)
-    ys = []
-    for t in range(len(x)):
+    betas = torch.sigmoid(inside @ w['beta_proj.weight'].T + w['beta_proj.bias'])
+    S, ys = x.new_zeros(2, 3, 3), []                    # (heads, keys, values)
+    for t, beta in enumerate(betas):
         mixed = (padded[t:t + 4] * w['conv_weight'].T).sum(0) + w['conv_bias']
-        beta = torch.sigmoid(w['beta_proj.weight'] @ inside[t] + w['beta_proj.bias'])
-        y = []
-        for head in (0, 1):
-            q, k, v = F.silu(mixed).view(3, 2, 3)[:, head]
-            q, k = q / q.norm(), k / k.norm()
-            S[head] += torch.outer(k, beta[head] * (v - k @ S[head]))
-            y.append(normalised(q @ S[head], w['out_norm.weight']))
-        ys.append(w['out_proj.weight'] @ torch.cat(y))
-    return x + torch.stack(ys)
+        q, k, v = F.silu(mixed).view(3, 2, 3)           # (heads, 3) each
+        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        stored = torch.einsum('hk,hkv->hv', k, S)
+        S = S + torch.einsum('h,hk,hv->hkv', beta, k, v - stored)
+        y = torch.einsum('hk,hkv->hv', q, S)
+        ys.append(normalised(y, w['out_norm.weight']).flatten())
+    return x + torch.stack(ys) @ w['out_proj.weight'].T
 
 
 def gru_by_hand(w, x):
     """A layer of 3 hidden units (equations of torch's documentation), as above."""
-    h = x.new_zeros(3)
-    ys = []
-    for token in normalised(x, w['norm.weight']):
-        from_input = (w['gru.weight_ih_l0'] @ token + w['gru.bias_ih_l0']).view(3, 3)
-        from_before = (w['gru.weight_hh_l0'] @ h + w['gru.bias_hh_l0']).view(3, 3)
-        r, z = torch.sigmoid(from_input[:2] + from_before[:2])
-        h = (1 - z) * torch.tanh(from_input[2] + r * from_before[2]) + z * h
-        ys.append(w['out_proj.weight'] @ h)
-    return x + torch.stack(ys)
+    inside = normalised(x, w['norm.weight'])
+    given = inside @ w['gru.weight_ih_l0'].T + w['gru.bias_ih_l0']
+    h, ys = x.new_zeros(3), []
+    for r_in, z_in, n_in in given.view(-1, 3, 3):
+        before = w['gru.weight_hh_l0'] @ h + w['gru.bias_hh_l0']
+        r_h, z_h, n_h = before.view(3, 3)
+        r = torch.sigmoid(r_in + r_h)
+        z = torch.sigmoid(z_in + z_h)
+        h = (1 - z) * torch.tanh(n_in + r * n_h) + z * h
+        ys.append(h)
+    return x + torch.stack(ys) @ w['out_proj.weight'].T
 
 
 @pytest.mark.parametrize('letter, by_hand', [('D', delta_net_by_hand), ('G', gru_by_hand)])
@@ -1807,69 +1737,43 @@ def test_delta_net_and_gru_equal_a_loop_in_float64(letter, by_hand):
     torch.manual_seed(0)
     layer = models.LAYERS[letter](models.Config(9, letter, 6, n_heads=2, d_state=3))
     layer.init_weights()
-    weights = {}
-    for name, parameter in layer.named_parameters():
-        parameter.add_(torch.randn_like(parameter) * 0.3)
-        weights[name] = parameter.double()
+    for parameter in layer.parameters():
+        parameter += torch.randn_like(parameter) * 0.3
     x = torch.randn(150, 6)                             # three chunks of delta_rule
     y, _ = layer(x[None], layer.init_state(1))
-    exact = by_hand(weights, x.double())
+    exact = by_hand(layer.double().state_dict(), x.double())
     assert furthest(exact, x) > 0.5
     assert furthest(exact, y[0]) < 1e-4
 
 
 @pytest.mark.parametrize('L', [1, 64, 150])
 def test_the_delta_rule_in_chunks_is_the_loop_over_tokens(L):
-    torch.manual_seed(0)
-    q, k, v = torch.randn(3, 2, 4, L, 8, dtype=torch.float64)
-    k = F.normalize(k, dim=-1)
-    beta = torch.rand(2, 4, L, 1)
-    S = torch.randn(2, 4, 8, 8, dtype=torch.float64)
-    expected_y, expected_S = models.delta_rule_reference(q, k, v, beta, S)
-    y, S = models.delta_rule(q, k, v, beta, S)
-    assert furthest(y, expected_y) < 1e-9
-    assert furthest(S, expected_S) < 1e-9
+    q, k, v = torch.randn(3, 2, 4, L, 8).double()
+    beta = torch.rand(2, 4, L, 1).double()
+    S = torch.randn(2, 4, 8, 8).double()
+    inputs = q, F.normalize(k, dim=-1), v, beta, S
+    expected = models.delta_rule_reference(*inputs)
+    torch.testing.assert_close(models.delta_rule(*inputs), expected)
 
 
 def test_the_delta_rule_overwrites_what_is_stored_under_a_key():
-    keys, values = torch.eye(4), torch.randn(5, 4)
-    k = keys[[0, 1, 2, 1, 1]][None, None]               # the second key three times
+    values = torch.randn(1, 1, 5, 4)
+    keys = torch.eye(4)[[0, 1, 2, 1, 1]]                # the second key three times
+    k = keys[None, None]
     always, empty = torch.ones(1, 1, 5, 1), torch.zeros(1, 1, 4, 4)
-    y, S = models.delta_rule(k, k, values[None, None], always, empty)
-    assert torch.allclose(y[0, 0], values, atol=1e-6)   # read right after writing
-    assert torch.allclose(keys[:3] @ S[0, 0], values[[0, 4, 2]], atol=1e-6)
-
-
-# logits after ten tokens, of the commit before models were strings of layers
-LOGITS = {'transformer': [0.5632, 0.9771, 0.4252, -0.2451],
-          'mamba': [-0.4456, -1.2594, 0.544, -0.4224],
-          'hybrid': [0.772, -0.7246, 1.0854, 0.593]}
-
-
-@pytest.mark.parametrize('arch', models.ARCHS)
-@torch.no_grad()
-def test_a_seed_gives_the_weights_that_it_gave_to_the_committed_results(arch):
-    torch.manual_seed(3)
-    model = models.make_model(arch, 'tiny', 30, 1, frozen_embedding=False)
-    logits = model(torch.arange(20).view(2, 10))
-    assert torch.allclose(logits[:, -1, :2].flatten(), torch.tensor(LOGITS[arch]), atol=1e-4)
-
-
-@pytest.mark.parametrize('arch, layers', [('deltanet', 'DD'), ('gru', 'GG')])
-def test_delta_net_and_gru_are_the_rnn_with_other_layers(arch, layers):
-    for size in models.SIZES:
-        ours = models.make_model(arch, size, 30).config
-        assert ours == models.make_model('mamba', size, 30, layers=layers).config
+    y, S = models.delta_rule(k, k, values, always, empty)
+    torch.testing.assert_close(y, values)               # read right after writing
+    torch.testing.assert_close(S[:, :, :3], values[:, :, [0, 4, 2]])
 
 
 def test_frozen_embedding_is_the_papers_sinusoids_and_stays_frozen():
     model = models.make_model('mamba', '1M', 74)
     E = model.embedding.weight
-    for j, i in ((0, 0), (3, 0), (11, 5), (73, 63)):
+    assert not E.requires_grad
+    for j, i in itertools.product((0, 11, 73), (0, 5, 63)):
         angle = j / 10000 ** (2 * i / 128)
         assert abs(E[j, 2 * i] - math.sin(angle)) < 1e-5
         assert abs(E[j, 2 * i + 1] - math.cos(angle)) < 1e-5
-    assert not E.requires_grad
     assert model.n_params() == sum(p.numel() for p in model.parameters()) - E.numel()
 
 
@@ -1877,15 +1781,6 @@ def test_frozen_embedding_is_the_papers_sinusoids_and_stays_frozen():
 @pytest.mark.parametrize('arch', models.ARCHS)
 def test_sizes_have_about_the_parameters_of_their_name(arch, size, about):
     assert 0.75 < models.make_model(arch, size, 74).n_params() / about < 1.25
-
-
-def test_mamba_starts_with_the_time_scales_of_its_paper():
-    model, _ = small_model('MM')
-    for layer in model.layers:
-        delta = F.softplus(layer.dt_proj.bias)
-        assert 0.00099 < delta.min() < 0.002
-        assert 0.05 < delta.max() < 0.101
-        assert torch.allclose(layer.A_log.exp(), torch.arange(1, 17.).expand(128, -1))
 
 
 @pytest.mark.parametrize('layers, d_state, message', [
@@ -1903,8 +1798,10 @@ def test_attention_weights_are_those_with_which_attention_looks_up():
     attention = models.Attention(models.Config(9, 'A', 8, n_heads=2))
     x = torch.randn(3, 6, 8)
     y, cache = attention(x, torch.zeros(3, 2, 2, 0, 4))
-    looked_up = models.attention_weights(attention, x) @ cache[:, 1]    # (3, heads, 6, d_head)
-    assert torch.allclose(attention.o_proj(looked_up.transpose(1, 2).flatten(2)), y, atol=1e-6)
+    weights = models.attention_weights(attention, x)
+    looked_up = weights @ cache[:, 1]                   # (3, heads, 6, d_head)
+    looked_up = looked_up.transpose(1, 2).flatten(2)
+    assert furthest(attention.o_proj(looked_up), y) < 1e-6
 
 
 # --- models.py: the same weights in transformers --------------------------------------------------
@@ -1918,7 +1815,7 @@ def of_transformers(family, **config):
     model = getattr(transformers, family + 'ForCausalLM')(config)
     torch.manual_seed(1)
     for parameter in model.parameters():
-        parameter.add_(torch.randn_like(parameter) * 0.05)
+        parameter += torch.randn_like(parameter) * 0.05
     return model.eval(), torch.randint(0, 50, (2, 33))
 
 
@@ -1951,15 +1848,7 @@ def test_llama_layers_give_the_logits_of_transformers():
 @torch.no_grad()
 def test_mamba_layers_give_the_logits_of_transformers():
     theirs, tokens = of_transformers('Mamba', state_size=8)
-    ours = models.Model(models.Config(50, 'MMM', 48, d_state=8, frozen_embedding=False))
-    ours.embedding.weight.copy_(theirs.backbone.embeddings.weight)
-    ours.norm.weight.copy_(theirs.backbone.norm_f.weight)
-    for layer, other in zip(ours.layers, theirs.backbone.layers):
-        weights = other.mixer.state_dict()
-        weights['norm.weight'] = other.norm.weight
-        weights['conv_weight'] = weights.pop('conv1d.weight')[:, 0]
-        weights['conv_bias'] = weights.pop('conv1d.bias')
-        layer.load_state_dict(weights)
+    ours = eval_hotpot.mamba(theirs, torch.float32)
     assert furthest(ours(tokens), theirs(tokens).logits) < 1e-4
 
 
