@@ -36,7 +36,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
@@ -1602,10 +1601,12 @@ def small_model(layers, length=80):
     """A model of these layers, and tokens for it: 3 samples."""
     torch.manual_seed(0)
     model = models.make_model('mamba', 'tiny', 30, layers=layers)
-    return model, torch.randint(0, 30, (3, length))
+    tokens = torch.randint(0, 30, (3, length))
+    return model, tokens
 
 
 def furthest(a, b):
+    """The largest difference between two tensors."""
     return (a - b).abs().max()
 
 
@@ -1672,7 +1673,9 @@ def test_every_layer_trains_in_bfloat16_by_autocast(layers):
         rounded = model(tokens)
     assert 0 < furthest(rounded, exact) < 0.1 * exact.abs().max()
     rounded.float().square().mean().backward()
-    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            assert parameter.grad.isfinite().all()
 
 
 @pytest.mark.parametrize('layers, fixed, cache', [
@@ -1690,6 +1693,7 @@ def test_the_memory_of_recurrent_layers_is_fixed_and_that_of_attention_grows(lay
 
 
 def normalised(x, weight):
+    """An RMSNorm (Zhang & Sennrich 2019, arXiv 1910.07467, equation 4)."""
     squares = x.square().mean(-1, keepdim=True)
     return x / (squares + 1e-5).sqrt() * weight
 
@@ -1745,9 +1749,10 @@ def test_delta_net_and_gru_equal_a_loop_in_float64(letter, by_hand):
 @pytest.mark.parametrize('L', [1, 64, 150])
 def test_the_delta_rule_in_chunks_is_the_loop_over_tokens(L):
     q, k, v = torch.randn(3, 2, 4, L, 8).double()
+    k = F.normalize(k, dim=-1)
     beta = torch.rand(2, 4, L, 1).double()
     S = torch.randn(2, 4, 8, 8).double()
-    inputs = q, F.normalize(k, dim=-1), v, beta, S
+    inputs = q, k, v, beta, S
     expected = models.delta_rule_reference(*inputs)
     torch.testing.assert_close(models.delta_rule(*inputs), expected)
 
@@ -1777,7 +1782,8 @@ def test_frozen_embedding_is_the_papers_sinusoids_and_stays_frozen():
 @pytest.mark.parametrize('size, about', [('0.5M', 0.5e6), ('1M', 1e6), ('2M', 2e6)])
 @pytest.mark.parametrize('arch', models.ARCHS)
 def test_sizes_have_about_the_parameters_of_their_name(arch, size, about):
-    assert 0.75 < models.make_model(arch, size, 74).n_params() / about < 1.25
+    parameters = models.make_model(arch, size, 74).n_params()
+    assert 0.75 < parameters / about < 1.25
 
 
 @pytest.mark.parametrize('layers, d_state, message', [
