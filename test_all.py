@@ -55,70 +55,12 @@ HERE = Path(__file__).parent
 # --- the safety net -------------------------------------------------------------------------------
 #
 # What the committed results were made with, as small numbers measured on commit 21168c5: samples,
-# runs, initial weights, losses, generated texts. The first six functions translate between these
-# numbers and today's names: whoever renames something changes the functions and leaves the numbers.
+# runs, initial weights, losses, generated texts. Whoever renames something changes the tests and
+# leaves the numbers.
 
-def held_out_sets(task, setup, distribution, n, order):
-    """(reported, tuning): two lists of lists of 50 samples, one for each n of a run, ascending.
-    order: how the n join, see RUNS."""
-    task = data.TASKS[task](n, setup, distribution)
-    sizes = [n] if order == 'alone' else task.mixed()
-    reported = [data.held_out_samples(task, size, 50) for size in sizes]
-    tuning = [data.held_out_samples(task, size, 50, tuning=True) for size in sizes]
-    return reported, tuning
-
-
-def training_batches(task, setup, distribution, n, order, join, steps):
-    """All batches of a short run of seed 3, [(tokens (8, L), targets (8, L)), ...], without the
-    prompts of held_out_sets. order, join: see RUNS."""
-    reported, tuning = held_out_sets(task, setup, distribution, n, order)
-    held_out = {tuple(prompt) for samples in reported + tuning for prompt, _ in samples}
-    run = train.Run(n=n, order=order, join=join)
-    task = data.TASKS[task](n, setup, distribution)
-    batches = data.Batches(task, train.sizes_of_batches(run, task, steps), 8, 3, held_out)
-    return [batches[i] for i in range(steps)]
-
-
-def runs_of(preset):
-    """The runs of a preset, each a dict of all that its result depends on, in the terms of RUNS."""
-    runs = []
-    for run in eval_hotpot.RUNS if preset == 'hotpot' else train.runs_of_preset(preset):
-        mix = train.mixed_sizes(run, train.make_task(run))
-        runs.append(dataclasses.asdict(run) | dict(mix='+'.join(map(str, mix))))
-        del runs[-1]['mix_largest']
-    return runs
-
-
-def initial_weights(letters):
-    """name -> tensor, of a model of these layers, size tiny, 24 words, d_state 4, seed 0."""
-    torch.manual_seed(0)
-    arch = {'AA': 'transformer', 'MA': 'hybrid'}.get(letters, 'mamba')
-    return models.make_model(arch, 'tiny', 24, 4, False, letters).state_dict()
-
-
-def losses_of_a_run(arch, folder):
-    """Train on 800 samples of IsTree, cot, n=8, in 50 steps, by one thread: warm-up, cosine and
-    clipping are in it. Returns the losses of the batches of steps 6, 12, ..., 48 and the loss on 50
-    held-out samples at the end. arch: deltanet and gru, too."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    train.main(['--setup=cot', f'--arch={arch}', '--seed=0', '--d_state=16', '--n=8', '--samples=800', '--batch_size=16',
-                '--lr=4e-3', '--warmup=0.25', '--n_val=50', '--evaluations=8', '--processes=1',
-                '--device=cpu', f'--out={folder}'])
-    torch.set_num_threads(threads)
-    [path] = folder.glob('istree-*/result.json')
-    result = json.loads(path.read_text())
-    return [line['loss'] for line in result['log']] + [result['loss']]
-
-
-def right_of_100(path):
-    """What a trained default model writes after the first 100 held-out prompts, with the retriever
-    running live: (right answers, exact traces). path: its weights."""
-    model, run = train.load(path)
-    task = train.make_task(run)
-    samples = data.held_out_samples(task, run.n, 100)
-    measured, _ = train.evaluate(model, task, run.n, samples, 100, torch.device('cpu'))
-    return round(100 * measured['accuracy']), round(100 * measured['exact'])
+def rows(table):
+    """The lines of a table below its heading, each a list of words."""
+    return [line.split() for line in table.strip().splitlines()[1:]]
 
 
 def fingerprint(batches):
@@ -130,94 +72,69 @@ def fingerprint(batches):
     return digest.hexdigest()[:12]
 
 
-# How the n of the samples join (as in the presets), and fingerprints of batches: the first, those
-# with which another n begins, the last, all 24; then of the held-out sets. (With n=4, most training
-# samples are held out, and others of their batch take their place.)
-SAMPLES = {
-    ('istree', 'direct', 'two_star', 4): ('alone', 0,
-        '0:6cf1c77312dd 23:21cc21b5a8c8 all:682dc28173b0 reported:9c05fe5750c5 '
-        'tuning:ba597446568a'),
-    ('istree', 'direct', 'two_star', 14): ('alone', 0,
-        '0:513d452b4b30 23:da3acb9262cd all:e0bd6a8c4f75 reported:867868e721eb '
-        'tuning:2abbc303f25e'),
-    ('istree', 'cot', 'two_star', 14): ('alone', 0,
-        '0:210dac5c4311 23:f66c97760bce all:2fa3aba2677d reported:961c0f2eb667 '
-        'tuning:08b2ef05c041'),
-    ('istree', 'retrieval', 'two_star', 14): ('small-first', 0.5,
-        '0:61d78c1db0ef 7:4223b12f05c9 23:6935dba87028 all:c84b91631eac reported:680a651a4cf3 '
-        'tuning:77735c5fc4c5'),
-    ('istree', 'direct', 'random', 14): ('alone', 0,
-        '0:1bc2f170977e 23:88617633b980 all:f00177d3f973 reported:fb1a035a9447 '
-        'tuning:455af5db1e37'),
-    ('istree', 'cot', 'random', 14): ('alone', 0,
-        '0:90eea963f951 23:8d882a93ce03 all:415595de2305 reported:a86ac2e87c30 '
-        'tuning:9831b41f42c4'),
-    ('istree', 'retrieval', 'random', 14): ('small-first', 0.5,
-        '0:6fa0285f6748 7:0b906fd61750 23:782987af9a20 all:617e4ee40882 reported:4f0510a1dbae '
-        'tuning:dfd6764eac6d'),
-    ('index', 'direct', '', 16): ('together', 0,
-        '0:2d85d69a652a 1:c65ff23332c1 2:7732c3bf5bd6 3:44fb2d085679 23:ad4e82e9cee1 '
-        'all:e7082e063f4c reported:95120748fc8b tuning:b69ee3f53090'),
-    ('index', 'retrieval', '', 16): ('together', 0,
-        '0:ab451f74381f 1:db66edb881a6 2:94b09e34a6f9 3:dabd7b804f14 23:5ddae6c23763 '
-        'all:ae7e670a85b3 reported:6d0e64ca923d tuning:18d362d9bd5c'),
-    ('recall', 'direct', '', 16): ('small-first', 0.5,
-        '0:e17cebe393b9 3:7cf989287fd3 8:cfccc91e3044 11:23bcd74d0c41 23:c424f50b457d '
-        'all:b3db1f29ffc6 reported:8e5a6d36f16a tuning:adf2920d5172'),
-    ('recall', 'retrieval', '', 16): ('small-first', 0.5,
-        '0:108474168f8a 3:f5a5f990e24f 8:c9e1f43dd9e8 11:ce673f9b824a 23:a208bc41c2da '
-        'all:9aee5492bb65 reported:2e58134ef94f tuning:fffb1c79d5a6'),
-    ('cgram', 'direct', '', 16): ('large-first', 0.75,
-        '0:6d2477809230 7:64ea99dd88a2 14:22a333f7ac34 23:46ccd50e3f76 all:e717e357b6e4 '
-        'reported:7789858a253e tuning:a15411ae9cf9'),
-    ('cgram', 'retrieval', '', 16): ('large-first', 0.75,
-        '0:0d4a89952030 7:1bee255e7af7 14:1200c6474341 23:2c64e048dbb4 all:50c9f50a3a8b '
-        'reported:49880e161e24 tuning:afb35f854b93'),
-    ('counting', 'direct', '', 16): ('large-first', 0.75,
-        '0:b21c7eff78c5 7:ef449cd86b50 14:a65c48586cc1 23:2e5aab856bc7 all:8e6287109c58 '
-        'reported:af282ea28e08 tuning:b54081103af9'),
-    ('counting', 'retrieval', '', 16): ('large-first', 0.75,
-        '0:22090e22ede0 7:4620210df51a 14:4983d1709cb1 23:8ed6ea0eecc6 all:cfb296c039e0 '
-        'reported:fd0129a68556 tuning:00a76e2959ea'),
-    ('hotpot', 'retrieval', 'mixed', 10): ('alone', 0,
-        '0:047fa280fc72 23:add15fc4934d all:e68b77b146a2 reported:359802281834 '
-        'tuning:c95c3682f167'),
-}
+# Fingerprints of all 24 batches of a short run, with each n that it mixes, and of its held-out
+# samples, 50 for each n. (With n=4, most training samples are held out, and others of their batch
+# take their place.)
+SAMPLES = '''
+task      setup      distribution  n   batches       reported      tuning
+istree    direct     two_star      4   682dc28173b0  9c05fe5750c5  ba597446568a
+istree    direct     two_star      14  e0bd6a8c4f75  867868e721eb  2abbc303f25e
+istree    cot        two_star      14  2fa3aba2677d  961c0f2eb667  08b2ef05c041
+istree    retrieval  two_star      14  c84b91631eac  680a651a4cf3  77735c5fc4c5
+istree    direct     random        14  f00177d3f973  fb1a035a9447  455af5db1e37
+istree    cot        random        14  415595de2305  a86ac2e87c30  9831b41f42c4
+istree    retrieval  random        14  617e4ee40882  4f0510a1dbae  dfd6764eac6d
+index     direct     -             16  e7082e063f4c  95120748fc8b  b69ee3f53090
+index     retrieval  -             16  ae7e670a85b3  6d0e64ca923d  18d362d9bd5c
+recall    direct     -             16  b3db1f29ffc6  8e5a6d36f16a  adf2920d5172
+recall    retrieval  -             16  9aee5492bb65  2e58134ef94f  fffb1c79d5a6
+cgram     direct     -             16  e717e357b6e4  7789858a253e  a15411ae9cf9
+cgram     retrieval  -             16  50c9f50a3a8b  49880e161e24  afb35f854b93
+counting  direct     -             16  8e6287109c58  af282ea28e08  b54081103af9
+counting  retrieval  -             16  cfb296c039e0  fd0129a68556  00a76e2959ea
+hotpot    retrieval  mixed         10  e68b77b146a2  359802281834  c95c3682f167
+'''
 
 
-@pytest.mark.parametrize('task, setup, distribution, n', SAMPLES)
-def test_samples_are_those_of_the_committed_results(task, setup, distribution, n):
-    order, join, expected = SAMPLES[task, setup, distribution, n]
-    batches = training_batches(task, setup, distribution, n, order, join, 24)
-    expected = dict(pair.split(':') for pair in expected.split())
-    found = {i: fingerprint([batches[int(i)]]) for i in expected if i.isdigit()}
-    found['all'] = fingerprint(batches)
-    for name, sets in zip(('reported', 'tuning'), held_out_sets(task, setup, distribution, n, order)):
-        words = data.TASKS[task](n, setup, distribution)
-        found[name] = fingerprint([data.collate(words, samples) for samples in sets])
-    assert found == expected
+@pytest.mark.parametrize('task, setup, distribution, n, batches, reported, tuning', rows(SAMPLES))
+def test_samples_are_those_of_the_committed_results(
+        task, setup, distribution, n, batches, reported, tuning):
+    run = train.Run(task=task, setup=setup, arch='mamba', n=int(n),
+                    distribution=distribution.strip('-'))
+    task, held_out = train.make_task(run), set()
+    for for_tuning, expected in ((False, reported), (True, tuning)):
+        collated = []
+        for size in train.mixed_sizes(run, task):
+            samples = data.held_out_samples(task, size, 50, for_tuning)
+            held_out |= {tuple(prompt) for prompt, _ in samples}
+            collated.append(data.collate(task, samples))
+        assert fingerprint(collated) == expected
+    made = data.Batches(task, train.sizes_of_batches(run, task, 24), 8, 3, held_out)
+    assert fingerprint([made[i] for i in range(24)]) == batches
 
 
-# Every run of the presets default, primitives and hotpot. mix: the n of its samples, the run's own
-# last. order: only that one; all from the start; or the others join one by one, ascending or
-# descending, over a share of the run (join).
-RUNS = '''
+# Every run of the presets. mix: the n of its samples, the run's own last. order: only that one; all
+# from the start; or the others join one by one, ascending or descending, over a share of the run
+# (join).
+RUNS = {'default': '''
 task      setup      arch         samples  batch_size  lr     warmup  order        join  mix
-istree    direct     transformer  10000    32          0.001  0.25    alone        0     14
-istree    direct     mamba        10000    32          0.001  0.05    alone        0     14
-istree    direct     hybrid       10000    32          0.001  0.05    alone        0     14
-istree    cot        transformer  200000   16          0.004  0.25    alone        0     14
-istree    cot        mamba        200000   16          0.004  0.25    alone        0     14
-istree    cot        hybrid       200000   16          0.008  0.25    alone        0     14
+istree    direct     transformer  10000    32          0.001  0.25    alone        0.0   14
+istree    direct     mamba        10000    32          0.001  0.05    alone        0.0   14
+istree    direct     hybrid       10000    32          0.001  0.05    alone        0.0   14
+istree    cot        transformer  200000   16          0.004  0.25    alone        0.0   14
+istree    cot        mamba        200000   16          0.004  0.25    alone        0.0   14
+istree    cot        hybrid       200000   16          0.008  0.25    alone        0.0   14
 istree    retrieval  transformer  24000    8           0.004  0.25    small-first  0.5   7+14
 istree    retrieval  mamba        24000    8           0.016  0.05    small-first  0.5   7+14
 istree    retrieval  hybrid       24000    8           0.008  0.05    small-first  0.5   7+14
-index     direct     transformer  256000   16          0.004  0.25    together     0     2+4+8+16
-index     direct     mamba        256000   16          0.008  0.25    together     0     2+4+8+16
-index     direct     hybrid       256000   16          0.008  0.25    together     0     2+4+8+16
-index     retrieval  transformer  8000     16          0.008  0.25    together     0     2+4+8+16
-index     retrieval  mamba        8000     16          0.016  0.25    together     0     2+4+8+16
-index     retrieval  hybrid       8000     16          0.008  0.25    together     0     2+4+8+16
+''', 'primitives': '''
+task      setup      arch         samples  batch_size  lr     warmup  order        join  mix
+index     direct     transformer  256000   16          0.004  0.25    together     0.0   2+4+8+16
+index     direct     mamba        256000   16          0.008  0.25    together     0.0   2+4+8+16
+index     direct     hybrid       256000   16          0.008  0.25    together     0.0   2+4+8+16
+index     retrieval  transformer  8000     16          0.008  0.25    together     0.0   2+4+8+16
+index     retrieval  mamba        8000     16          0.016  0.25    together     0.0   2+4+8+16
+index     retrieval  hybrid       8000     16          0.008  0.25    together     0.0   2+4+8+16
 recall    direct     transformer  256000   16          0.004  0.25    small-first  0.5   2+4+8+16
 recall    direct     mamba        256000   16          0.008  0.25    small-first  0.5   2+4+8+16
 recall    direct     hybrid       256000   16          0.004  0.25    small-first  0.5   2+4+8+16
@@ -236,110 +153,124 @@ counting  direct     hybrid       256000   16          0.004  0.25    large-firs
 counting  retrieval  transformer  8000     16          0.008  0.25    large-first  0.75  4+8+16
 counting  retrieval  mamba        8000     16          0.016  0.25    large-first  0.75  4+8+16
 counting  retrieval  hybrid       8000     16          0.008  0.25    large-first  0.75  4+8+16
-hotpot    retrieval  transformer  160000   16          0.002  0.25    alone        0     10
-hotpot    retrieval  mamba        160000   16          0.004  0.25    alone        0     10
-hotpot    retrieval  hybrid       160000   16          0.004  0.25    alone        0     10
-'''
-# what all runs of a preset share
-SHARED = dict(size='tiny', layers='', d_state=1, seed=3, n_val=1000, frozen_embedding=False,
-              grad_clip=1.0, dtype='float32', solved=0.995, tuning=False)
-DEFAULT = SHARED | dict(distribution='', evaluations=8)
-PRIMITIVES = SHARED | dict(distribution='', evaluations=16)
-HOTPOT = SHARED | dict(distribution='', evaluations=4, d_state=16, n_val=1500)
-PAPER = SHARED | dict(
-    task='istree', distribution='', d_state=16, frozen_embedding=True, samples=1_000_000,
-    batch_size=64, warmup=0.01, order='alone', join=0, grad_clip=0, evaluations=10, solved=0,
-    n_val=5000)
+''', 'hotpot': '''
+task      setup      arch         samples  batch_size  lr     warmup  order        join  mix
+hotpot    retrieval  transformer  160000   16          0.002  0.25    alone        0.0   10
+hotpot    retrieval  mamba        160000   16          0.004  0.25    alone        0.0   10
+hotpot    retrieval  hybrid       160000   16          0.004  0.25    alone        0.0   10
+'''}
+# what all runs share, unless their preset says otherwise
+SHARED = '''size=tiny layers= distribution= d_state=1 seed=3 n_val=1000 frozen_embedding=False
+    mix_largest=0.0 grad_clip=1.0 dtype=float32 solved=0.995 tuning=False'''
+IN_PRESET = {
+    'default': 'n=14 evaluations=8',
+    'primitives': 'n=16 evaluations=16',
+    'hotpot': 'n=10 evaluations=4 d_state=16 n_val=1500',
+    'paper': '''task=istree d_state=16 frozen_embedding=True samples=1000000 batch_size=64
+        warmup=0.01 order=alone join=0.0 grad_clip=0.0 evaluations=10 solved=0.0 n_val=5000'''}
 
 
-def rows_of_runs(shared, *tasks):
-    """The rows of RUNS about these tasks, each with all that its result depends on."""
-    names, *rows = [re.split('  +', line) for line in RUNS.strip().splitlines()]
-    runs = []
-    for row in rows:
-        run = shared | dict(zip(names, row))
-        for name in ('samples', 'batch_size', 'lr', 'warmup', 'join'):
-            run[name] = float(run[name])
-        run['n'] = int(run['mix'].split('+')[-1])
-        if run['task'] in tasks:
-            runs.append(run)
+def committed_runs(preset):
+    """Of each run what differs within its preset, as text. The paper, section 6, has a learning
+    rate for each architecture."""
+    if preset != 'paper':
+        names, *runs = [line.split() for line in RUNS[preset].strip().splitlines()]
+        return [dict(zip(names, run)) for run in runs]
+    runs, rates = [], dict(transformer='0.001', mamba='0.0003', hybrid='0.0003')
+    for setup, arch, size, n in itertools.product(
+            ('direct', 'cot', 'retrieval'), rates, ('0.5M', '1M', '2M'), ('16', '32', '64')):
+        runs.append(dict(setup=setup, arch=arch, size=size, n=n, mix=n, lr=rates[arch]))
     return runs
 
 
-def runs_of_the_paper():
-    """Section 6: each setup, architecture, size and n; only the learning rate differs."""
-    rates = {'transformer': 0.001, 'mamba': 0.0003, 'hybrid': 0.0003}
-    setups, sizes = ('direct', 'cot', 'retrieval'), ('0.5M', '1M', '2M')
-    grid = itertools.product(setups, rates, sizes, (16, 32, 64))
-    return [PAPER | dict(setup=setup, arch=arch, size=size, n=n, mix=str(n), lr=rates[arch])
-            for setup, arch, size, n in grid]
-
-
-RUNS_OF = {
-    'default': rows_of_runs(DEFAULT, 'istree'),
-    'paper': runs_of_the_paper(),
-    'hotpot': rows_of_runs(HOTPOT, 'hotpot'),
-    'primitives': rows_of_runs(PRIMITIVES, 'index', 'recall', 'cgram', 'counting')}
-
-
-@pytest.mark.parametrize('preset', RUNS_OF)
+@pytest.mark.parametrize('preset', IN_PRESET)
 def test_every_run_of_a_preset_is_the_committed_one_in_all_fields(preset):
-    def name(run):
-        return run['task'], run['setup'], run['arch'], run['size'], run['n']
-
-    assert sorted(runs_of(preset), key=name) == sorted(RUNS_OF[preset], key=name)
-
-
-# layers: a hash of the names and shapes of the tensors; then, of all their floats, the number, the
-# sum of the absolute values, and a sum in which their order counts
-WEIGHTS = {'AA': ('5f743a301503', 83776, 5269.5942, -9.609496),
-           'MM': ('01ca06e68f3e', 57792, 5853.6370, 7.130982),
-           'MA': ('fcdb8802b57e', 70784, 5667.8883, 24.471268),
-           'DD': ('135489ba8bcf', 10928, 1149.5971, -13.524440),
-           'GG': ('0d4deb62159c', 3920, 876.7548, -11.202040)}
+    found, committed = [], committed_runs(preset)
+    for run in eval_hotpot.RUNS if preset == 'hotpot' else train.runs_of_preset(preset):
+        mix = '+'.join(map(str, train.mixed_sizes(run, train.make_task(run))))
+        fields = dataclasses.asdict(run) | dict(mix=mix)
+        found.append({name: str(value) for name, value in fields.items()})
+    assert len(found) == len(committed)
+    for run in committed:
+        shared = dict(pair.split('=') for pair in f'{SHARED} {IN_PRESET[preset]}'.split())
+        assert shared | run in found
 
 
-@pytest.mark.parametrize('letters', ['AA', 'MM', 'MA', 'DD', 'GG'])
-def test_initial_weights_are_those_of_the_committed_results(letters):
-    names_and_shapes, *numbers = WEIGHTS[letters]
-    weights = sorted(initial_weights(letters).items())
+# tensors: a hash of their names and shapes; then, of all their floats, the number, the sum of the
+# absolute values, and a sum in which their order counts
+WEIGHTS = '''
+layers  arch         tensors       floats  absolute   in_order
+AA      transformer  5f743a301503  83776   5269.5942  -9.609496
+MM      mamba        01ca06e68f3e  57792   5853.6370  7.130982
+MA      hybrid       fcdb8802b57e  70784   5667.8883  24.471268
+DD      mamba        135489ba8bcf  10928   1149.5971  -13.524440
+GG      mamba        0d4deb62159c  3920    876.7548   -11.202040
+'''
+
+
+@pytest.mark.parametrize('layers, arch, tensors, floats, absolute, in_order', rows(WEIGHTS))
+def test_initial_weights_are_those_of_the_committed_results(
+        layers, arch, tensors, floats, absolute, in_order):
+    torch.manual_seed(0)
+    model = models.make_model(arch, 'tiny', 24, 4, False, layers)
+    weights = sorted(model.state_dict().items())
     names = '\n'.join([f'{name} {tuple(tensor.shape)}' for name, tensor in weights])
-    assert hashlib.sha256(names.encode()).hexdigest()[:12] == names_and_shapes, names
-    floats = torch.cat([tensor.flatten().double() for _, tensor in weights])
-    in_order = floats @ torch.arange(len(floats), dtype=torch.float64).cos()
-    found = [len(floats), floats.abs().sum().item(), in_order.item()]
-    assert found == pytest.approx(numbers, rel=1e-5)
+    assert hashlib.sha256(names.encode()).hexdigest()[:12] == tensors, names
+    found = torch.cat([tensor.flatten().double() for _, tensor in weights])
+    assert len(found) == int(floats)
+    assert found.abs().sum().item() == pytest.approx(float(absolute), rel=1e-5)
+    cosines = torch.arange(len(found), dtype=torch.float64).cos()
+    assert (found @ cosines).item() == pytest.approx(float(in_order), rel=1e-5)
 
 
-# of the batches of steps 6, 12, ..., 48, and of the held-out samples after step 50
-LOSSES = {
-    'transformer': [2.54429, 2.0969, 1.84855, 1.85701, 1.65202, 1.61439, 1.59231, 1.55879, 1.54763],
-    'mamba': [5.6708, 2.09646, 1.79421, 1.77437, 1.69833, 1.69565, 1.62965, 1.63029, 1.62487],
-    'hybrid': [2.81592, 2.02441, 1.85324, 1.68182, 1.60721, 1.6337, 1.58287, 1.55554, 1.57145],
-    'deltanet': [2.54004, 2.21268, 1.95444, 1.79688, 1.70276, 1.72036, 1.663, 1.7011, 1.65387],
-    'gru': [3.06224, 2.35227, 2.03739, 1.9923, 1.86133, 1.88364, 1.81552, 1.81625, 1.80829],
-}
+# of the batches of steps 6, 12, ..., 48, and of the 50 held-out samples after step 50
+LOSSES = '''
+arch         6       12      18      24      30      36      42      48      held out
+transformer  2.54429 2.0969  1.84855 1.85701 1.65202 1.61439 1.59231 1.55879 1.54763
+mamba        5.6708  2.09646 1.79421 1.77437 1.69833 1.69565 1.62965 1.63029 1.62487
+hybrid       2.81592 2.02441 1.85324 1.68182 1.60721 1.6337  1.58287 1.55554 1.57145
+deltanet     2.54004 2.21268 1.95444 1.79688 1.70276 1.72036 1.663   1.7011  1.65387
+gru          3.06224 2.35227 2.03739 1.9923  1.86133 1.88364 1.81552 1.81625 1.80829
+'''
 
 
-@pytest.mark.parametrize('arch', ['transformer', 'mamba', 'hybrid', 'deltanet', 'gru'])
-def test_the_losses_of_a_whole_short_run_stay_those_of_the_committed_code(arch, tmp_path):
-    assert losses_of_a_run(arch, tmp_path) == pytest.approx(LOSSES[arch], rel=1e-3, abs=1e-3)
+@pytest.mark.parametrize('losses', rows(LOSSES))
+def test_the_losses_of_a_whole_short_run_stay_those_of_the_committed_code(losses, tmp_path):
+    """Warm-up, cosine and clipping are in it."""
+    arch, *losses = losses
+    train.main(['--setup=cot', f'--arch={arch}', '--seed=0', '--d_state=16', '--n=8',
+                '--samples=800', '--batch_size=16', '--lr=4e-3', '--warmup=0.25', '--n_val=50',
+                '--evaluations=8', '--processes=1', '--device=cpu', f'--out={tmp_path}'])
+    [path] = tmp_path.glob('istree-*/result.json')
+    result = json.loads(path.read_text())
+    found = [line['loss'] for line in result['log']] + [result['loss']]
+    assert found == pytest.approx([float(loss) for loss in losses], rel=1e-3, abs=1e-3)
 
 
-# of a default model of seed 3 (results/weights/): right answers and exact traces after 100 prompts
-RIGHT = {('transformer', 'direct'): (46, 46), ('mamba', 'direct'): (53, 53), ('hybrid', 'direct'): (46, 46),
-         ('transformer', 'cot'): (99, 86), ('mamba', 'cot'): (55, 11), ('hybrid', 'cot'): (99, 98),
-         ('transformer', 'retrieval'): (100, 100), ('mamba', 'retrieval'): (99, 99),
-         ('hybrid', 'retrieval'): (99, 99)}
+# of a default model of seed 3 (results/weights/): right answers and exact traces after the first
+# 100 held-out prompts, with the retriever running live
+RIGHT = '''
+arch         setup      right  exact
+transformer  direct     46     46
+mamba        direct     53     53
+hybrid       direct     46     46
+transformer  cot        99     86
+mamba        cot        55     11
+hybrid       cot        99     98
+transformer  retrieval  100    100
+mamba        retrieval  99     99
+hybrid       retrieval  99     99
+'''
 
 
-def weights_of(arch, setup):
-    return HERE / 'results' / 'weights' / f'istree-{arch}-{setup}-tiny-d1-n14-s3.pt'
-
-
-@pytest.mark.parametrize('arch, setup', RIGHT)
-def test_a_trained_model_is_as_often_right_as_on_the_commit_before(arch, setup):
-    assert right_of_100(weights_of(arch, setup)) == RIGHT[arch, setup]
+@pytest.mark.parametrize('arch, setup, right, exact', rows(RIGHT))
+def test_a_trained_model_is_as_often_right_as_on_the_commit_before(arch, setup, right, exact):
+    weights = f'istree-{arch}-{setup}-tiny-d1-n14-s3.pt'
+    model, run = train.load(HERE / 'results' / 'weights' / weights)
+    task = train.make_task(run)
+    samples = data.held_out_samples(task, run.n, 100)
+    measured, _ = train.evaluate(model, task, run.n, samples, 100, torch.device('cpu'))
+    assert f'{100 * measured["accuracy"]:.0f} {100 * measured["exact"]:.0f}' == f'{right} {exact}'
 
 
 # --- data.py --------------------------------------------------------------------------------------
