@@ -17,14 +17,15 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -45,8 +46,8 @@ import plot
 import scan_cuda
 import train
 from assignment import grade
-from scan_cuda import (causal_conv1d, causal_conv1d_reference, selective_scan, selective_scan_fallback,
-                       selective_scan_reference)
+from scan_cuda import (causal_conv1d, causal_conv1d_reference, selective_scan,
+                       selective_scan_fallback, selective_scan_reference)
 
 HERE = Path(__file__).parent
 
@@ -54,70 +55,12 @@ HERE = Path(__file__).parent
 # --- the safety net -------------------------------------------------------------------------------
 #
 # What the committed results were made with, as small numbers measured on commit 21168c5: samples,
-# runs, initial weights, losses, generated texts. The first six functions translate between these
-# numbers and today's names: whoever renames something changes the functions and leaves the numbers.
+# runs, initial weights, losses, generated texts. Whoever renames something changes the tests and
+# leaves the numbers.
 
-def held_out_sets(task, setup, distribution, n, order):
-    """(reported, tuning): two lists of lists of 50 samples, one for each n of a run, ascending.
-    order: how the n join, see RUNS."""
-    task = data.TASKS[task](n, setup, distribution)
-    sizes = [n] if order == 'alone' else task.mixed()
-    reported = [data.held_out_samples(task, size, 50) for size in sizes]
-    tuning = [data.held_out_samples(task, size, 50, tuning=True) for size in sizes]
-    return reported, tuning
-
-
-def training_batches(task, setup, distribution, n, order, join, steps):
-    """All batches of a short run of seed 3, [(tokens (8, L), targets (8, L)), ...], without the
-    prompts of held_out_sets. order, join: see RUNS."""
-    reported, tuning = held_out_sets(task, setup, distribution, n, order)
-    held_out = {tuple(prompt) for samples in reported + tuning for prompt, _ in samples}
-    run = train.Run(n=n, order=order, join=join)
-    task = data.TASKS[task](n, setup, distribution)
-    batches = data.Batches(task, train.sizes_of_batches(run, task, steps), 8, 3, held_out)
-    return [batches[i] for i in range(steps)]
-
-
-def runs_of(preset):
-    """The runs of a preset, each a dict of all that its result depends on, in the terms of RUNS."""
-    runs = []
-    for run in eval_hotpot.RUNS if preset == 'hotpot' else train.runs_of_preset(preset):
-        mix = train.mixed_sizes(run, train.make_task(run))
-        runs.append(dataclasses.asdict(run) | dict(mix='+'.join(map(str, mix))))
-        del runs[-1]['mix_largest']
-    return runs
-
-
-def initial_weights(letters):
-    """name -> tensor, of a model of these layers, size tiny, 24 words, d_state 4, seed 0."""
-    torch.manual_seed(0)
-    arch = {'AA': 'transformer', 'MA': 'hybrid'}.get(letters, 'mamba')
-    return models.make_model(arch, 'tiny', 24, 4, False, letters).state_dict()
-
-
-def losses_of_a_run(arch, folder):
-    """Train on 800 samples of IsTree, cot, n=8, in 50 steps, by one thread: warm-up, cosine and
-    clipping are in it. Returns the losses of the batches of steps 6, 12, ..., 48 and the loss on 50
-    held-out samples at the end. arch: deltanet and gru, too."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    train.main(['--setup=cot', f'--arch={arch}', '--seed=0', '--d_state=16', '--n=8', '--samples=800', '--batch_size=16',
-                '--lr=4e-3', '--warmup=0.25', '--n_val=50', '--evaluations=8', '--processes=1',
-                '--device=cpu', f'--out={folder}'])
-    torch.set_num_threads(threads)
-    [path] = folder.glob('istree-*/result.json')
-    result = json.loads(path.read_text())
-    return [line['loss'] for line in result['log']] + [result['loss']]
-
-
-def right_of_100(path):
-    """What a trained default model writes after the first 100 held-out prompts, with the retriever
-    running live: (right answers, exact traces). path: its weights."""
-    model, run = train.load(path)
-    task = train.make_task(run)
-    samples = data.held_out_samples(task, run.n, 100)
-    measured, _ = train.evaluate(model, task, run.n, samples, 100, torch.device('cpu'))
-    return round(100 * measured['accuracy']), round(100 * measured['exact'])
+def rows(table):
+    """The lines of a table below its heading, each a list of words."""
+    return [line.split() for line in table.strip().splitlines()[1:]]
 
 
 def fingerprint(batches):
@@ -129,94 +72,69 @@ def fingerprint(batches):
     return digest.hexdigest()[:12]
 
 
-# How the n of the samples join (as in the presets), and fingerprints of batches: the first, those
-# with which another n begins, the last, all 24; then of the held-out sets. (With n=4, most training
-# samples are held out, and others of their batch take their place.)
-SAMPLES = {
-    ('istree', 'direct', 'two_star', 4): ('alone', 0,
-        '0:6cf1c77312dd 23:21cc21b5a8c8 all:682dc28173b0 reported:9c05fe5750c5 '
-        'tuning:ba597446568a'),
-    ('istree', 'direct', 'two_star', 14): ('alone', 0,
-        '0:513d452b4b30 23:da3acb9262cd all:e0bd6a8c4f75 reported:867868e721eb '
-        'tuning:2abbc303f25e'),
-    ('istree', 'cot', 'two_star', 14): ('alone', 0,
-        '0:210dac5c4311 23:f66c97760bce all:2fa3aba2677d reported:961c0f2eb667 '
-        'tuning:08b2ef05c041'),
-    ('istree', 'retrieval', 'two_star', 14): ('small-first', 0.5,
-        '0:61d78c1db0ef 7:4223b12f05c9 23:6935dba87028 all:c84b91631eac reported:680a651a4cf3 '
-        'tuning:77735c5fc4c5'),
-    ('istree', 'direct', 'random', 14): ('alone', 0,
-        '0:1bc2f170977e 23:88617633b980 all:f00177d3f973 reported:fb1a035a9447 '
-        'tuning:455af5db1e37'),
-    ('istree', 'cot', 'random', 14): ('alone', 0,
-        '0:90eea963f951 23:8d882a93ce03 all:415595de2305 reported:a86ac2e87c30 '
-        'tuning:9831b41f42c4'),
-    ('istree', 'retrieval', 'random', 14): ('small-first', 0.5,
-        '0:6fa0285f6748 7:0b906fd61750 23:782987af9a20 all:617e4ee40882 reported:4f0510a1dbae '
-        'tuning:dfd6764eac6d'),
-    ('index', 'direct', '', 16): ('together', 0,
-        '0:2d85d69a652a 1:c65ff23332c1 2:7732c3bf5bd6 3:44fb2d085679 23:ad4e82e9cee1 '
-        'all:e7082e063f4c reported:95120748fc8b tuning:b69ee3f53090'),
-    ('index', 'retrieval', '', 16): ('together', 0,
-        '0:ab451f74381f 1:db66edb881a6 2:94b09e34a6f9 3:dabd7b804f14 23:5ddae6c23763 '
-        'all:ae7e670a85b3 reported:6d0e64ca923d tuning:18d362d9bd5c'),
-    ('recall', 'direct', '', 16): ('small-first', 0.5,
-        '0:e17cebe393b9 3:7cf989287fd3 8:cfccc91e3044 11:23bcd74d0c41 23:c424f50b457d '
-        'all:b3db1f29ffc6 reported:8e5a6d36f16a tuning:adf2920d5172'),
-    ('recall', 'retrieval', '', 16): ('small-first', 0.5,
-        '0:108474168f8a 3:f5a5f990e24f 8:c9e1f43dd9e8 11:ce673f9b824a 23:a208bc41c2da '
-        'all:9aee5492bb65 reported:2e58134ef94f tuning:fffb1c79d5a6'),
-    ('cgram', 'direct', '', 16): ('large-first', 0.75,
-        '0:6d2477809230 7:64ea99dd88a2 14:22a333f7ac34 23:46ccd50e3f76 all:e717e357b6e4 '
-        'reported:7789858a253e tuning:a15411ae9cf9'),
-    ('cgram', 'retrieval', '', 16): ('large-first', 0.75,
-        '0:0d4a89952030 7:1bee255e7af7 14:1200c6474341 23:2c64e048dbb4 all:50c9f50a3a8b '
-        'reported:49880e161e24 tuning:afb35f854b93'),
-    ('counting', 'direct', '', 16): ('large-first', 0.75,
-        '0:b21c7eff78c5 7:ef449cd86b50 14:a65c48586cc1 23:2e5aab856bc7 all:8e6287109c58 '
-        'reported:af282ea28e08 tuning:b54081103af9'),
-    ('counting', 'retrieval', '', 16): ('large-first', 0.75,
-        '0:22090e22ede0 7:4620210df51a 14:4983d1709cb1 23:8ed6ea0eecc6 all:cfb296c039e0 '
-        'reported:fd0129a68556 tuning:00a76e2959ea'),
-    ('hotpot', 'retrieval', 'mixed', 10): ('alone', 0,
-        '0:047fa280fc72 23:add15fc4934d all:e68b77b146a2 reported:359802281834 '
-        'tuning:c95c3682f167'),
-}
+# Fingerprints of all 24 batches of a short run, with each n that it mixes, and of its held-out
+# samples, 50 for each n. (With n=4, most training samples are held out, and others of their batch
+# take their place.)
+SAMPLES = '''
+task      setup      distribution  n   batches       reported      tuning
+istree    direct     two_star      4   682dc28173b0  9c05fe5750c5  ba597446568a
+istree    direct     two_star      14  e0bd6a8c4f75  867868e721eb  2abbc303f25e
+istree    cot        two_star      14  2fa3aba2677d  961c0f2eb667  08b2ef05c041
+istree    retrieval  two_star      14  c84b91631eac  680a651a4cf3  77735c5fc4c5
+istree    direct     random        14  f00177d3f973  fb1a035a9447  455af5db1e37
+istree    cot        random        14  415595de2305  a86ac2e87c30  9831b41f42c4
+istree    retrieval  random        14  617e4ee40882  4f0510a1dbae  dfd6764eac6d
+index     direct     -             16  e7082e063f4c  95120748fc8b  b69ee3f53090
+index     retrieval  -             16  ae7e670a85b3  6d0e64ca923d  18d362d9bd5c
+recall    direct     -             16  b3db1f29ffc6  8e5a6d36f16a  adf2920d5172
+recall    retrieval  -             16  9aee5492bb65  2e58134ef94f  fffb1c79d5a6
+cgram     direct     -             16  e717e357b6e4  7789858a253e  a15411ae9cf9
+cgram     retrieval  -             16  50c9f50a3a8b  49880e161e24  afb35f854b93
+counting  direct     -             16  8e6287109c58  af282ea28e08  b54081103af9
+counting  retrieval  -             16  cfb296c039e0  fd0129a68556  00a76e2959ea
+hotpot    retrieval  mixed         10  e68b77b146a2  359802281834  c95c3682f167
+'''
 
 
-@pytest.mark.parametrize('task, setup, distribution, n', SAMPLES)
-def test_samples_are_those_of_the_committed_results(task, setup, distribution, n):
-    order, join, expected = SAMPLES[task, setup, distribution, n]
-    batches = training_batches(task, setup, distribution, n, order, join, 24)
-    expected = dict(pair.split(':') for pair in expected.split())
-    found = {i: fingerprint([batches[int(i)]]) for i in expected if i.isdigit()}
-    found['all'] = fingerprint(batches)
-    for name, sets in zip(('reported', 'tuning'), held_out_sets(task, setup, distribution, n, order)):
-        words = data.TASKS[task](n, setup, distribution)
-        found[name] = fingerprint([data.collate(words, samples) for samples in sets])
-    assert found == expected
+@pytest.mark.parametrize('task, setup, distribution, n, batches, reported, tuning', rows(SAMPLES))
+def test_samples_are_those_of_the_committed_results(
+        task, setup, distribution, n, batches, reported, tuning):
+    run = train.Run(task=task, setup=setup, arch='mamba', n=int(n),
+                    distribution=distribution.strip('-'))
+    task, held_out = train.make_task(run), set()
+    for for_tuning, expected in ((False, reported), (True, tuning)):
+        collated = []
+        for size in train.mixed_sizes(run, task):
+            samples = data.held_out_samples(task, size, 50, for_tuning)
+            held_out |= {tuple(prompt) for prompt, _ in samples}
+            collated.append(data.collate(task, samples))
+        assert fingerprint(collated) == expected
+    made = data.Batches(task, train.sizes_of_batches(run, task, 24), 8, 3, held_out)
+    assert fingerprint([made[i] for i in range(24)]) == batches
 
 
-# Every run of the presets default, primitives and hotpot. mix: the n of its samples, the run's own
-# last. order: only that one; all from the start; or the others join one by one, ascending or
-# descending, over a share of the run (join).
-RUNS = '''
+# Every run of the presets. mix: the n of its samples, the run's own last. order: only that one; all
+# from the start; or the others join one by one, ascending or descending, over a share of the run
+# (join).
+RUNS = {'default': '''
 task      setup      arch         samples  batch_size  lr     warmup  order        join  mix
-istree    direct     transformer  10000    32          0.001  0.25    alone        0     14
-istree    direct     mamba        10000    32          0.001  0.05    alone        0     14
-istree    direct     hybrid       10000    32          0.001  0.05    alone        0     14
-istree    cot        transformer  200000   16          0.004  0.25    alone        0     14
-istree    cot        mamba        200000   16          0.004  0.25    alone        0     14
-istree    cot        hybrid       200000   16          0.008  0.25    alone        0     14
+istree    direct     transformer  10000    32          0.001  0.25    alone        0.0   14
+istree    direct     mamba        10000    32          0.001  0.05    alone        0.0   14
+istree    direct     hybrid       10000    32          0.001  0.05    alone        0.0   14
+istree    cot        transformer  200000   16          0.004  0.25    alone        0.0   14
+istree    cot        mamba        200000   16          0.004  0.25    alone        0.0   14
+istree    cot        hybrid       200000   16          0.008  0.25    alone        0.0   14
 istree    retrieval  transformer  24000    8           0.004  0.25    small-first  0.5   7+14
 istree    retrieval  mamba        24000    8           0.016  0.05    small-first  0.5   7+14
 istree    retrieval  hybrid       24000    8           0.008  0.05    small-first  0.5   7+14
-index     direct     transformer  256000   16          0.004  0.25    together     0     2+4+8+16
-index     direct     mamba        256000   16          0.008  0.25    together     0     2+4+8+16
-index     direct     hybrid       256000   16          0.008  0.25    together     0     2+4+8+16
-index     retrieval  transformer  8000     16          0.008  0.25    together     0     2+4+8+16
-index     retrieval  mamba        8000     16          0.016  0.25    together     0     2+4+8+16
-index     retrieval  hybrid       8000     16          0.008  0.25    together     0     2+4+8+16
+''', 'primitives': '''
+task      setup      arch         samples  batch_size  lr     warmup  order        join  mix
+index     direct     transformer  256000   16          0.004  0.25    together     0.0   2+4+8+16
+index     direct     mamba        256000   16          0.008  0.25    together     0.0   2+4+8+16
+index     direct     hybrid       256000   16          0.008  0.25    together     0.0   2+4+8+16
+index     retrieval  transformer  8000     16          0.008  0.25    together     0.0   2+4+8+16
+index     retrieval  mamba        8000     16          0.016  0.25    together     0.0   2+4+8+16
+index     retrieval  hybrid       8000     16          0.008  0.25    together     0.0   2+4+8+16
 recall    direct     transformer  256000   16          0.004  0.25    small-first  0.5   2+4+8+16
 recall    direct     mamba        256000   16          0.008  0.25    small-first  0.5   2+4+8+16
 recall    direct     hybrid       256000   16          0.004  0.25    small-first  0.5   2+4+8+16
@@ -235,110 +153,124 @@ counting  direct     hybrid       256000   16          0.004  0.25    large-firs
 counting  retrieval  transformer  8000     16          0.008  0.25    large-first  0.75  4+8+16
 counting  retrieval  mamba        8000     16          0.016  0.25    large-first  0.75  4+8+16
 counting  retrieval  hybrid       8000     16          0.008  0.25    large-first  0.75  4+8+16
-hotpot    retrieval  transformer  160000   16          0.002  0.25    alone        0     10
-hotpot    retrieval  mamba        160000   16          0.004  0.25    alone        0     10
-hotpot    retrieval  hybrid       160000   16          0.004  0.25    alone        0     10
-'''
-# what all runs of a preset share
-SHARED = dict(size='tiny', layers='', d_state=1, seed=3, n_val=1000, frozen_embedding=False,
-              grad_clip=1.0, dtype='float32', solved=0.995, tuning=False)
-DEFAULT = SHARED | dict(distribution='', evaluations=8)
-PRIMITIVES = SHARED | dict(distribution='', evaluations=16)
-HOTPOT = SHARED | dict(distribution='', evaluations=4, d_state=16, n_val=1500)
-PAPER = SHARED | dict(
-    task='istree', distribution='', d_state=16, frozen_embedding=True, samples=1_000_000,
-    batch_size=64, warmup=0.01, order='alone', join=0, grad_clip=0, evaluations=10, solved=0,
-    n_val=5000)
+''', 'hotpot': '''
+task      setup      arch         samples  batch_size  lr     warmup  order        join  mix
+hotpot    retrieval  transformer  160000   16          0.002  0.25    alone        0.0   10
+hotpot    retrieval  mamba        160000   16          0.004  0.25    alone        0.0   10
+hotpot    retrieval  hybrid       160000   16          0.004  0.25    alone        0.0   10
+'''}
+# what all runs share, unless their preset says otherwise
+SHARED = '''size=tiny layers= distribution= d_state=1 seed=3 n_val=1000 frozen_embedding=False
+    mix_largest=0.0 grad_clip=1.0 dtype=float32 solved=0.995 tuning=False'''
+IN_PRESET = {
+    'default': 'n=14 evaluations=8',
+    'primitives': 'n=16 evaluations=16',
+    'hotpot': 'n=10 evaluations=4 d_state=16 n_val=1500',
+    'paper': '''task=istree d_state=16 frozen_embedding=True samples=1000000 batch_size=64
+        warmup=0.01 order=alone join=0.0 grad_clip=0.0 evaluations=10 solved=0.0 n_val=5000'''}
 
 
-def rows_of_runs(shared, *tasks):
-    """The rows of RUNS about these tasks, each with all that its result depends on."""
-    names, *rows = [re.split('  +', line) for line in RUNS.strip().splitlines()]
-    runs = []
-    for row in rows:
-        run = shared | dict(zip(names, row))
-        for name in ('samples', 'batch_size', 'lr', 'warmup', 'join'):
-            run[name] = float(run[name])
-        run['n'] = int(run['mix'].split('+')[-1])
-        if run['task'] in tasks:
-            runs.append(run)
+def committed_runs(preset):
+    """Of each run what differs within its preset, as text. The paper, section 6, has a learning
+    rate for each architecture."""
+    if preset != 'paper':
+        names, *runs = [line.split() for line in RUNS[preset].strip().splitlines()]
+        return [dict(zip(names, run)) for run in runs]
+    runs, rates = [], dict(transformer='0.001', mamba='0.0003', hybrid='0.0003')
+    for setup, arch, size, n in itertools.product(
+            ('direct', 'cot', 'retrieval'), rates, ('0.5M', '1M', '2M'), ('16', '32', '64')):
+        runs.append(dict(setup=setup, arch=arch, size=size, n=n, mix=n, lr=rates[arch]))
     return runs
 
 
-def runs_of_the_paper():
-    """Section 6: each setup, architecture, size and n; only the learning rate differs."""
-    rates = {'transformer': 0.001, 'mamba': 0.0003, 'hybrid': 0.0003}
-    setups, sizes = ('direct', 'cot', 'retrieval'), ('0.5M', '1M', '2M')
-    grid = itertools.product(setups, rates, sizes, (16, 32, 64))
-    return [PAPER | dict(setup=setup, arch=arch, size=size, n=n, mix=str(n), lr=rates[arch])
-            for setup, arch, size, n in grid]
-
-
-RUNS_OF = {
-    'default': rows_of_runs(DEFAULT, 'istree'),
-    'paper': runs_of_the_paper(),
-    'hotpot': rows_of_runs(HOTPOT, 'hotpot'),
-    'primitives': rows_of_runs(PRIMITIVES, 'index', 'recall', 'cgram', 'counting')}
-
-
-@pytest.mark.parametrize('preset', RUNS_OF)
+@pytest.mark.parametrize('preset', IN_PRESET)
 def test_every_run_of_a_preset_is_the_committed_one_in_all_fields(preset):
-    def name(run):
-        return run['task'], run['setup'], run['arch'], run['size'], run['n']
-
-    assert sorted(runs_of(preset), key=name) == sorted(RUNS_OF[preset], key=name)
-
-
-# layers: a hash of the names and shapes of the tensors; then, of all their floats, the number, the
-# sum of the absolute values, and a sum in which their order counts
-WEIGHTS = {'AA': ('5f743a301503', 83776, 5269.5942, -9.609496),
-           'MM': ('01ca06e68f3e', 57792, 5853.6370, 7.130982),
-           'MA': ('fcdb8802b57e', 70784, 5667.8883, 24.471268),
-           'DD': ('135489ba8bcf', 10928, 1149.5971, -13.524440),
-           'GG': ('0d4deb62159c', 3920, 876.7548, -11.202040)}
+    found, committed = [], committed_runs(preset)
+    for run in eval_hotpot.RUNS if preset == 'hotpot' else train.runs_of_preset(preset):
+        mix = '+'.join(map(str, train.mixed_sizes(run, train.make_task(run))))
+        fields = dataclasses.asdict(run) | dict(mix=mix)
+        found.append({name: str(value) for name, value in fields.items()})
+    assert len(found) == len(committed)
+    for run in committed:
+        shared = dict(pair.split('=') for pair in f'{SHARED} {IN_PRESET[preset]}'.split())
+        assert shared | run in found
 
 
-@pytest.mark.parametrize('letters', ['AA', 'MM', 'MA', 'DD', 'GG'])
-def test_initial_weights_are_those_of_the_committed_results(letters):
-    names_and_shapes, *numbers = WEIGHTS[letters]
-    weights = sorted(initial_weights(letters).items())
+# tensors: a hash of their names and shapes; then, of all their floats, the number, the sum of the
+# absolute values, and a sum in which their order counts
+WEIGHTS = '''
+layers  arch         tensors       floats  absolute   in_order
+AA      transformer  5f743a301503  83776   5269.5942  -9.609496
+MM      mamba        01ca06e68f3e  57792   5853.6370  7.130982
+MA      hybrid       fcdb8802b57e  70784   5667.8883  24.471268
+DD      mamba        135489ba8bcf  10928   1149.5971  -13.524440
+GG      mamba        0d4deb62159c  3920    876.7548   -11.202040
+'''
+
+
+@pytest.mark.parametrize('layers, arch, tensors, floats, absolute, in_order', rows(WEIGHTS))
+def test_initial_weights_are_those_of_the_committed_results(
+        layers, arch, tensors, floats, absolute, in_order):
+    torch.manual_seed(0)
+    model = models.make_model(arch, 'tiny', 24, 4, False, layers)
+    weights = sorted(model.state_dict().items())
     names = '\n'.join([f'{name} {tuple(tensor.shape)}' for name, tensor in weights])
-    assert hashlib.sha256(names.encode()).hexdigest()[:12] == names_and_shapes, names
-    floats = torch.cat([tensor.flatten().double() for _, tensor in weights])
-    in_order = floats @ torch.arange(len(floats), dtype=torch.float64).cos()
-    found = [len(floats), floats.abs().sum().item(), in_order.item()]
-    assert found == pytest.approx(numbers, rel=1e-5)
+    assert hashlib.sha256(names.encode()).hexdigest()[:12] == tensors, names
+    found = torch.cat([tensor.flatten().double() for _, tensor in weights])
+    assert len(found) == int(floats)
+    assert found.abs().sum().item() == pytest.approx(float(absolute), rel=1e-5)
+    cosines = torch.arange(len(found), dtype=torch.float64).cos()
+    assert (found @ cosines).item() == pytest.approx(float(in_order), rel=1e-5)
 
 
-# of the batches of steps 6, 12, ..., 48, and of the held-out samples after step 50
-LOSSES = {
-    'transformer': [2.54429, 2.0969, 1.84855, 1.85701, 1.65202, 1.61439, 1.59231, 1.55879, 1.54763],
-    'mamba': [5.6708, 2.09646, 1.79421, 1.77437, 1.69833, 1.69565, 1.62965, 1.63029, 1.62487],
-    'hybrid': [2.81592, 2.02441, 1.85324, 1.68182, 1.60721, 1.6337, 1.58287, 1.55554, 1.57145],
-    'deltanet': [2.54004, 2.21268, 1.95444, 1.79688, 1.70276, 1.72036, 1.663, 1.7011, 1.65387],
-    'gru': [3.06224, 2.35227, 2.03739, 1.9923, 1.86133, 1.88364, 1.81552, 1.81625, 1.80829],
-}
+# of the batches of steps 6, 12, ..., 48, and of the 50 held-out samples after step 50
+LOSSES = '''
+arch         6       12      18      24      30      36      42      48      held out
+transformer  2.54429 2.0969  1.84855 1.85701 1.65202 1.61439 1.59231 1.55879 1.54763
+mamba        5.6708  2.09646 1.79421 1.77437 1.69833 1.69565 1.62965 1.63029 1.62487
+hybrid       2.81592 2.02441 1.85324 1.68182 1.60721 1.6337  1.58287 1.55554 1.57145
+deltanet     2.54004 2.21268 1.95444 1.79688 1.70276 1.72036 1.663   1.7011  1.65387
+gru          3.06224 2.35227 2.03739 1.9923  1.86133 1.88364 1.81552 1.81625 1.80829
+'''
 
 
-@pytest.mark.parametrize('arch', ['transformer', 'mamba', 'hybrid', 'deltanet', 'gru'])
-def test_the_losses_of_a_whole_short_run_stay_those_of_the_committed_code(arch, tmp_path):
-    assert losses_of_a_run(arch, tmp_path) == pytest.approx(LOSSES[arch], rel=1e-3, abs=1e-3)
+@pytest.mark.parametrize('losses', rows(LOSSES))
+def test_the_losses_of_a_whole_short_run_stay_those_of_the_committed_code(losses, tmp_path):
+    """Warm-up, cosine and clipping are in it."""
+    arch, *losses = losses
+    train.main(['--setup=cot', f'--arch={arch}', '--seed=0', '--d_state=16', '--n=8',
+                '--samples=800', '--batch_size=16', '--lr=4e-3', '--warmup=0.25', '--n_val=50',
+                '--evaluations=8', '--processes=1', '--device=cpu', f'--out={tmp_path}'])
+    [path] = tmp_path.glob('istree-*/result.json')
+    result = json.loads(path.read_text())
+    found = [line['loss'] for line in result['log']] + [result['loss']]
+    assert found == pytest.approx([float(loss) for loss in losses], rel=1e-3, abs=1e-3)
 
 
-# of a default model of seed 3 (results/weights/): right answers and exact traces after 100 prompts
-RIGHT = {('transformer', 'direct'): (46, 46), ('mamba', 'direct'): (53, 53), ('hybrid', 'direct'): (46, 46),
-         ('transformer', 'cot'): (99, 86), ('mamba', 'cot'): (55, 11), ('hybrid', 'cot'): (99, 98),
-         ('transformer', 'retrieval'): (100, 100), ('mamba', 'retrieval'): (99, 99),
-         ('hybrid', 'retrieval'): (99, 99)}
+# of a default model of seed 3 (results/weights/): right answers and exact traces after the first
+# 100 held-out prompts, with the retriever running live
+RIGHT = '''
+arch         setup      right  exact
+transformer  direct     46     46
+mamba        direct     53     53
+hybrid       direct     46     46
+transformer  cot        99     86
+mamba        cot        55     11
+hybrid       cot        99     98
+transformer  retrieval  100    100
+mamba        retrieval  99     99
+hybrid       retrieval  99     99
+'''
 
 
-def weights_of(arch, setup):
-    return HERE / 'results' / 'weights' / f'istree-{arch}-{setup}-tiny-d1-n14-s3.pt'
-
-
-@pytest.mark.parametrize('arch, setup', RIGHT)
-def test_a_trained_model_is_as_often_right_as_on_the_commit_before(arch, setup):
-    assert right_of_100(weights_of(arch, setup)) == RIGHT[arch, setup]
+@pytest.mark.parametrize('arch, setup, right, exact', rows(RIGHT))
+def test_a_trained_model_is_as_often_right_as_on_the_commit_before(arch, setup, right, exact):
+    weights = f'istree-{arch}-{setup}-tiny-d1-n14-s3.pt'
+    model, run = train.load(HERE / 'results' / 'weights' / weights)
+    task = train.make_task(run)
+    samples = data.held_out_samples(task, run.n, 100)
+    measured, _ = train.evaluate(model, task, run.n, samples, 100, torch.device('cpu'))
+    assert f'{100 * measured["accuracy"]:.0f} {100 * measured["exact"]:.0f}' == f'{right} {exact}'
 
 
 # --- data.py --------------------------------------------------------------------------------------
@@ -1857,7 +1789,6 @@ def test_mamba_layers_give_the_logits_of_transformers():
 
 # --- train.py -------------------------------------------------------------------------------------
 
-ENVIRONMENT = dict(os.environ, OMP_NUM_THREADS='1', TQDM_DISABLE='1')
 CPU = torch.device('cpu')
 SMALL = ['--arch=hybrid', '--setup=cot', '--n=5', '--samples=640', '--n_val=40', '--evaluations=4',
          '--seed=0', '--device=cpu', '--processes=1', '--checkpoint_seconds=0']
@@ -1865,23 +1796,41 @@ SMALL_RUN = train.Run(arch='hybrid', setup='cot', n=5, samples=640, n_val=40, ev
 NAME = SMALL_RUN.name()
 BRIEF = ['--samples=48', '--n_val=9', '--evaluations=1']                # 3 steps
 
+# Importing torch takes seconds. Processes from here are forks of one that has imported it.
+PROCESSES = multiprocessing.get_context('forkserver' if os.name == 'posix' else 'spawn')
+PROCESSES.set_forkserver_preload([__name__])
 
-def start(*arguments, **environment):
-    """train.py as a user starts it, in a process of its own."""
-    return subprocess.Popen([sys.executable, 'train.py', *arguments], cwd=HERE, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            env=ENVIRONMENT | environment)
+
+def as_a_user(arguments, output, rank):
+    """`python train.py ARGUMENTS > OUTPUT 2>&1` in this process. rank: that torchrun gives it."""
+    os.environ['RANK'] = rank
+    torch.set_num_threads(1)
+    sys.argv = ['train.py', *arguments]
+    with open(output, 'w') as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    runpy.run_path(str(HERE / 'train.py'), run_name='__main__')
+
+
+def start(*arguments, output=os.devnull, rank=''):
+    process = PROCESSES.Process(target=as_a_user, args=(arguments, output, rank))
+    process.start()
+    return process
+
+
+def exit_code_of(process):
+    process.join()
+    return process.exitcode
 
 
 def tried(out, *arguments):
-    """(exit code, what was printed, complaint) of the small run, with other arguments, within this
-    process. The complaint is one line, or that of a run and the last one, `1 of 1 runs stopped`."""
-    printed, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(err):
+    """(exit code, what was printed, complaints) of the small run, with other arguments, in this
+    process. A run that fails has a line of its own, before `1 of 1 runs stopped`."""
+    printed, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(errors):
         code = train.cli(train.main, 'train.py', [*SMALL, f'--out={out}', *map(str, arguments)])
-    lines = re.findall('train.py: .*', err.getvalue())
-    assert len(lines) == bool(code) + ('stopped without a result' in err.getvalue())
-    return code, printed.getvalue(), ' '.join(lines)
+    complaints = re.findall('train.py: .*', errors.getvalue())
+    return code, printed.getvalue(), '\n'.join(complaints)
 
 
 def printed_by(out, *arguments):
@@ -1892,22 +1841,16 @@ def printed_by(out, *arguments):
 
 def complaint_of(out, *arguments):
     code, _, complaint = tried(out, *arguments)
-    assert code == 2
+    assert code == 2 and complaint.count('\n') == complaint.count('stopped without a result')
     return complaint
-
-
-def asked_for(*arguments):
-    """The runs that a command line asks for."""
-    runs = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, 'run_all', lambda asked, options: runs.extend(asked) or {})
-        patch.setattr(train, 'report_missing', lambda *arguments: None)
-        train.main(list(arguments))
-    return runs
 
 
 def result_in(folder):
     return json.loads((folder / 'result.json').read_text())
+
+
+def results_in(out):
+    return [result_in(path.parent) for path in out.glob('*/result.json')]
 
 
 def checkpoint_in(folder):
@@ -1918,10 +1861,6 @@ def same_weights(one, two):
     return all(torch.equal(one['model'][name], two['model'][name]) for name in one['model'])
 
 
-def log_without_times(result):
-    return [dict(line, seconds=0) for line in result['log']]
-
-
 def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob('*') if path.is_file()}
 
@@ -1930,7 +1869,7 @@ def contents(folder):
 def finished(tmp_path_factory):
     """The folder of a small run, trained once for the tests below."""
     out = tmp_path_factory.mktemp('finished')
-    assert start(*SMALL, f'--out={out}').wait() == 0
+    assert exit_code_of(start(*SMALL, f'--out={out}')) == 0
     return out / NAME
 
 
@@ -1953,47 +1892,43 @@ def test_a_run_reports_what_was_promised(finished):
         'loss samples_trained memory params seconds samples_per_second device threads torch log '
         'examples date'.split())
     assert [line['samples'] for line in result['log']] == [160, 320, 480]
-    assert set(result['log'][0]) == {'samples', 'loss', 'seconds', 'accuracy', 'exact'}
     samples = data.held_out_samples(data.IsTree(5, 'cot'), 5, 3)
     for example, (prompt, completion) in zip(result['examples'], samples, strict=True):
         assert example['prompt'].split() == prompt
         assert example['expected'].split() == completion
 
 
-def kill_while_training(out, times):
-    """Start the small run and kill it soon after it has written a checkpoint, so many times."""
+def test_killed_at_random_moments_it_ends_with_the_same_weights_bit_for_bit(finished, tmp_path):
     def last_saved():
-        return [path.stat().st_mtime_ns for path in out.glob('*/checkpoint.pt')]
+        return [path.stat().st_mtime_ns for path in tmp_path.glob('*/checkpoint.pt')]
 
-    for _ in range(times):
-        before = last_saved()
-        process = start(*SMALL, f'--out={out}')
-        while last_saved() == before and process.poll() is None:
+    for _ in range(5):
+        before, process = last_saved(), start(*SMALL, f'--out={tmp_path}')
+        while last_saved() == before and process.is_alive():
             time.sleep(0.01)
         time.sleep(random.uniform(0, 0.2))
         process.kill()
-        process.communicate()
-
-
-def test_killed_at_random_moments_it_ends_with_the_same_weights_bit_for_bit(finished, tmp_path):
-    kill_while_training(tmp_path, times=5)
-    assert start(*SMALL, f'--out={tmp_path}').wait() == 0
+        process.join()
+    assert exit_code_of(start(*SMALL, f'--out={tmp_path}')) == 0
     assert same_weights(checkpoint_in(tmp_path / NAME), checkpoint_in(finished))
     one, two = result_in(finished), result_in(tmp_path / NAME)
-    assert log_without_times(one) == log_without_times(two)
-    assert one['by_length'] == two['by_length'] and one['examples'] == two['examples']
+    for line in one['log'] + two['log']:
+        del line['seconds']
+    for name in ('log', 'by_length', 'examples'):
+        assert one[name] == two[name]
     assert not [*tmp_path.rglob('*.tmp')]
 
 
 @pytest.mark.skipif(os.name == 'nt', reason='no limit on the size of a file')
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(unfinished):
     import resource
-    before, unlimited = contents(unfinished), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, unlimited[1]))      # as if no more fitted
+    before, size_of_a_file = contents(unfinished), resource.RLIMIT_FSIZE
+    soft, hard = resource.getrlimit(size_of_a_file)
+    resource.setrlimit(size_of_a_file, (400_000, hard))     # as if no more fitted
     try:
         assert 'checkpoint.pt cannot be written' in complaint_of(unfinished.parent)
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+        resource.setrlimit(size_of_a_file, (soft, hard))
     assert contents(unfinished) == before                   # (no temporary file either)
     printed_by(unfinished.parent)
 
@@ -2009,15 +1944,12 @@ def test_a_finished_run_is_skipped_and_named_with_its_date(finished):
 def test_two_processes_share_a_grid_and_do_no_run_twice(ranks, tmp_path):
     """Started by hand, or by torchrun."""
     grid = [*SMALL, '--samples=160', '--setup=direct,cot', '--seed=0,1', f'--out={tmp_path}']
-    both = [start(*grid, RANK=rank, WORLD_SIZE='2', LOCAL_RANK=rank) for rank in ranks]
-    printed = [process.communicate()[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0]
-    assert ['accuracy: of the' in text for text in printed] == [True, ranks[1] == '']
-    folders = [path.parent for path in tmp_path.glob('*/result.json')]
-    assert len(folders) == 4
-    for folder in folders:                                  # one of the two has evaluated it
-        line = re.compile(f'^{folder.name} .* loss ', re.M)
-        assert [bool(line.search(text)) for text in printed].count(True) == 1
+    outputs = [tmp_path / 'one.txt', tmp_path / 'two.txt']
+    both = [start(*grid, output=output, rank=rank) for output, rank in zip(outputs, ranks)]
+    assert [exit_code_of(process) for process in both] == [0, 0]
+    evaluated = r'(istree\S+) +\d+ samples '
+    one, two = [set(re.findall(evaluated, output.read_text())) for output in outputs]
+    assert len(one | two) == len(results_in(tmp_path)) == 4 and not one & two
 
 
 def test_a_run_on_which_another_process_works_is_named_and_no_failure(tmp_path):
@@ -2025,6 +1957,162 @@ def test_a_run_on_which_another_process_works_is_named_and_no_failure(tmp_path):
     with train.filelock.FileLock(tmp_path / NAME / 'lock'):
         printed = printed_by(tmp_path)
     assert f'{NAME}: another process is working on this run' in printed
+
+
+# what is given, and what the one line says
+BAD = '''
+--arch=lstm                         transformer, mamba, hybrid
+--setup=chain                       direct, cot, retrieval
+--size=3M                           0.5M
+--task=sorting                      istree, index
+--order=up                          small-first
+--learning_rate=1                   unrecognized arguments: --learning_rate=1
+arch=mamba                          unrecognized arguments: arch=mamba
+--preset=big                        paper
+--lr                                expected one argument
+--samples=inf                       expected int
+--n=abc                             expected int
+--lr=x                              expected float
+--tuning=maybe                      True or False
+--lr=-1                             must be from 0
+--lr=1e-3,,                         float
+--lr=nan                            must be from
+--lr=--                             a value is missing
+--n_val=0                           must be from 1
+--warmup=2                          to 1
+--seed=99999999999999999999         must be from
+--n_val=100000000000                must be from
+--batch_size=1000000000000          must be from
+--samples=9999999999                must be from
+--n=3                               n=3
+--n=4 --n_val=5000                  held out
+--d_state=0                         must be from 1
+--arch=mamba --d_state=65           1 to 64
+--layers=MXA                        'X'
+--distribution=star                 two_star
+--mix=5-4 --order=together          5-4
+--mix=5+6 --order=together          --mix=5+6
+--task=index                        no recipe for --task=index --setup=cot
+--device=cuda                       no such device
+--out=test_all.py                   test_all.py
+--archs=mamba                       --archs is now --arch
+--n_nodes=5                         --n_nodes is now --n
+--probe nowhere                     nowhere: there is no trained model
+--demo=1-2                          13 different
+'''
+
+
+@pytest.mark.parametrize('line', BAD.strip().splitlines())
+def test_bad_constants_get_one_line_and_exit_code_2(line, tmp_path):
+    given, words = re.split('  +', line)
+    if given == '--device=cuda' and torch.cuda.is_available():
+        pytest.skip('there is a GPU')
+    assert words in complaint_of(tmp_path, *given.split())
+
+
+def test_another_run_in_the_same_folder_is_refused_and_nothing_is_touched(finished, tmp_path):
+    folder = tmp_path / dataclasses.replace(SMALL_RUN, grad_clip=2.0).name()
+    shutil.copytree(finished, folder)
+    for name in ('result.json', 'checkpoint.pt'):           # each refuses
+        before = contents(folder)
+        assert 'grad_clip=1.0 there, 2.0 here' in complaint_of(tmp_path, '--grad_clip=2')
+        assert contents(folder) == before
+        (folder / name).unlink()
+
+
+def test_runs_that_fail_stop_alone_in_a_helper_too(tmp_path):
+    """An infinite loss; and a size of which all prompts are held out."""
+    four = ['--n=4,5', '--n_val=900', '--samples=320', '--grad_clip=0', '--lr=1e9,1e-3']
+    output = tmp_path / 'output.txt'
+    process = start(*SMALL, *four, '--processes=2', f'--out={tmp_path}', output=output)
+    assert exit_code_of(process) == 2
+    for words in ('held out', 'the loss is nan', '3 of 4 runs stopped without a result'):
+        assert words in output.read_text()
+    assert [(r['n'], r['lr']) for r in results_in(tmp_path)] == [(5, 1e-3)]
+
+
+def test_help_lists_every_field_with_its_meaning(capsys):
+    with pytest.raises(SystemExit):
+        train.main(['--help'])
+    text = ' '.join(capsys.readouterr().out.split())
+    for f in dataclasses.fields(train.Run):
+        assert f'--{f.name} ' in text and f.metadata['meaning'] in text
+
+
+def test_a_field_added_in_one_place_takes_several_values_and_is_in_name_and_result(
+        tmp_path, monkeypatch):
+    @dataclasses.dataclass
+    class Longer(train.Run):
+        noise: float = train.constant(0.5, 'how loud')
+
+    monkeypatch.setattr(train, 'Run', Longer)
+    printed_by(tmp_path, *BRIEF, '--noise=0.5,2', '--seed=0,1')
+    found = set()
+    for folder in tmp_path.iterdir():
+        result = result_in(folder)
+        assert result['noise'] == (2 if folder.name.endswith('-noise2.0') else 0.5)
+        found.add((result['noise'], result['seed']))
+    assert found == {(0.5, 0), (0.5, 1), (2, 0), (2, 1)}
+
+
+def test_two_runs_that_differ_in_any_field_have_folders_of_their_own():
+    run = train.Run(task='recall', setup='retrieval', arch='hybrid')
+    other = dict(task='index', setup='direct', arch='mamba', size='1M', layers='AA', mix='5+6',
+                 distribution='random', order='large-first', dtype='bfloat16')
+    names = [run.name()]
+    for name, value in dataclasses.asdict(run).items():
+        change = {name: other[name] if isinstance(value, str) else value + 1}
+        names.append(dataclasses.replace(run, **change).name())
+    assert len(names) == len({*names})
+
+
+def test_layers_say_what_they_take_and_are_in_the_name(tmp_path):
+    printed = printed_by(tmp_path, *BRIEF, '--layers=AM')
+    assert '--layers=AM: with the dimensions and the recipe of --arch' in printed
+    [folder] = tmp_path.iterdir()
+    assert folder.name.startswith('istree-hybrid-AM-cot-')
+    model, _ = train.load(folder)
+    assert [*map(type, model.layers)] == [models.LlamaLayer, models.MambaLayer]
+
+
+def test_another_optimizer_keeps_its_rates_is_resumed_and_does_not_resume_adams_state(
+        unfinished, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.optim, 'Adam', functools.partial(torch.optim.SGD, momentum=0.9))
+    assert 'optimizer=Adam there, SGD here' in complaint_of(unfinished.parent)
+    arguments = SMALL_RUN, tmp_path, train.Options(), CPU
+    with monkeypatch.context() as patch:                    # ends after two evaluations of four
+        patch.setattr(train, 'is_solved', lambda run, log: len(log) == 2)
+        train.train(*arguments)
+    assert checkpoint_in(tmp_path)['optimizer_name'] == 'SGD'
+    train.train(*arguments)
+    resumed = checkpoint_in(tmp_path)
+    (tmp_path / 'checkpoint.pt').unlink()
+    train.train(*arguments)
+    assert same_weights(checkpoint_in(tmp_path), resumed)
+
+
+def test_the_learning_rate_rises_linearly_and_falls_along_a_cosine():
+    run = train.Run(samples=1000, warmup=0.2, lr=3.0)
+    rates = [train.learning_rate(run, samples) for samples in (50, 200, 400, 600, 1000)]
+    cosine = [1.5 + 1.5 * math.cos(math.pi * share) for share in (0, 1 / 4, 1 / 2, 1)]
+    assert rates == pytest.approx([0.75, *cosine])
+    run.warmup = 0.0
+    assert train.learning_rate(run, 500) == pytest.approx(1.5)
+
+
+def test_what_else_is_given_narrows_a_preset_down():
+    runs = train.runs_of_preset('paper', dict(arch='mamba', n='16'))
+    assert len(runs) == 9 and {run.lr for run in runs} == {3e-4}
+
+
+def test_a_closed_stdout_is_no_traceback(finished):
+    reader, writer = os.pipe()
+    os.close(reader)                                        # like `| head -0`
+    buffered = {name: value for name, value in os.environ.items() if name != 'PYTHONUNBUFFERED'}
+    command = [sys.executable, 'train.py', *SMALL, f'--out={finished.parent}']
+    process = subprocess.run(command, cwd=HERE, env=buffered, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert process.stderr == b''
 
 
 def test_one_allowed_core_is_one_worker_and_an_empty_rank_is_none(tmp_path, monkeypatch):
@@ -2037,202 +2125,6 @@ def test_one_allowed_core_is_one_worker_and_an_empty_rank_is_none(tmp_path, monk
         tried(tmp_path, *BRIEF, '--seed=2,3', '--processes=2')
 
 
-def test_a_closed_stdout_is_no_traceback(finished):
-    process = start(*SMALL, f'--out={finished.parent}')
-    process.stdout.close()                                  # like `| head -0`
-    errors = process.stderr.read()
-    process.wait()
-    assert 'Traceback' not in errors and 'Exception ignored' not in errors
-
-
-@pytest.mark.parametrize('given, words', [
-    ('--arch=lstm', 'transformer, mamba, hybrid'), ('--setup=chain', 'direct, cot, retrieval'),
-    ('--size=3M', '0.5M'), ('--task=sorting', 'istree, index'), ('--order=up', 'small-first'),
-    ('--learning_rate=1', 'unrecognized arguments: --learning_rate=1'),
-    ('arch=mamba', 'unrecognized arguments: arch=mamba'), ('--preset=big', 'paper'),
-    ('--lr', 'expected one argument'), ('--samples=inf', 'expected int'),
-    ('--n=abc', 'expected int'), ('--lr=x', 'expected float'),
-    ('--tuning=maybe', 'True or False'), ('--lr=-1', 'must be from 0'), ('--lr=1e-3,,', 'float'),
-    ('--lr=nan', 'must be from'), ('--lr=--', 'a value is missing'),
-    ('--n_val=0', 'must be from 1'), ('--warmup=2', 'to 1'),
-    ('--seed=99999999999999999999', 'must be from'), ('--n_val=100000000000', 'must be from'),
-    ('--batch_size=1000000000000', 'must be from'), ('--samples=9999999999', 'must be from'),
-    ('--n=3', 'n=3'), ('--n=4 --n_val=5000', 'held out'), ('--d_state=0', 'must be from 1'),
-    ('--arch=mamba --d_state=65', '1 to 64'), ('--layers=MXA', "'X'"),
-    ('--distribution=star', 'two_star'), ('--mix=5-4 --order=together', '5-4'),
-    ('--mix=5+6 --order=together', '--mix=5+6'),
-    ('--task=index', 'no recipe for --task=index --setup=cot'),
-    ('--device=cuda', 'no such device'), ('--out=test_all.py', 'test_all.py'),
-    ('--archs=mamba', '--archs is now --arch'), ('--n_nodes=5', '--n_nodes is now --n'),
-    ('--probe nowhere', 'nowhere: there is no trained model'), ('--demo=1-2', '13 different')])
-def test_bad_constants_get_one_line_and_exit_code_2(given, words, tmp_path):
-    if given == '--device=cuda' and torch.cuda.is_available():
-        pytest.skip('there is a GPU')
-    assert words in complaint_of(tmp_path, *given.split())
-
-
-def test_another_run_in_the_same_folder_is_refused_and_nothing_is_touched(finished, tmp_path):
-    folder = tmp_path / dataclasses.replace(SMALL_RUN, grad_clip=2.0).name()
-    shutil.copytree(finished, folder)
-    for _ in ('result', 'checkpoint'):
-        before = contents(folder)
-        assert 'grad_clip=1.0 there, 2.0 here' in complaint_of(tmp_path, '--grad_clip=2')
-        assert contents(folder) == before
-        (folder / 'result.json').unlink(missing_ok=True)
-
-
-def test_runs_that_fail_stop_alone_in_a_helper_too(tmp_path, capfd):
-    """An infinite loss; and a size of which all prompts are held out."""
-    four = [*SMALL, '--n=4,5', '--n_val=900', '--samples=320', '--grad_clip=0', '--lr=1e9,1e-3']
-    assert train.cli(train.main, 'train.py', [*four, '--processes=2', f'--out={tmp_path}']) == 2
-    errors = capfd.readouterr().err
-    for words in ('held out', 'the loss is nan', '3 of 4 runs stopped without a result'):
-        assert words in errors
-    assert 'Traceback' not in errors and len([*tmp_path.glob('*-n5-*-lr0.001*/result.json')]) == 1
-
-
-def test_help_lists_every_field_with_its_meaning(capsys):
-    with pytest.raises(SystemExit):
-        train.main(['--help'])
-    text = ' '.join(capsys.readouterr().out.split())
-    for f in [*dataclasses.fields(train.Run), *dataclasses.fields(train.Options)]:
-        assert f'--{f.name} ' in text and f.metadata['meaning'] in text
-
-
-def test_every_field_takes_several_values_and_their_product_is_run():
-    runs = asked_for('--arch=mamba,hybrid', '--setup=cot', '--lr=1e-3,2e-3', '--n=8,16')
-    product = itertools.product(('mamba', 'hybrid'), (1e-3, 2e-3), (8, 16))
-    assert {(run.arch, run.lr, run.n) for run in runs} == {*product} and len(runs) == 8
-
-
-def test_a_task_has_its_own_recipe_and_leaves_all_other_constants_alone():
-    run, = asked_for('--task=recall', '--arch=deltanet', '--seed=8', '--setup=direct')
-    usual = {f.name: f.default for f in dataclasses.fields(run)}
-    assert dataclasses.asdict(run) == usual | dict(
-        task='recall', setup='direct', arch='deltanet', n=16, d_state=16, seed=8, samples=256_000,
-        batch_size=16, lr=0.016, warmup=0.25, evaluations=16, order='small-first', join=0.5)
-    assert {run.setup for run in asked_for('--task=index')} == {'direct', 'retrieval'}
-
-
-ANOTHER = dict(task='index', setup='direct', arch='mamba', size='1M', layers='AA', mix='5+6',
-               distribution='random', order='large-first', dtype='bfloat16')
-
-
-def test_two_runs_that_differ_in_any_field_have_folders_of_their_own():
-    for run in (train.Run(), train.Run(task='recall', setup='retrieval', arch='hybrid')):
-        names = {run.name()}
-        for f in dataclasses.fields(run):
-            other = ANOTHER.get(f.name, f.type(not getattr(run, f.name)))
-            names.add(dataclasses.replace(run, **{f.name: other}).name())
-        assert len(names) == 1 + len(dataclasses.fields(run))
-
-
-def test_a_field_added_in_one_place_is_a_flag_and_part_of_name_and_identity(tmp_path, monkeypatch):
-    @dataclasses.dataclass
-    class Longer(train.Run):
-        noise: float = train.constant(0.5, 'how loud')
-
-    monkeypatch.setattr(train, 'Run', Longer)
-    printed_by(tmp_path, *BRIEF, '--noise=0.5,2')
-    quiet, loud = sorted(path.name for path in tmp_path.iterdir())
-    assert loud == quiet + '-noise2.0'
-    folder = tmp_path / loud
-    assert result_in(folder)['noise'] == checkpoint_in(folder)['run']['noise'] == 2
-
-
-def test_layers_say_what_they_take_and_are_in_the_name(tmp_path):
-    printed = printed_by(tmp_path, *BRIEF, '--layers=AM')
-    assert '--layers=AM: with the dimensions and the recipe of --arch' in printed
-    [folder] = tmp_path.iterdir()
-    assert folder.name.startswith('istree-hybrid-AM-cot-')
-    model, _ = train.load(folder)
-    assert [*map(type, model.layers)] == [models.LlamaLayer, models.MambaLayer]
-
-
-def test_another_optimizer_trains_is_resumed_and_does_not_resume_adams_state(
-        unfinished, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.optim, 'Adam', functools.partial(torch.optim.SGD, momentum=0.9))
-    assert 'optimizer=Adam there, SGD here' in complaint_of(unfinished.parent)
-    train.train(SMALL_RUN, tmp_path, train.Options(), CPU)
-    at_once = checkpoint_in(tmp_path)
-    (tmp_path / 'checkpoint.pt').unlink()
-    with monkeypatch.context() as patch:                    # ends after 20 of 40 steps
-        patch.setattr(train, 'is_solved', lambda run, log: len(log) == 2)
-        train.train(SMALL_RUN, tmp_path, train.Options(), CPU)
-    assert checkpoint_in(tmp_path)['step'] == 20 and at_once['optimizer_name'] == 'SGD'
-    train.train(SMALL_RUN, tmp_path, train.Options(), CPU)
-    assert same_weights(checkpoint_in(tmp_path), at_once)
-
-
-def test_the_learning_rate_rises_linearly_and_falls_along_a_cosine():
-    run = train.Run(samples=1000, warmup=0.2, lr=3.0)
-    rates = [train.learning_rate(run, samples) for samples in (50, 200, 400, 600, 1000)]
-    cosine = [1.5 + 1.5 * math.cos(math.pi * share) for share in (0, 1 / 4, 1 / 2, 1)]
-    assert rates == pytest.approx([0.75, *cosine])
-    run.warmup = 0.0
-    assert train.learning_rate(run, 500) == pytest.approx(1.5)
-
-
-def test_the_papers_preset_is_the_papers_grid():
-    runs = asked_for('--preset=paper')
-    assert len({run.name() for run in runs}) == len(runs) == 81
-    for name, values in dict(
-            n={16, 32, 64}, size={'0.5M', '1M', '2M'}, setup={*data.SETUPS}, d_state={16},
-            samples={1_000_000}, batch_size={64}, n_val={5000}, grad_clip={0}, warmup={0.01},
-            frozen_embedding={True}, solved={0}, order={'alone'}).items():
-        assert {getattr(run, name) for run in runs} == values
-    rates = {('transformer', 1e-3), ('mamba', 3e-4), ('hybrid', 3e-4)}
-    assert {(run.arch, run.lr) for run in runs} == rates
-    part = asked_for('--preset=paper', '--arch=mamba', '--n=16')            # has the same rates
-    assert len(part) == 9 and {run.lr for run in part} == {3e-4}
-
-
-def test_a_sweep_keeps_what_solved_the_task_soonest_then_the_lowest_loss(monkeypatch, capsys):
-    rounds = []
-
-    def run_all(runs, options):
-        rounds.append([(run.lr, run.warmup, run.samples) for run in runs])
-        assert all(run.tuning and run.seed > 9 for run in runs)
-        results = {}
-        for run in runs:
-            soon = (run.lr, run.warmup) == (1e-3, 0.25)
-            results[run.name()] = dict(samples=run.samples, loss=run.lr + run.warmup,
-                                       samples_trained=run.samples - soon)
-            if run.lr == 1.6e-2:                            # (its loss was not finite)
-                del results[run.name()]
-        return results
-
-    monkeypatch.setattr(train, 'run_all', run_all)
-    train.sweep([train.Run(arch='mamba', samples=800)], train.Options())
-    assert len({*rounds[0]}) == 12 and {samples for *_, samples in rounds[0]} == {100}
-    assert rounds[1:] == [[(1e-3, 0.25, n), (5e-4, 0.05, n)] for n in (400, 800)]
-    assert '--lr=0.001 --warmup=0.25' in capsys.readouterr().out
-
-
-@pytest.mark.parametrize('order, join, mix, mix_largest, sizes', [
-    ('alone', 0, '', 0, '8 8 8 8 8 8 8 8 8 8'), ('together', 0, '', 0, '2 4 8 2 4 8 2 4 8 2'),
-    ('small-first', 0.6, '', 0, '2 2 2 4 4 8 2 4 8 2'),
-    ('large-first', 0.6, '', 0, '8 8 8 4 4 2 8 4 2 8'),
-    ('small-first', 0.3, '3+8', 0, '3 3 3 8 3 8 3 8 3 8'),
-    ('small-first', 0.6, '', 0.5, '2 2 2 4 4 8 8 4 8 2'),
-    ('together', 0, '', 0.3, '8 2 4 8 2 4 8 2 4 2')])
-def test_the_sizes_of_ten_batches_are_the_hand_worked_ones(order, join, mix, mix_largest, sizes):
-    run = train.Run(task='index', setup='direct', n=8, order=order, join=join, mix=mix,
-                    mix_largest=mix_largest)
-    found = train.sizes_of_batches(run, train.make_task(run), 10)
-    assert found == [int(n) for n in sizes.split()]
-
-
-def test_a_run_is_solved_when_every_n_is_twice_in_a_row(tmp_path, monkeypatch):
-    exact = {4: [1, 1, 1, 1], 8: [0.5, 1, 0.995, 0.2]}                      # at four evaluations
-    monkeypatch.setattr(train, 'evaluate', lambda model, task, n, *rest:
-                        (dict(accuracy=1, exact=exact[n].pop(0)), []))
-    run = train.Run(task='cgram', setup='direct', n=8, n_val=9, samples=80, evaluations=5)
-    _, samples, _, log = train.train(run, tmp_path, train.Options(), CPU)
-    assert samples == 48 and [line['exact'] for line in log] == [0.5, 1, 0.995]
-
-
-@pytest.mark.skipif(not shutil.which('c++'), reason='no C++ compiler')
 def test_a_compiled_run_trains_like_a_plain_one(tmp_path):
     found = []
     for compiled in ('False', 'True'):
@@ -2244,51 +2136,88 @@ def test_a_compiled_run_trains_like_a_plain_one(tmp_path):
     assert plain['examples'] == fast['examples']
 
 
+def test_a_sweep_keeps_what_solved_the_task_soonest_then_the_lowest_loss(
+        finished, tmp_path, monkeypatch):
+    usual = result_in(finished)
+
+    def run_one(run, path, options, device):
+        assert run.tuning and run.seed > 9
+        if run.lr == 1.6e-2:
+            raise train.UserError('the loss is nan')
+        solved_before_the_end = {(1e-3, 0.25): 2, (5e-4, 0.05): run.samples > 80}
+        early = solved_before_the_end.get((run.lr, run.warmup), 0)
+        train.write_json(path / 'result.json', usual | dataclasses.asdict(run) | dict(
+            samples_trained=run.samples - early, loss=run.lr + run.warmup))
+
+    monkeypatch.setattr(train, 'run_one', run_one)
+    assert '--lr=0.001 --warmup=0.25' in printed_by(tmp_path, '--sweep')
+    rounds = collections.defaultdict(set)
+    for result in results_in(tmp_path):
+        rounds[result['samples']].add((result['lr'], result['warmup']))
+    assert len(rounds[80]) == 10                            # and two without a result
+    assert rounds[320] == rounds[640] == {(1e-3, 0.25), (5e-4, 0.05)}
+
+
+SIZES = '''
+order        join  mix  mix_largest  n of ten batches
+alone        0     -    0            8 8 8 8 8 8 8 8 8 8
+together     0     -    0            2 4 8 2 4 8 2 4 8 2
+small-first  0.6   -    0            2 2 2 4 4 8 2 4 8 2
+large-first  0.6   -    0            8 8 8 4 4 2 8 4 2 8
+small-first  0.3   3+8  0            3 3 3 8 3 8 3 8 3 8
+small-first  0.6   -    0.5          2 2 2 4 4 8 8 4 8 2
+together     0     -    0.3          8 2 4 8 2 4 8 2 4 2
+'''
+
+
+@pytest.mark.parametrize('row', rows(SIZES))
+def test_the_sizes_of_ten_batches_are_the_hand_worked_ones(row):
+    order, join, mix, mix_largest, *sizes = row
+    run = train.Run(task='index', setup='direct', n=8, order=order, join=float(join),
+                    mix=mix.strip('-'), mix_largest=float(mix_largest))
+    found = train.sizes_of_batches(run, train.make_task(run), 10)
+    assert [str(n) for n in found] == sizes
+
+
+def test_a_run_is_solved_when_every_n_is_twice_in_a_row(tmp_path, monkeypatch):
+    exact = {4: [1, 1, 1, 1], 8: [0.5, 1, 0.995, 0.2]}                      # at four evaluations
+
+    def evaluate(model, task, n, *rest):
+        return dict(accuracy=1, exact=exact[n].pop(0)), []
+
+    monkeypatch.setattr(train, 'evaluate', evaluate)
+    run = train.Run(task='cgram', setup='direct', n=8, n_val=9, samples=80, evaluations=5)
+    _, samples, _, log = train.train(run, tmp_path, train.Options(), CPU)
+    assert samples == 48 and [line['exact'] for line in log] == [0.5, 1, 0.995]
+
+
 # what is generated, and how that is judged
 
-class Knows:
-    """A model that knows the right completion of every prompt, but not what the retriever has to
-    write. It remembers the number of the prompt ('state') and of words written ('window')."""
+class Knows(models.Model):
+    """A model that remembers the text so far, its words as floats. After a prompt, it knows the
+    right completion, but not what the retriever has to write."""
 
-    def __init__(self, task, complete, prompt_length=0):
-        self.task, self.complete, self.prompt_length = task, complete, prompt_length
-        self.rows, self.read = [], collections.defaultdict(list)
+    def __init__(self, task, complete, prompt_length):
+        torch.nn.Module.__init__(self)
+        self.task, self.prompt_length = task, prompt_length
+        self.complete = functools.cache(complete)
 
-    def logits(self, state, more=0):
-        numbers, t = state[0]['state'].long(), state[0]['window'].long() + more
-        return F.one_hot(torch.stack(self.rows)[numbers, t], len(self.task.words)).float()
-
-    def prefill(self, tokens):
-        numbers = torch.arange(len(tokens)) + len(self.rows)
-        for prompt in tokens:
-            row = torch.full([600], data.PAD)
-            for t, word in enumerate(self.complete([self.task.words[token] for token in prompt])):
-                row[t] = self.task.tokens.get(word, data.PAD)               # (none has a star)
-            self.rows.append(row)
-        state = [dict(window=torch.zeros(len(tokens)), state=numbers.float())]
-        return self.logits(state), state
-
-    def step(self, token, state):
-        for number, read in zip(state[0]['state'].tolist(), token.tolist()):
-            self.read[number].append(read)
-        state = [dict(state[0], window=state[0]['window'] + 1)]
-        return self.logits(state), state
+    def init_state(self, batch_size):
+        return [dict(state=torch.zeros(batch_size, 0), window=torch.zeros(batch_size, 1))]
 
     def hidden(self, tokens, state):
-        return torch.stack([self.logits(state, t + 1) for t in range(tokens.shape[1])], 1), state
+        text = torch.cat([state[0]['state'], tokens], 1)                    # (B, all so far)
+        logits = torch.zeros(*tokens.shape, len(self.task.words))
+        first = text.shape[1] - tokens.shape[1] + 1
+        for b, row in enumerate(text.tolist()):
+            prompt = [self.task.words[round(token)] for token in row[:self.prompt_length]]
+            right = [*prompt, *self.complete(tuple(prompt))]
+            for t, word in enumerate(right[first:first + tokens.shape[1]]):
+                logits[b, t, self.task.tokens.get(word, data.PAD)] = 1      # (none has a star)
+        return logits, [dict(state[0], state=text)]
 
     def head(self, hidden):
         return hidden
-
-    def __call__(self, tokens):
-        _, state = self.prefill(tokens[:, :self.prompt_length])
-        state[0]['window'] -= self.prompt_length
-        return self.hidden(tokens, state)[0]
-
-    def eval(self):
-        pass
-
-    train = eval
 
 
 def by_heart(task, samples, wrong={}):
@@ -2296,28 +2225,21 @@ def by_heart(task, samples, wrong={}):
     table = {}
     for prompt, completion in samples:
         table[tuple(prompt)] = [wrong.get(word, word) for word in completion]
-    return Knows(task, lambda prompt: table[tuple(prompt)], len(samples[0][0]))
+    return Knows(task, table.get, len(prompt))
 
 
-TASK_SETUPS = [(name, setup) for name in ('istree', 'index', 'recall', 'cgram', 'counting')
-               for setup in data.TASKS[name].setups]
-
-
-@pytest.mark.parametrize('name, setup', TASK_SETUPS)
-def test_evaluation_gives_a_perfect_model_everything_and_a_spoiled_one_nothing(name, setup):
-    task = data.TASKS[name](12, setup)
-    samples = data.draw(task, 12, 50, seed=1)
-    model = by_heart(task, samples)
-    measured, written = train.evaluate(model, task, 12, samples, 50, CPU)
-    assert written == [completion for _, completion in samples]
-    well_formed = 1 if setup == 'retrieval' else None
-    assert measured == dict(accuracy=1, exact=1, accuracy_se=0, well_formed_queries=well_formed)
-    if setup != 'direct':                                   # it has read what was written
-        for number, (_, completion) in enumerate(samples):
-            tokens = [task.tokens[word.removeprefix('*')] for word in completion[:-1]]
-            assert model.read[number][:len(tokens)] == tokens
-    spoiled = [dict.fromkeys(task.words, '[PAD]'), {'[EOS]': '-'}]          # no answer is wrong
-    for wrong in spoiled[:1 if setup == 'direct' else 2]:
+@pytest.mark.parametrize('name', ['istree', 'index', 'recall', 'cgram', 'counting'])
+def test_evaluation_gives_a_perfect_model_everything_and_a_spoiled_one_nothing(name):
+    for setup in data.TASKS[name].setups:
+        task = data.TASKS[name](12, setup)
+        samples = data.draw(task, 12, 50, seed=1)
+        measured, written = train.evaluate(by_heart(task, samples), task, 12, samples, 50, CPU)
+        assert written == [completion for _, completion in samples]
+        assert measured == dict(accuracy=1, exact=1, accuracy_se=0,
+                                well_formed_queries=1 if setup == 'retrieval' else None)
+        wrong = {'[EOS]': '-'}                              # without it, no answer is right
+        if setup == 'direct':
+            wrong = dict.fromkeys(task.words, '[PAD]')
         measured, _ = train.evaluate(by_heart(task, samples, wrong), task, 12, samples, 50, CPU)
         assert measured['accuracy'] == measured['exact'] == 0
 
@@ -2326,21 +2248,50 @@ def test_malformed_queries_fail_and_are_counted():
     task = data.IsTree(9, 'retrieval')
     samples = data.draw(task, 9, 30, seed=2)
     model = by_heart(task, samples, {'[STARTSEARCH]': '-'})
-    completions, *queries = train.generate(model, task, 9, [prompt for prompt, _ in samples], CPU)
-    answers = [word for word in sum(completions, []) if word[0] == '*']
-    assert set(answers) == {'*[FAILED]'} and queries == [len(answers), 0] and len(answers) > 100
+    measured, written = train.evaluate(model, task, 9, samples, 30, CPU)
+    answers = [word for word in itertools.chain(*written) if word[0] == '*']
+    assert set(answers) == {'*[FAILED]'} and measured['well_formed_queries'] == 0
 
 
 def test_the_numbers_of_an_evaluation_are_those_worked_out_by_hand():
     task = data.TASKS['recall'](8, 'direct')
-    samples = data.draw(task, 8, 4, seed=1)
-    predicted = copy.deepcopy(samples)
+    samples, predicted = [data.draw(task, 8, 4, seed=1) for _ in range(2)]
     for b, t in ((1, 0), (2, 0), (2, 4)):                   # of 4 answers, at 0, 2, 4 and 6
         predicted[b][1][t] = '[PAD]'
     measured, _ = train.evaluate(by_heart(task, predicted), task, 8, samples, 9, CPU)
     assert measured['accuracy'] == 13 / 16 and measured['exact'] == 2 / 4
-    variance = (3 ** 2 + 1 + 5 ** 2 + 3 ** 2) / 16 ** 2 / 4
-    assert measured['accuracy_se'] == pytest.approx((variance / 4) ** 0.5)
+    assert measured['accuracy_se'] == pytest.approx(44 ** 0.5 / 64)         # 44 = 9 + 1 + 25 + 9
+
+
+@torch.no_grad()
+def read(model, task, *texts):
+    """(logits of the next word, state) after texts of equally many words."""
+    tokens = [[task.tokens[word.removeprefix('*')] for word in words] for words in texts]
+    return model.prefill(torch.tensor(tokens))
+
+
+def written_by(model, task, prompt):
+    """The completion of one prompt, word by word."""
+    text, completion = list(prompt), []
+    logits, state = read(model, task, prompt)
+    while completion[-2:-1] != ['[EOS]']:
+        word = star = task.words[logits.argmax()]
+        if task.setup == 'retrieval' and text[-1] == '[ENDSEARCH]':
+            [word], _ = task.retrieve(' '.join(text))
+            star = '*' + word
+        text.append(word)
+        completion.append(star)
+        logits, state = model.step(torch.tensor([task.tokens[word]]), state)
+    return completion
+
+
+@pytest.mark.parametrize('arch, setup', [('transformer', 'cot'), ('mamba', 'retrieval')])
+def test_generation_of_many_texts_at_once_is_a_plain_loop_for_each(arch, setup):
+    model, run = train.load(train.WEIGHTS / f'{train.Run(arch=arch, setup=setup).name()}.pt')
+    task = train.make_task(run)
+    prompts = [prompt for prompt, _ in data.draw(task, 14, 4, seed=8)]
+    together, _, _ = train.generate(model, task, 14, prompts, CPU)
+    assert together == [written_by(model, task, prompt) for prompt in prompts]
 
 
 def random_model(arch, task):
@@ -2350,105 +2301,81 @@ def random_model(arch, task):
 
 @pytest.mark.parametrize('name, setup', [('istree', 'cot'), ('counting', 'retrieval')])
 def test_teacher_forcing_is_a_loop_over_right_words(name, setup):
-    task = data.TASKS[name](6, setup)
+    task, expected = data.TASKS[name](6, setup), []
     samples, model = data.draw(task, 6, 4, seed=3), random_model('mamba', task)
     completions, losses = train.teacher_forced(model, task, samples, CPU)
-    losses = losses.tolist()
     for (prompt, right), completion in zip(samples, completions):
         for t, word in enumerate(right):
-            before = [word.removeprefix('*') for word in prompt + right[:t]]
-            logits, _ = model.prefill(train.as_tokens(task, [before], CPU))
-            assert completion[t] == (word if word[0] == '*' else task.words[logits.argmax()])
+            [logits], _ = read(model, task, prompt + right[:t])
             if word[0] != '*':
-                expected = -logits[0].log_softmax(-1)[task.tokens[word]].item()
-                assert losses.pop(0) == pytest.approx(expected, abs=1e-4)
-    assert not losses
+                expected.append(-logits.log_softmax(-1)[task.tokens[word]].item())
+                word = task.words[logits.argmax()]
+            assert completion[t] == word
+    assert losses.tolist() == pytest.approx(expected, abs=1e-4)
 
 
-def test_errors_by_kind_are_those_of_a_model_that_errs_where_we_know():
-    samples, predicted = data.draw(data.IsTree(9, 'retrieval'), 9, 40, seed=6), []
-    for i, (_, completion) in enumerate(samples):       # wrong: all records, every second answer
-        words = list(completion)
-        for t, kind in enumerate(data.kinds(completion)):
-            if kind == 'record' or kind == 'answer' and i % 2:
-                words[t] = 'wrong'
-        predicted.append(words)
-    errors = dict.fromkeys(data.KINDS, 0) | dict(record=1, answer=0.5)
-    assert train.errors_by_kind(predicted, samples) == errors
+def test_errors_by_kind_are_the_hand_counted_ones():
+    right, predicted = '0 4 3 4 1 [EOS] [TRUE]'.split(), '0 4 9 9 1 [EOS] [FALSE]'.split()
+    assert train.errors_by_kind([predicted], [([], right)]) == {
+        'next neighbour': 1 / 4, 'return to the parent': 1, 'answer': 1 / 2}
 
 
 def test_attention_is_measured_on_the_edge_with_the_next_word(monkeypatch):
-    task = data.IsTree(8, 'cot')
-    samples = data.draw(task, 8, 3, seed=5)
-
-    def perfect(attention, x):
-        """A quarter on each word of the edge between a word and the next one."""
-        weights = torch.zeros(3, 1, x.shape[1], x.shape[1])
-        for b, (prompt, trace) in enumerate(samples):
-            for i, edge in enumerate(edges_of(prompt)):
-                for t, step in enumerate(zip(trace, trace[1:]), len(prompt)):
-                    if set(step) == set(edge):
-                        weights[b, 0, t, 3 * i + 1:3 * i + 4] = 0.25
-        return weights
-
-    monkeypatch.setattr(models, 'attention_weights', perfect)
-    looks = train.attention_to_edges(random_model('hybrid', task), task, samples, CPU)
+    task, weights = data.IsTree(4, 'cot'), torch.zeros(1, 1, 20, 20)
+    prompt = '[BOS] 2 - 1 1 - 0 3 - 1 [EOS]'.split()        # 11 words
+    trace = '0 1 2 1 3 1 0 [EOS] [TRUE]'.split()
+    for t, edge in ((11, 4), (12, 1), (14, 7)):             # from 0 to 1, from 1 to 2, from 1 to 3
+        weights[0, 0, t, edge:edge + 3] = 0.25
+    monkeypatch.setattr(models, 'attention_weights', lambda layer, x: weights)
+    model = random_model('hybrid', task)
+    looks = train.attention_to_edges(model, task, [(prompt, trace)], CPU)
     assert looks['share'] == pytest.approx(0.75)
-    prompt, trace = samples[0]
-    assert (looks['prompt'], looks['trace']) == (prompt, trace)
-    assert np.shape(looks['weights']) == (len(trace), len(prompt) + len(trace))
+    assert looks['weights'] == weights[0, 0, 11:].tolist()
 
 
-class Remembers:
-    """A recurrent model that remembers recall's values of even keys, a float for each number."""
-
-    def __init__(self, task):
-        self.size = len(task.words)
-
-    def prefill(self, tokens):
-        table = torch.zeros(len(tokens), self.size)
-        table.scatter_(1, tokens[:, 1:-1:2], tokens[:, 2:-1:2].float())
-        table[:, data.FAILED + 2::2] = 0
-        return None, [dict(state=table)]
-
-    def step(self, keys, state):
-        values = state[0]['state'][range(len(keys)), keys].round().long()
-        return F.one_hot(values, self.size), state
-
-    def memory(self, seen):
-        return dict(state=self.size)
-
+# the communication game, rounding, the memory transplant, and the demo
 
 def test_the_communication_game_is_that_of_a_loop_over_its_questions():
-    task, run, right = data.TASKS['recall'](8, 'direct'), train.Run(), {5: [], 32: []}
-    model, samples = Remembers(task), data.draw(task, 4, 70, seed=9)
-    training = [prompt[:10] for prompt, _ in data.draw(task, 4, 200, (run.seed, 0, 0))]
-    table = model.prefill(train.as_tokens(task, training, CPU))[1][0]['state'].numpy()
-    middles = np.linspace(table.min(0), table.max(0), 65)[1::2]           # of 2^5 parts
-    for prompt, _ in samples:
-        for key, value in zip(prompt[1:9:2], prompt[2:9:2]):
-            key, value = task.tokens[key], task.tokens[value]
-            nearest = middles[abs(middles[:, key] - value).argmin(), key]
-            right[5].append(key % 2 == 0 and round(nearest) == value)
-            right[32].append(key % 2 == 0)
-    game = train.messages(model, run, task, 4, samples, CPU, (5, 32))
-    for row, bits in zip(game, (5, 32), strict=True):
-        of_samples = np.reshape(right[bits], (70, 4))
-        assert row == dict(n=4, bits_per_float=bits, bits=bits * len(task.words),
-                           accuracy=pytest.approx(of_samples.mean()),
-                           all_right=pytest.approx(of_samples.all(1).mean()))
-    assert 0 < game[0]['accuracy'] < game[1]['accuracy']
+    """Played by a model that remembers the sequence itself, ten words; after a key, it finds the
+    value."""
+    def look_up(words):
+        pairs = dict(zip(words[1:9:2], words[2:9:2]))
+        return [pairs.get(words[-1])]
+
+    task, run, right = data.TASKS['recall'](8, 'direct'), train.Run(), []
+    model, samples = Knows(task, look_up, 11), data.draw(task, 4, 70, seed=9)
+    model.memory = lambda seen: dict(state=10)
+    seen, _ = data.collate(task, data.draw(task, 4, 200, (run.seed, 0, 0)))
+    middles = np.linspace(seen.min(0), seen.max(0), 65)[1::2, :10]          # of 2^5 equal parts
+    sent, _ = data.collate(task, samples)
+    for tokens, (prompt, _) in zip(sent[:, :10], samples):
+        nearest = abs(middles - tokens).argmin(0)
+        words = [task.words[round(number)] for number in middles[nearest, range(10)]]
+        questions = zip(prompt[1:9:2], prompt[2:9:2])
+        right.append([look_up([*words, key]) == [value] for key, value in questions])
+    rounded, whole = train.messages(model, run, task, 4, samples, CPU, (5, 32))
+    assert rounded['bits'] == 50 and whole['accuracy'] == 1
+    assert rounded['accuracy'] == pytest.approx(np.mean(right))
+    assert rounded['all_right'] == pytest.approx(np.all(right, 1).mean()) != 0
 
 
-def test_a_message_has_no_more_numbers_than_its_bits_allow():
-    x, low, high = torch.randn(1000), torch.tensor(-1.), torch.tensor(2.)
-    inside = (low <= x) & (x < high)
-    for bits in (1, 2, 4, 12):
-        [layer] = train.round_memory([dict(state=x)], [dict(state=(low, high))], bits)
-        error = (layer['state'] - x).abs()
-        assert len(layer['state'].unique()) <= 2 ** bits
-        assert error[inside].max() <= 3 / 2 ** (bits + 1) + 1e-6
-        assert low <= layer['state'].min() and layer['state'].max() <= high
+def tour(prompt):
+    """The completion of a chain of thought."""
+    nodes, n = recursive_tour(edges_of(prompt)), len(prompt) // 3 + 1
+    return [*nodes, '[EOS]', '[TRUE]' if len({*nodes}) == n else '[FALSE]']
+
+
+def test_rounding_to_one_bit_loses_the_traces_and_to_eight_keeps_them():
+    """Of a model that writes nothing about what is no tree."""
+    def tour_of_a_tree(prompt):
+        return tour(prompt) if tour(prompt)[-1] == '[TRUE]' else []
+
+    task = data.IsTree(8, 'cot')
+    samples, model = data.draw(task, 8, 30, seed=4), Knows(task, tour_of_a_tree, 23)
+    found = train.rounding(model, train.Run(n=8), task, samples, CPU, (1, 8))
+    trees = np.mean([completion[-1] == '[TRUE]' for _, completion in samples])
+    nothing, everything = dict(exact=0, exact_trees=0), dict(exact=trees, exact_trees=1)
+    assert found == {1: nothing, 8: everything} and 0 < trees < 1
 
 
 def test_a_run_of_recall_reports_its_loss_over_all_lengths_and_the_game(tmp_path):
@@ -2457,58 +2384,31 @@ def test_a_run_of_recall_reports_its_loss_over_all_lengths_and_the_game(tmp_path
     result, (model, run) = result_in(folder), train.load(folder)
     task, losses = train.make_task(run), []
     for n in (2, 4, 8):
-        samples = data.held_out_samples(task, n, 9)
-        losses.append(train.teacher_forced(model, task, samples, CPU)[1].mean().item())
+        _, loss = train.teacher_forced(model, task, data.held_out_samples(task, n, 9), CPU)
+        losses.append(loss.mean().item())
     assert result['loss'] == pytest.approx(np.mean(losses), abs=1e-4)
-    assert [row['n'] for row in result['by_length']] == [2, 4, 8]
-    assert [row['n'] for row in result['messages'][::8]] == [2, 4, 8]
-    for row in result['messages']:
-        assert row['bits'] == row['bits_per_float'] * sum(result['memory'].values())
-
-
-# the memory transplant, and the demo
-
-def different_samples(task, count):
-    """Samples of which no two have the same completion."""
-    samples = {tuple(c): (prompt, c) for prompt, c in data.draw(task, task.n, 5 * count, seed=4)}
-    return list(samples.values())[:count]
+    for rows_of_n in (result['by_length'], result['messages'][::8]):
+        assert [row['n'] for row in rows_of_n] == [2, 4, 8]
 
 
 def test_a_transplanted_memory_writes_the_trace_of_its_donor():
-    task = data.IsTree(8, 'cot')
-    samples = different_samples(task, 17)
-    rows = train.transplant(by_heart(task, samples), task, samples, CPU)
-    assert list(rows) == ['nothing', 'everything', 'state', 'window', 'one donor']
-    for replaced, row in rows.items():                      # (here, `window` is the same for all)
-        from_donor = replaced not in ('nothing', 'window')
-        assert (row['own'], row['donor']) == (not from_donor, from_donor)
-        assert (row['next_neighbour'] == 1) == (not from_donor)
-    agree = []
-    for (_, own), (_, donor) in zip(samples[:-1], [*samples[1:-1], samples[0]]):
-        for t, word in enumerate(own[1:-2], 1):
-            if word not in own[:t]:                         # a next neighbour
-                agree.append(donor[t:t + 1] == [word])
-    assert rows['everything']['next_neighbour'] == pytest.approx(np.mean(agree))
-
-
-def test_rounding_leaves_the_traces_of_those_whose_number_survives(monkeypatch):
-    task = data.IsTree(8, 'cot')
-    samples = different_samples(task, 16)
-    ranges = [dict(window=(torch.zeros(()),) * 2, state=(torch.tensor(0.), torch.tensor(16.)))]
-    monkeypatch.setattr(train, 'ranges_of_memory', lambda *arguments: ranges)
-    found = train.rounding(by_heart(task, samples), train.Run(n=8), task, samples, CPU, (1, 2, 4))
-    for bits, survivors in {1: {4, 12}, 2: {2, 6, 10, 14}, 4: {*range(16)}}.items():
-        trees = [i for i, (_, completion) in enumerate(samples) if completion[-1] == '[TRUE]']
-        assert found[bits]['exact'] == len(survivors) / 16
-        assert found[bits]['exact_trees'] == len(survivors & {*trees}) / len(trees)
+    """Of the first, the donor is the second; of the second, the first; or the third of both."""
+    task, samples = data.IsTree(4, 'cot'), []
+    for trace in ('0 1 2 3 2 1 0', '0 2 1 3 1 2 0', '0 3 1 3 2 3 0'):       # 1, 2, 3 are new words
+        samples.append((trace.split(), [*trace.split(), '[EOS]', '[TRUE]']))
+    found = train.transplant(by_heart(task, samples), task, samples, CPU)
+    own, donors = dict(own=1, donor=0, next_neighbour=1), dict(own=0, donor=1)
+    assert found == {'nothing': own, 'window': own,                         # (all are the same)
+                     'everything': donors | dict(next_neighbour=1 / 3),     # both have the 3 there
+                     'state': donors | dict(next_neighbour=1 / 3),
+                     'one donor': donors | dict(next_neighbour=1 / 2)}
 
 
 def test_a_probe_prints_a_line_of_json_for_each_model(finished):
     one, two = map(json.loads, printed_by('', '--probe', finished, finished).splitlines())
-    assert one == two and one['arch'] == 'hybrid'
-    rows = ['nothing', 'everything', 'state', 'window', 'cache', 'one donor']
-    assert list(one['transplant']) == rows
-    assert list(one['rounding']) == ['1', '2', '3', '4', '6', '8']
+    assert one == two and one['arch'] == 'hybrid' and '8' in one['rounding']
+    parts = ['nothing', 'everything', 'state', 'window', 'cache', 'one donor']
+    assert list(one['transplant']) == parts
 
 
 CYCLE = '--demo=0-1 1-2 2-3 3-4 4-5 5-6 6-7 7-8 8-9 9-10 10-11 11-12 12-0'
@@ -2516,20 +2416,14 @@ CYCLE = '--demo=0-1 1-2 2-3 3-4 4-5 5-6 6-7 7-8 8-9 9-10 10-11 11-12 12-0'
 
 @pytest.mark.parametrize('given', ['--demo', '--demo=7', CYCLE])
 def test_the_demo_takes_its_right_answers_from_the_two_algorithms(given, monkeypatch):
-    def load(path):
-        for _, arch, setup in train.DEMO:
-            run = train.Run(arch=arch, setup=setup)
-            if run.name() == path.stem:
-                return Knows(train.make_task(run), oracles[setup]), run
-
-    def tour(prompt):
-        nodes = recursive_tour(edges_of(prompt))
-        return [*nodes, '[EOS]', '[TRUE]' if len({*nodes}) == 14 else '[FALSE]']
-
     def with_look_ups(prompt):
-        return [*trace_with_a_stack(prompt), *tour(prompt)[-2:]]
+        return trace_with_a_stack(list(prompt)) + tour(prompt)[-2:]
 
-    oracles = dict(cot=tour, retrieval=with_look_ups)
+    def load(path):
+        setup = 'retrieval' if 'retrieval' in path.name else 'cot'
+        task = data.IsTree(14, setup)
+        return Knows(task, tour if setup == 'cot' else with_look_ups, 41), train.Run(setup=setup)
+
     monkeypatch.setattr(train, 'load', load)
     printed = printed_by('', given)
     assert len(re.findall(r'all \d+ words are right', printed)) == 4
@@ -2539,15 +2433,11 @@ def test_the_demo_takes_its_right_answers_from_the_two_algorithms(given, monkeyp
 
 
 def test_a_sample_is_shown_with_the_right_words_below_the_first_wrong_one():
-    expected = '0 *1 2 1 0 [EOS] [TRUE]'.split()
-    lines = train.show(expected, expected).splitlines()
-    assert lines == ['written   0 *1 2 1 0 [EOS] [TRUE]', '          all 7 words are right']
-    lines = train.show(expected, '0 *1 2 0 0 [EOS]'.split()).splitlines()
-    assert lines[1:] == ['wrong     word 4: 0 0 [EOS] ...',
-                         'right     would be: 1 0 [EOS] [TRUE] ...']
+    shown = train.show('0 *1 2 1 0 [EOS] [TRUE]'.split(), '0 *1 2 0 0 [EOS]'.split())
+    assert shown.endswith('wrong     word 4: 0 0 [EOS] ...\n'
+                          'right     would be: 1 0 [EOS] [TRUE] ...')
     long = train.show(['7'] * 300 + ['9'], ['7'] * 300 + ['8'])
-    assert 'word 301: 8' in long and 'would be: 9' in long
-    assert len(long.splitlines()) < 8 and max(map(len, long.splitlines())) <= 100
+    assert 'word 301: 8' in long and max(map(len, long.splitlines())) <= 100
 
 
 def test_a_trained_model_is_loaded_from_its_folder_or_a_file_of_weights(finished, tmp_path):
@@ -2557,26 +2447,13 @@ def test_a_trained_model_is_loaded_from_its_folder_or_a_file_of_weights(finished
     for path in (finished, str(tmp_path / 'weights.pt')):
         model, run = train.load(path)
         assert run == SMALL_RUN and same_weights(dict(model=model.state_dict()), checkpoint)
-        for example in result_in(finished)['examples']:
-            prompts = [example['prompt'].split()]
-            [written], *_ = train.generate(model, train.make_task(run), 5, prompts, CPU)
-            assert written == example['written'].split()
-
-
-def test_a_line_of_the_table_is_what_the_result_says():
-    result = dict(params=12345, memory=dict(window=3, state=40), samples_trained=6000, seconds=90.0,
-                  exact=0.5, accuracy=0.75, accuracy_se=0.0125, chance=0.5)
-    head, _, line, *_ = train.table({'name': result}).splitlines()
-    assert head.split() == 'run params memory samples minutes exact accuracy chance'.split()
-    assert line.split() == 'name 12,345 43 6,000 1.5 50.0% 75.0% ± 1.2% 50.0%'.split()
 
 
 # --- the READMEs against results/ -----------------------------------------------------------------
+#
+# results/numbers.txt has the sentences and rows of the pages, with a source in the place of each
+# number: EXPERIMENT FIELD CONDITION ... FORM, or @ and a function of this section.
 
-CONDITIONS = {'transformer': 'arch', 'mamba': 'arch', 'hybrid': 'arch', 'deltanet': 'arch',
-              'gru': 'arch', 'direct': 'setup', 'cot': 'setup', 'retrieval': 'setup',
-              'istree': 'task', 'recall': 'task', 'index': 'task', 'cgram': 'task',
-              'counting': 'task'}
 FORMS = ('mean', 'min', 'max', 'range', 'percent', 'number', 'loss', 'seeds')
 
 
@@ -2587,13 +2464,23 @@ def committed_records(experiment):
     return [json.loads(line) for line in text.splitlines()]
 
 
+def meets(record, conditions):
+    """Is all of this true of a record: seed=3; mamba, which is short for arch=mamba?"""
+    for condition in conditions:
+        name, equals, value = condition.partition('=')
+        short = () if equals else (record['task'], record['setup'], record['arch'])
+        if name not in short and str(record.get(name)) != value:
+            return False
+    return True
+
+
 def value_at(record, path):
     """messages/n=16&bits_per_float=1/accuracy -> accuracy in the row of record['messages'] with
     these values; memory/sum -> the sum of record['memory']."""
     value = record
     for step in path.split('/'):
         if '=' in step:
-            value = row_with(value, step.split('&'))
+            [value] = [row for row in value if meets(row, step.split('&'))]
         elif step == 'sum':
             value = sum(value.values())
         else:
@@ -2601,72 +2488,51 @@ def value_at(record, path):
     return value
 
 
-def row_with(rows, conditions):
-    """The one of the rows that meets conditions such as n=16."""
-    for condition in conditions:
-        key, value = condition.split('=')
-        rows = [row for row in rows if str(row[key]) == value]
-    [row] = rows
-    return row
-
-
 def values_of(experiment, path, *conditions):
-    """The values of a field in the records that meet all conditions, such as mamba or seed=3."""
-    found = [r for r in committed_records(experiment) if path.split('/')[0] in r]
-    for condition in conditions:
-        if '=' not in condition:
-            condition = f'{CONDITIONS[condition]}={condition}'
-        key, value = condition.split('=')
-        found = [r for r in found if str(r[key]) == value]
+    """The values of a field in the records that have it and meet the conditions."""
+    found = []
+    for record in committed_records(experiment):
+        if path.split('/')[0] in record and meets(record, conditions):
+            found.append(value_at(record, path))
     assert found, (experiment, path, conditions)
-    return [value_at(r, path) for r in found]
+    return found
 
 
 def as_text(values, form=''):
     """Shares in percent: one, or the mean with the smallest and the largest; or one of FORMS."""
-    if form == 'number':
-        [value] = set(values)
-        return f'{value:,}'
-    if form == 'loss':
-        [value] = values
-        return f'{value:.4f}'
     if form == 'seeds':
-        *others, last = [str(seed) for seed in sorted(set(values))]
-        return f'{", ".join(others)} and {last}' if others else last
+        return ' and '.join(', '.join(map(str, sorted(set(values)))).rsplit(', ', 1))
+    if form in ('number', 'loss'):
+        [value] = set(values)
+        return f'{value:,}' if form == 'number' else f'{value:.4f}'
     percents = [100 * value for value in values]
     mean, low, high = f'{np.mean(percents):.1f}', f'{min(percents):.1f}', f'{max(percents):.1f}'
-    texts = dict(mean=mean, min=low, max=high, range=f'{low} to {high}',
-                 percent=f'{mean}% ({low} to {high})')
-    if form:
-        return texts[form]
-    return mean if len(values) == 1 else f'{mean} ({low} to {high})'
+    texts = {'': mean if len(values) == 1 else f'{mean} ({low} to {high})', 'mean': mean,
+             'min': low, 'max': high, 'range': f'{low} to {high}',
+             'percent': f'{mean}% ({low} to {high})'}
+    return texts[form]
 
 
-def min_entropy_of_a_trace(n):
+def min_entropy(n, digits=1):
     """In bits, of two-star graphs that are trees. The likeliest trace is one of a tree with equally
     many leaves on both stars, searched from a leaf that is not joined to another. A tree has
     probability 2 C(n-4, a-1) / 2^(n-4) / (n (n-1) C(n-2, a) a b) if its stars have a and b leaves,
     and each of its (a-1)! (b-1)! orders is as likely as any other. With a + b = n - 2, the
     product is 2 C(n-4, a-1) / 2^(n-4) / n!."""
+    n = int(n)
     ways = math.comb(n - 4, (n - 4) // 2)
-    return math.log2(math.factorial(n)) + n - 5 - math.log2(ways)
-
-
-def largest_n(record, share=0.95):
-    """Up to which n a run is that accurate, between two n by interpolation over log n; or None."""
-    points = [(row['n'], row['accuracy']) for row in record['by_length']]
-    for (n, a), (m, b) in zip(points, points[1:]):
-        if a >= share > b:
-            return n * (m / n) ** ((a - share) / (a - b))
-    return None
+    return f'{math.log2(math.factorial(n)) + n - 5 - math.log2(ways):.{digits}f}'
 
 
 def deltanets():
-    """[(floats of state, largest n)] of the runs of which the largest n is known."""
+    """[(floats of state, n)] of the runs of which it is known up to which n they are right in 95%,
+    between two n by interpolation over log n."""
     found = []
     for r in committed_records('capacity'):
-        if r['arch'] == 'deltanet' and largest_n(r):
-            found.append((r['memory']['state'], largest_n(r)))
+        points = [(row['n'], row['accuracy']) for row in r['by_length']]
+        for (n, a), (m, b) in zip(points, points[1:]):
+            if r['arch'] == 'deltanet' and a >= 0.95 > b:
+                found.append((r['memory']['state'], n * (m / n) ** ((a - 0.95) / (a - b))))
     return found
 
 
@@ -2720,93 +2586,69 @@ def cost(arch, length):
     return f'{1e3 * r["seconds"]:.1f} ms, {1e-6 * r["bytes"]:.2f} MB'
 
 
-def min_entropy(n):
-    return f'{min_entropy_of_a_trace(int(n)):.1f}'
-
-
-SOURCES = dict(min_entropy=min_entropy, pairs=pairs, slope=slope, wrong_but_right=wrong_but_right,
-               errors_above_chance=errors_above_chance, hotpot=hotpot,
-               language_model=language_model, cost=cost)
-
-
 def number_from(source):
-    """The text of `EXPERIMENT FIELD CONDITION ... FORM` or `@FUNCTION ARGUMENT ...`."""
-    first, *rest = source.split()
+    """The text of a number."""
+    first, *rest = source[1].split()
     if first[0] == '@':
-        return SOURCES[first[1:]](*rest)
+        return globals()[first[1:]](*rest)
     form = rest.pop() if rest[-1] in FORMS else ''
     return as_text(values_of(first, *rest), form)
 
 
-def sourced_lines():
-    """{a file: [a sentence or row of it, its numbers computed]}, from results/numbers.txt."""
-    found, lines = {}, []
-    for line in (HERE / 'results' / 'numbers.txt').read_text(encoding='utf-8').splitlines():
-        if line.startswith('# '):
-            lines = found.setdefault(line[2:], [])
-        elif '{' in line:
-            lines.append(re.sub('{(.+?)}', lambda match: number_from(match[1]), line))
-    return found
+# what results/README.md and LOG.md may say without a record: rules, constants, arithmetic
+NOT_MEASURED = '''
+arxiv.org/abs/2402.18510
+arXiv 2402.18510
+"98.3 (97.1 to 99.3)"
+99.5% exact
+5% or 25%
+all with 25%
+of 5%
+N(0, 0.02)
+torch 2.13
+1.6e-2
+1.6 million
+0.5M
+ranks 25%
+, 5% |
+, 25% |
+95% of
+given as 1.19
+--warmup=0.05
+'''
 
 
-def text_of(file):
-    """Its text on one line, without code and the marks of lists."""
-    text = re.sub(r'```.*?```', '', (HERE / file).read_text(encoding='utf-8'), flags=re.DOTALL)
-    lines = [line.removeprefix('- ') for line in text.splitlines() if not line.startswith('    ')]
-    return ' '.join(' '.join(lines).split())
-
-
-def row_of(r):
-    """The columns of a run in the table that train.py prints."""
-    layers = f'-{r["layers"]}' if r['layers'] else ''
-    size = f'{r["size"]}-d{r["d_state"]}-n{r["n"]}-s{r["seed"]}'
-    return [f'{r["task"]}-{r["arch"]}{layers}-{r["setup"]}-{size}',
-            f'{r["params"]:,}',
-            f'{sum(r["memory"].values()):,}',
-            f'{r["samples_trained"]:,}',
-            f'{r["seconds"] / 60:.1f}',
-            f'{r["exact"]:.1%}',
-            f'{r["accuracy"]:.1%}',
-            '±',
-            f'{r["accuracy_se"]:.1%}',
-            f'{r["chance"]:.1%}']
+def test_every_number_of_the_pages_is_that_of_committed_results_or_no_result():
+    sources = (HERE / 'results' / 'numbers.txt').read_text(encoding='utf-8')
+    for part in sources.split('\n# ')[1:]:
+        file, *lines = part.splitlines()
+        text = (HERE / file).read_text(encoding='utf-8')
+        text = re.sub(r'```.*?```|^    .*?$|^- ', '', text, flags=re.DOTALL | re.MULTILINE)
+        text = left = ' '.join(text.split())
+        for line in lines:
+            line = re.sub('{(.+?)}', number_from, line)
+            assert line in text, (file, line)
+            left = left.replace(line, '') if line else left
+        for words in NOT_MEASURED.strip().splitlines():
+            left = left.replace(words, '')
+        unknown = re.findall(r'.{30}(?<!\d)\d+\.\d.{9}|.{30}\d%.{9}', left)
+        assert not unknown, (file, unknown)
 
 
 def test_every_run_in_a_table_of_the_readmes_is_a_committed_result():
-    committed, quoted = [], 0
+    """And the table is the one that train.py prints."""
+    committed, quoted = '', []
     for path in (HERE / 'results').glob('*.jsonl'):
-        committed += [row_of(r) for r in committed_records(path.stem) if 'params' in r]
+        for r in committed_records(path.stem):
+            if 'params' in r:
+                run = train.Run(**{f.name: r[f.name] for f in dataclasses.fields(train.Run)})
+                committed += '\n' + train.table({run.name(): r})
     for file in ('README.md', 'results/README.md'):
         text = (HERE / file).read_text(encoding='utf-8')
-        for block in re.findall(r'```\n(run +params.*?)```', text, re.DOTALL):
-            runs = [line.split() for line in block.splitlines() if '±' in line]
-            for run in runs:
-                assert run in committed, run
-            quoted += len(runs)
-    assert quoted >= 6
-
-
-def test_the_numbers_of_the_results_pages_are_those_of_committed_results():
-    for file, lines in sourced_lines().items():
-        text = text_of(file)
-        for line in lines:
-            assert line in text, (file, line)
-
-
-# what results/README.md and LOG.md may say without a record: rules, constants, arithmetic
-NOT_MEASURED = ('arxiv.org/abs/2402.18510', 'arXiv 2402.18510', '"98.3 (97.1 to 99.3)"',
-                '99.5% exact', '5% or 25%', 'all with 25%', 'of 5%',
-                'N(0, 0.02)', 'torch 2.13', '1.6e-2', '1.6 million', '0.5M', 'ranks 25%', ', 5% |',
-                ', 25% |', '95% of', 'given as 1.19', '--warmup=0.05')
-
-
-def test_no_result_is_quoted_without_a_source():
-    for file, lines in sourced_lines().items():
-        text = text_of(file)
-        for line in (*lines, *NOT_MEASURED):
-            text = text.replace(line, '')
-        left = re.findall(r'.{30}(?<!\d)\d+\.\d.{9}|.{30}\d%.{9}', text)
-        assert not left, (file, left)
+        quoted += re.findall('^(?:run|istree-.*±) .*', text, re.MULTILINE)
+    assert len(quoted) >= 6
+    for line in quoted:
+        assert line.split() in [row.split() for row in committed.splitlines()], line
 
 
 def test_what_the_results_pages_cite_is_there():
@@ -2823,38 +2665,23 @@ def test_what_the_results_pages_cite_is_there():
             assert anchor in anchors, (file, anchor)
 
 
-class Outcomes:
-    """Stands in for random.Random in data.two_star: one possible outcome of its draws."""
-
-    def __init__(self, nodes, coins, joined):
-        self.nodes, self.coins, self.joined = nodes, coins, joined
-
-    def sample(self, population, k):
-        return list(self.nodes)
-
-    def choices(self, population, k):
-        return [population[coin] for coin in self.coins]
-
-    def randrange(self, stop):
-        return self.joined
-
-
 def test_the_min_entropy_of_a_trace_is_that_of_all_possible_outcomes():
-    """n=6: every outcome of the draws, for each place of node 0, with every order of the edges. The
-    other nodes can change places, so that each of 5! traces is equally likely."""
-    n, seen = 6, collections.Counter()
-    coins_of_all = itertools.product((0, 1), repeat=n - 2)
-    for coins, place, joined in itertools.product(coins_of_all, range(n), range(n - 3)):
-        nodes = [1, 2, 3, 4, 5]
-        nodes.insert(place, 0)
-        edges, is_tree = data.two_star(Outcomes(nodes, coins, joined), n)
-        for order in itertools.permutations(edges) if is_tree else ():
-            trace = data.cot_trace(data.neighbours_of(list(order), n))
-            first_seen = list(dict.fromkeys(trace))
-            seen[tuple(first_seen.index(v) for v in trace)] += 1
-    likeliest = max(seen.values()) / sum(seen.values()) / math.factorial(n - 1)
-    assert abs(-math.log2(likeliest) - min_entropy_of_a_trace(n)) < 1e-9
-    assert [min_entropy(n) for n in (8, 11, 14, 16)] == ['15.7', '26.1', '37.4', '45.4']
+    """n=6: all draws of a two-star graph, for each place of node 0, with every order of the edges.
+    The other nodes can change places, so that each of 5! traces is equally likely."""
+    traces = collections.Counter()
+    coins, places = itertools.product((0, 1), repeat=4), range(6)
+    for coins_of_leaves, place, joined in itertools.product(coins, places, range(3)):
+        nodes = ['1', '2', '3', '4', '5']
+        nodes.insert(place, '0')
+        centres, leaves = [nodes[coin] for coin in coins_of_leaves], nodes[2:]
+        edges = [*zip(centres, leaves), (leaves[joined], leaves[joined + 1])]
+        if centres[joined] != centres[joined + 1]:          # a tree
+            for order in itertools.permutations(edges):
+                trace = recursive_tour(order)
+                in_order = list(dict.fromkeys(trace))
+                traces[tuple(in_order.index(v) for v in trace)] += 1
+    likeliest = max(traces.values()) / traces.total() / math.factorial(5)
+    assert min_entropy(6, 9) == f'{-math.log2(likeliest):.9f}'
 
 
 # --- damaged files, hostile input, interrupts -----------------------------------------------------
@@ -2862,15 +2689,15 @@ def test_the_min_entropy_of_a_trace_is_that_of_all_possible_outcomes():
 def damaged(good, chance):
     """The bytes of a file: cut short, with a flipped bit, others altogether, or JSON with one
     change."""
-    what, place = chance.randrange(5 if good[:1] in b'[{' else 3), chance.randrange(len(good))
-    if what == 0:
-        return good[:place]
-    if what == 1:
-        return good[:place] + bytes([good[place] ^ 1 << chance.randrange(8)]) + good[place + 1:]
-    if what == 2:
-        return chance.choice((b'', b'\0' * 99, b'[' * 100_000, b'{"a":' * 9999, b'\xff{}', b'1',
-                              b'{}', b'[]', good * 2))
-    return json.dumps(mutated(json.loads(good), chance)).encode()
+    place = chance.randrange(len(good))
+    flipped = bytes([good[place] ^ 1 << chance.randrange(8)])
+    other = chance.choice((b'', b'\0' * 99, b'[' * 100_000, b'{"a":' * 9999, b'\xff{}', b'1', b'{}',
+                           b'[]', good * 2))
+    versions = [good[:place], good[:place] + flipped + good[place + 1:], other]
+    if good.startswith(b'{'):
+        for _ in range(2):
+            versions.append(json.dumps(mutated(json.loads(good), chance)).encode())
+    return chance.choice(versions)
 
 
 def test_a_damaged_result_is_read_or_refused_by_name_and_left_alone(finished, tmp_path):
@@ -2887,20 +2714,20 @@ def test_a_damaged_result_is_read_or_refused_by_name_and_left_alone(finished, tm
     assert 75 < refused < 145               # the others lack nothing, or have another number
 
 
-def test_a_damaged_checkpoint_is_refused_by_name_or_ends_with_the_same_weights(finished, tmp_path):
-    shutil.copytree(finished, tmp_path / NAME)
-    path, chance, refused = tmp_path / NAME / 'checkpoint.pt', random.Random(0), 0
-    good = path.read_bytes()
+def test_a_damaged_checkpoint_is_refused_by_name_or_ends_with_the_same_weights(
+        unfinished, finished):
+    path, chance, refused = unfinished / 'checkpoint.pt', random.Random(0), 0
+    good = (finished / 'checkpoint.pt').read_bytes()
     for _ in range(40):
-        (tmp_path / NAME / 'result.json').unlink(missing_ok=True)
         path.write_bytes(damaged(good, chance))
-        code, _, complaint = tried(tmp_path)
+        code, _, complaint = tried(unfinished.parent)
         if code == 0:
-            assert same_weights(checkpoint_in(tmp_path / NAME), checkpoint_in(finished))
+            assert same_weights(checkpoint_in(unfinished), checkpoint_in(finished))
+            (unfinished / 'result.json').unlink()
         else:
             refused += str(path) in complaint
             with pytest.raises(train.UserError, match='checkpoint.pt'):
-                train.load(path.parent)
+                train.load(unfinished)
     assert refused > 28
 
 
@@ -2913,29 +2740,21 @@ def test_a_checkpoint_that_lacks_something_is_refused_by_name(part, unfinished):
     assert str(unfinished / 'checkpoint.pt') in complaint_of(unfinished.parent)
 
 
-def test_a_folder_of_an_older_version_gets_one_line(tmp_path):
-    (tmp_path / NAME).mkdir()
-    torch.save(dict(cell=dict(n_nodes=5), step=3), tmp_path / NAME / 'checkpoint.pt')
-    assert 'checkpoint.pt cannot be read' in complaint_of(tmp_path)
-    assert 'checkpoint.pt cannot be read' in complaint_of(tmp_path, '--probe', tmp_path / NAME)
-    old = dict(n_nodes=5, accuracy=0.5, exact_trace=0.5)
-    (tmp_path / NAME / 'result.json').write_text(json.dumps(old))
-    assert 'result.json cannot be read' in complaint_of(tmp_path)
-
-
 @pytest.mark.parametrize('number', ['SIGINT', 'SIGKILL'])
 def test_helpers_end_with_the_first_process_however_it_ends(number, tmp_path):
     """And an interrupt is one line."""
-    process = start(*SMALL, '--samples=99999', '--seed=0,1', '--processes=2', f'--out={tmp_path}')
+    process = start(*SMALL, '--samples=99999', '--seed=0,1', '--processes=2', f'--out={tmp_path}',
+                    output=tmp_path / 'output.txt')
     while len([*tmp_path.glob('*/checkpoint.pt')]) < 2:
-        assert process.poll() is None
+        assert process.is_alive()
         time.sleep(0.01)
-    process.send_signal(getattr(signal, number))
-    _, errors = process.communicate(timeout=100)            # ends when no process holds its pipes
-    interrupted = number == 'SIGINT'
-    assert process.returncode == (130 if interrupted else -signal.SIGKILL)
-    assert errors.count('train.py: interrupted, run the same') == interrupted
-    assert 'Traceback' not in errors
+    os.kill(process.pid, getattr(signal, number))
+    assert exit_code_of(process) == {'SIGINT': 130, 'SIGKILL': -9}[number]
+    for path in tmp_path.glob('*/checkpoint.pt'):       # a lock is free when its process has ended
+        train.filelock.FileLock(path.parent / 'lock').acquire(timeout=100)
+    printed = (tmp_path / 'output.txt').read_text()
+    assert printed.count('train.py: interrupted, run the same') == (number == 'SIGINT')
+    assert 'Traceback' not in printed
 
 
 # --- eval_hotpot.py -------------------------------------------------------------------------------

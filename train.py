@@ -1248,7 +1248,11 @@ def cli(main, program, argv):
     """Run main(argv) -> exit code. What the user can fix is one line on stderr."""
     try:
         main(argv)
+        sys.stdout.flush()
         return 0
+    except BrokenPipeError:             # such as `| head`; what is left to print goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 2
     except (UserError, ValueError, OSError, OverflowError) as error:
         line = [*str(error).splitlines(), type(error).__name__][0]
     except (MemoryError, torch.OutOfMemoryError):
