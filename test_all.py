@@ -1783,7 +1783,7 @@ def test_llama_layers_give_the_logits_of_transformers():
 @torch.no_grad()
 def test_mamba_layers_give_the_logits_of_transformers():
     theirs, tokens = of_transformers('Mamba', state_size=8)
-    ours = eval_hotpot.mamba(theirs, torch.float32)
+    ours = eval_hotpot.mamba(theirs)
     assert furthest(ours(tokens), theirs(tokens).logits) < 1e-4
 
 
@@ -3482,7 +3482,7 @@ def found_in(folder, records, name='experiment.jsonl'):
     return plot.load(folder)
 
 
-def drawn(draw, folder, records):
+def drawn_by(draw, folder, records):
     """The name and the panels of the only figure that a function draws from these records."""
     [(name, figure)] = draw(found_in(folder, records))
     return name, figure.axes
@@ -3510,15 +3510,15 @@ def test_a_point_is_the_mean_its_bar_the_spread_and_a_line_names_what_is_left_ou
     records += [made_up(n=16), made_up(arch='hybrid', exact=0.9), made_up(d_state=16, exact=0.8),
                 made_up(tuning=True, exact=0.1)]                        # a sweep is no result
     found_in(tmp_path, [made_up(samples=9999), made_up(layers='MMM')], 'other.jsonl')
-    name, [panel] = drawn(plot.exact, tmp_path, records)
+    name, [panel] = drawn_by(plot.exact, tmp_path, records)
     assert (name, panel.get_title()) == ('exact-tiny', 'chain of thought')
     assert lines_of(panel) == {'hybrid': [[8, 90, 90, 90]],
                                'RNN (Mamba)': [[8, 70, 60, 90], [16, 50, 50, 50]],
                                'RNN (Mamba), d_state 16': [[8, 80, 80, 80]]}
     assert capsys.readouterr().out == 'exact: not drawn, since a constant differs: other\n'
-    name, [panel] = drawn(plot.errors, tmp_path, records)
+    name, [panel] = drawn_by(plot.errors, tmp_path, records)
     assert name == 'errors-tiny-n8' and heights_of(panel)['hybrid'] == len(data.KINDS) * [10]
-    _, [panel] = drawn(plot.learning, tmp_path, records)
+    _, [panel] = drawn_by(plot.learning, tmp_path, records)
     assert [*panel.lines[0].get_ydata()] == [25, 90]                    # the log, then the result
 
 
@@ -3535,7 +3535,7 @@ def test_a_file_of_records_and_folders_of_fresh_runs_give_the_same_figures(tmp_p
 def test_each_length_of_a_primitive_is_a_point_and_the_best_guess_a_dashed_line(tmp_path):
     lengths = [dict(n=n, accuracy=a, exact=0, chance=2 / n) for n, a in ((4, 1), (16, 0.5))]
     recall = made_up(task='recall', setup='direct', n=16, by_length=lengths)
-    name, [_, panel] = drawn(plot.primitives, tmp_path, [recall, recall | dict(task='index')])
+    name, [_, panel] = drawn_by(plot.primitives, tmp_path, [recall, recall | dict(task='index')])
     assert (name, panel.get_title()) == ('primitives-tiny-n16', 'associative recall')
     assert lines_of(panel) == {'RNN (Mamba)': [[4, 100, 100, 100], [16, 50, 50, 50]]}
     [guess] = [line for line in panel.lines if line.get_linestyle() == '--']
@@ -3571,13 +3571,13 @@ def test_the_capacity_of_a_memory_counts_its_state_and_says_what_lies_outside(tm
         game = [dict(n=16, bits_per_float=k, bits=k * floats, accuracy=k / 4) for k in (1, 2)]
         records.append(deltanet | dict(d_state=floats, memory=dict(state=floats, window=999),
                                        by_length=lengths, messages=game))
-    _, [_, _, right] = drawn(plot.capacity, tmp_path, records)
+    _, [_, _, right] = drawn_by(plot.capacity, tmp_path, records)
     assert right.get_legend_handles_labels()[1][-1] == 'slope 1.00'
     assert [text.get_text() for text in right.texts] == ['<', '', '', '≥']
     half = 2 ** 0.5                     # of the way from 100 to 90%, over log n
     circles = [line.get_ydata()[0] for line in right.lines[:4]]
     assert circles == pytest.approx([2, 8 * half, 32 * half, 64])
-    _, [panel, _] = drawn(plot.bits, tmp_path, records)
+    _, [panel, _] = drawn_by(plot.bits, tmp_path, records)
     points = lines_of(panel)['RNN (DeltaNet), 400 floats of state']
     assert points == [[400, 25, 25, 25], [800, 50, 50, 50]]
     assert [*panel.lines[-1].get_xydata()[-1]] == [16 * math.log2(256), 100]    # of 256 values
@@ -3588,9 +3588,9 @@ def test_the_frontier_is_of_runs_that_mix_n_and_the_main_figure_of_the_others(tm
     mixed = made_up(n=16, mix='6+16', by_length=lengths)
     records = [mixed | dict(arch='deltanet', memory=dict(state=288, window=9)),
                mixed | dict(setup='retrieval'), made_up(n=16)]
-    _, [panel] = drawn(plot.exact, tmp_path, records)
+    _, [panel] = drawn_by(plot.exact, tmp_path, records)
     assert lines_of(panel) == {'RNN (Mamba)': [[16, 50, 50, 50]]}
-    name, [left, middle, right] = drawn(plot.frontier, tmp_path, records)
+    name, [left, middle, right] = drawn_by(plot.frontier, tmp_path, records)
     assert name == 'frontier-tiny' and right.lines[0].get_data() == ([288], [6])
     assert lines_of(left) == {'RNN (DeltaNet), 288 floats of state': [[6, 90, 90, 90],
                                                                       [16, 10, 10, 10]]}
@@ -3602,7 +3602,7 @@ def test_the_transplant_is_drawn_from_the_record_of_a_probe(tmp_path):
     rounding = {'1': dict(exact_trees=0.2), '2': dict(exact_trees=0.4)}
     probe = unfinished_run(transplant=replaced, rounding=rounding)      # (it does not train)
     assert not found_in(tmp_path, [probe])['unfinished']
-    _, [left, right] = drawn(plot.transplant, tmp_path, [probe])
+    _, [left, right] = drawn_by(plot.transplant, tmp_path, [probe])
     assert [*heights_of(left).values()] == [[90], [10], [80]]
     assert lines_of(right) == {'RNN (Mamba), chain of thought': [[1, 20, 20, 20], [2, 40, 40, 40]]}
 

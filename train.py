@@ -341,11 +341,11 @@ def generate(model, task, n, prompts, device, state=None):
                 completions[b].append('*' + word)
             else:
                 word = task.words[tokens[k]]
-                if completions[b][-1:] == ['[EOS]']:        # so this word is the answer
+                if completions[b][-1:] == [task.words[data.EOS]]:       # so this is the answer
                     done[b] = True
                 completions[b].append(word)
             texts[b] += ' ' + word
-            if task.setup == 'retrieval' and completions[b][-1] == '[ENDSEARCH]':
+            if task.setup == 'retrieval' and completions[b][-1] == task.words[data.END]:
                 pending[b], right_form = task.retrieve(texts[b])
                 queries += 1
                 well_formed += right_form
