@@ -28,9 +28,10 @@ A graph is a tree if the search meets no cycle and reaches every node. So at the
 without a cycle, the model has to notice by itself whether nodes are missing from the tour;
 counting them is enough.
 
-In `retrieval`, whatever must be looked up is a query between [STARTSEARCH] and [ENDSEARCH]. The
-word after [ENDSEARCH] is not written by the model but by the *retriever*, a regular expression that
-runs over the text so far. Such words are marked with a star, here and in the code:
+In `retrieval`, whatever must be looked up is requested by a query, from [STARTSEARCH] to
+[ENDSEARCH]. The word after [ENDSEARCH] is not written by the model but by the *retriever*, a
+regular expression that runs over the text so far. Such words are marked with a star, here and in
+the code:
 
   v ~        Who is the parent of v? Answer: x of the last record `v ~ x`, or [FAILED].
   v -        What is the first neighbour of v? The other end of the prompt's first edge with v.
@@ -76,7 +77,7 @@ def two_star(rng, n):
         3 - 5 - 2 - 1 - 4 - 6             3 - 5 - 2     1 - 4 - 6
 
     The centres are 5 and 4. On the left, the leaves 2 and 1 are joined, leaves of different
-    centres: a tree. On the right, 0 and 2 of the same centre: a triangle, and a disconnected rest.
+    centres: a tree. On the right, 0 and 2 of the same centre: a triangle, and a separate piece.
     So "is it a tree?" means here "do the two joined leaves belong to different stars?". Both graphs
     have n-1 edges, so counting edges does not help. P(tree) = 1/2.
 
@@ -96,7 +97,7 @@ GRAPHS = {'two_star': two_star}         # `random` is added below the line
 class Task:
     """What a model is to learn. A sample is two lists of words: a prompt, and the completion that
     the model has to write. A word with a star in front, as in `*4`, is not the model's: the
-    retriever writes it. A subclass is a task of its own if it has
+    retriever writes it. A subclass must define
 
       words_of(n)           its words besides SPECIALS, for samples of size n and below
       sample(rng, n)        draws a sample of size n; all prompts of one n must be equally long
@@ -104,7 +105,7 @@ class Task:
       longest(n)            the number of words of the longest completion
       chance(n)             the accuracy of the best guess that looks nothing up
 
-    and is entered in TASKS. rng: random.Random."""
+    It is entered in TASKS, and its constants in train.py's TABLE. rng: random.Random."""
     setups = SETUPS
     distributions = ('',)       # names of ways to draw a sample, the first is the usual one
     possible_n = range(2, 4097)
@@ -135,7 +136,8 @@ class Task:
         return search(text, self.patterns)
 
     def mixed(self):
-        """The n of a run that mixes several, ascending."""
+        """Training may start with smaller samples (`order` in train.py): the n that it uses,
+        ascending."""
         return [self.n]
 
 
@@ -188,8 +190,7 @@ class IsTree(Task):
         return 1 / 2
 
     def mixed(self):
-        """n/2, but at least 6, and n: for example 7 and 14. (Of smaller graphs there are too
-        few.)"""
+        """n/2, but at least 6, and n: for example 7 and 14. (There are too few smaller graphs.)"""
         return sorted({max(self.n // 2, min(6, self.n)), self.n})
 
 
@@ -236,8 +237,9 @@ def retrieval_trace(neighbours):
 
     neighbours: see neighbours_of. Returns a list of at most 37n-26 words (a test counts them), with
     a star on those that the retriever writes."""
-    # after[v, w]: the neighbour of v after w; after[v, None]: the first. With the neighbours 5: 0,
-    # 2, 3 (5, None) -> 0, (5, 0) -> 2, (5, 2) -> 3, (5, 3) -> [FAILED].
+    # after[v, w]: the neighbour of v after w; after[v, None]: the first. If 5 has the neighbours 0,
+    # 2 and 3, then after[5, None] is 0, after[5, 0] is 2, after[5, 2] is 3, and after[5, 3] is
+    # [FAILED].
     after = {}
     for v, others in neighbours.items():
         previous = None
@@ -337,8 +339,8 @@ def collate(task, samples):
 
 
 def fresh_samples(task, n, count, seed, held_out):
-    """Like draw, but without samples whose prompt is held out; others of the draw are repeated in
-    their place. held_out: a set of prompts as tuples. Raises ValueError if everything that is drawn
+    """Like draw, but without samples whose prompt is held out: others of the same draw take their
+    place. held_out: a set of prompts as tuples. Raises ValueError if everything that is drawn
     is held out."""
     for attempt in range(10):
         drawn = draw(task, n, count, (*seed, attempt))
@@ -350,8 +352,8 @@ def fresh_samples(task, n, count, seed, held_out):
 
 
 def held_out_samples(task, n, count, tuning=False):
-    """Samples that are not trained on, the same for every model: those on which results are
-    reported, or, with tuning, others, on which constants are chosen and training is watched."""
+    """Samples that are not trained on, the same for every model. Results are reported on them; with
+    tuning=True, they are others, on which constants are chosen and training is watched."""
     reported = draw(task, n, count, VALIDATION_SEED)
     if not tuning:
         return reported

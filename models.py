@@ -28,7 +28,7 @@ Bring your own layer: a class with four methods (GRULayer is the shortest exampl
                              the new x and a new dict. No token sees a later one; nothing is
                              changed in place
 Put it into LAYERS under a letter of its own, say R. `pytest test_all.py -k every_layer` checks it,
-and `python train.py --arch=mamba --layers=RR` trains it.
+and `python train.py --arch=mamba --layers=RR --d_state=16` trains it.
 """
 import math
 from collections import defaultdict
@@ -46,11 +46,11 @@ class Config:
     vocab_size: int
     layers: str                     # letters of LAYERS, from bottom to top
     d_model: int
-    d_mlp: int = 0                  # of A
-    n_heads: int = 0                # of A and D
-    d_state: int = 16               # of M, D and G
-    d_conv: int = 4                 # of M and D: tokens that the short convolution mixes
-    expand: int = 2                 # of M
+    d_mlp: int = 0                  # attention layers only
+    n_heads: int = 0                # attention and DeltaNet
+    d_state: int = 16               # Mamba, DeltaNet, GRU
+    d_conv: int = 4                 # Mamba, DeltaNet: tokens that the short convolution mixes
+    expand: int = 2                 # Mamba
     norm_eps: float = 1e-5
     frozen_embedding: bool = True   # sinusoids (the paper) or learned
 
@@ -75,7 +75,7 @@ class MambaLayer(nn.Module):
     h and A have a number for each channel and each place in its memory; delta, u, D and y have one
     for each channel, Bs and Cs one for each place. exp(delta A) lies between 0 and 1: near 1 a
     channel keeps what it has, near 0 it forgets. "Selective" means that delta, Bs and Cs are
-    computed from the token itself: the model chooses what to remember. A token's path:
+    computed from the input: the model chooses what to remember. A token's path:
 
         x -> norm -> in_proj -> u -> conv, SiLU -> memory h -> y -> y * silu(z) -> out_proj -> + x
                              -> z
@@ -158,7 +158,8 @@ def init_convolution(layer):
 # --- A: the LLaMA layer ---------------------------------------------------------------------------
 
 class LlamaLayer(nn.Module):
-    """Attention, then SwiGLU, each behind an RMSNorm and a residual (Touvron et al. 2023)."""
+    """Attention, then SwiGLU, each with an RMSNorm before it and a residual around it (Touvron et
+    al. 2023)."""
 
     def __init__(self, c):
         super().__init__()
@@ -203,7 +204,7 @@ class Attention(nn.Module):
         qkv = self.qkv_proj(x).unflatten(-1, (3, self.n_heads, self.d_head))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                        # (B, heads, L, d_head) each
         q, k = rotate(q, seen), rotate(k, seen)
-        cache = append(cache, torch.stack((k, v), 1))               # torch.cat, but faster
+        cache = append(cache, torch.stack((k, v), 1))       # torch.cat, but faster (below the line)
         k, v = cache.unbind(1)                                      # (B, heads, seen + L, d_head)
         mask = None             # nothing seen: is_causal masks. One token: it sees all. Otherwise:
         if seen and L > 1:
@@ -283,15 +284,15 @@ class Model(nn.Module):
 
     def step(self, token, state):
         """Read one more token (B,). Returns logits (B, vocab_size) of the next one and the new
-        state. The work does not depend on the tokens seen, except for attention."""
+        state. A step costs the same after any number of tokens, except in attention."""
         hidden, state = self.hidden(token[:, None], state)
         return self.head(hidden[:, 0]), state
 
     @torch.no_grad()
     def memory(self, seen):
-        """Floats that one sample carries after `seen` tokens (1 or more), by kind: a dict of those
-        it has of 'window' (the last inputs of the short convolutions), 'state' (of the recurrences)
-        and 'cache' (keys and values)."""
+        """Floats that one sample carries after `seen` tokens (1 or more), by kind: a dict with
+        'window' (the last inputs of the short convolutions), 'state' (of the recurrences) and
+        'cache' (keys and values), as far as the layers have them."""
         tokens = self.embedding.weight.new_zeros(1, seen, dtype=torch.int64)
         _, state = self.prefill(tokens)
         floats = defaultdict(int)

@@ -800,12 +800,12 @@ def idea(found):
         panel.set_axis_off()
         panel.set_title(title, weight='bold', color=look(arch)['color'])
         panel.text(2.5, -1.75, below, ha='center', va='top', fontsize=8)
-        for i, word in enumerate(('2-1', '4-0', '4-3', '...', '4-?')):
+        for i, word in enumerate(('2-1', '4-3', '5-0', '...', '4-?')):
             draw_word(panel, arch, i, word)
-    draw_word(panel, arch, 2, '4-3', YELLOW)            # in the last panel
+    draw_word(panel, arch, 1, '4-3', YELLOW)            # in the last panel
     draw_word(panel, arch, 5, ' 3 ', YELLOW)
     arrow = dict(arrowstyle='->', connectionstyle='arc3,rad=-0.3')
-    panel.annotate('', (5, 1.4), (2, 1.4), arrowprops=arrow)
+    panel.annotate('', (5, 1.4), (1, 1.4), arrowprops=arrow)
     figure.tight_layout()
     yield 'idea', figure
 

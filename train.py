@@ -49,11 +49,12 @@ from tqdm import tqdm
 import data
 import models
 
-# What a run needs, unless the command line says otherwise.
+# Recipes: what a run needs, unless the command line says otherwise. Each row is a recipe.
 #   batch_size   samples per step
 #   lr           peak learning rate
 #   warmup       share of the run during which the learning rate rises
-#   evaluations  on 200 held-out samples each; the last one, on all, gives the result (run_one)
+#   evaluations  during training, on 200 held-out samples. (After training, run_one evaluates the
+#                model on 1,000 samples of another held-out set; that is the result.)
 #   order        alone: all samples have size n. together: several n are mixed. small-first: the
 #                smallest n at first, larger ones join one by one over the share `join` of the run.
 #                large-first: the other way round.
@@ -207,11 +208,13 @@ def mixed_sizes(run, task):
 
 
 def sizes_of_batches(run, task, steps):
-    """The n of every batch, see the recipes. The share `join` of the run has as many stages as
-    there are n, and with each of them an n joins. Those that have joined take turns. With a
+    """The n of every batch. The first part of the run, the share `join` of it, is split into one
+    stage for each n; each stage adds one. Batches cycle through those added so far. With a
     retriever and n=14 (7 and 14 are mixed, small first, join=0.5), a run of 16 batches has
 
-        7 7 7 7   7 14 7 14   7 14 7 14 7 14 7 14"""
+        7 7 7 7   7 14 7 14   7 14 7 14 7 14 7 14
+
+    so that 14 joins after a quarter of the run."""
     mix = mixed_sizes(run, task)
     if run.order == 'large-first':
         mix.reverse()
@@ -323,7 +326,7 @@ def generate(model, task, n, prompts, device, state=None):
     queries."""
     texts = [' '.join(prompt) for prompt in prompts]    # what the retriever searches
     completions = [[] for _ in prompts]
-    pending = [[] for _ in prompts]         # words that the retriever has still to write
+    pending = [[] for _ in prompts]         # words that the retriever still has to write
     done = [False for _ in prompts]
     batch = list(range(len(prompts)))       # the samples that the model reads
     queries = well_formed = 0
@@ -346,12 +349,13 @@ def generate(model, task, n, prompts, device, state=None):
                 completions[b].append(word)
             texts[b] += ' ' + word
             if task.setup == 'retrieval' and completions[b][-1] == task.words[data.END]:
-                pending[b], right_form = task.retrieve(texts[b])
+                pending[b], is_well_formed = task.retrieve(texts[b])
                 queries += 1
-                well_formed += right_form
+                well_formed += is_well_formed
         if all(done):
             break
-        batch, tokens, state = leave_out_done(done, batch, tokens, state)       # (only for speed)
+        # (only for speed, below the line)
+        batch, tokens, state = leave_out_done(done, batch, tokens, state)
         logits, state = model.step(torch.tensor(tokens, device=device), state)
     return completions, queries, well_formed
 
@@ -359,9 +363,9 @@ def generate(model, task, n, prompts, device, state=None):
 # --- evaluation -----------------------------------------------------------------------------------
 
 def evaluate(model, task, n, samples, batch_size, device):
-    """Accuracy on samples of size n. In the setup `direct`, each answer is one word, predicted from
-    the right words before it (a primitive has several per sample). In the others the model
-    generates, and the answer is the word after [EOS]; a missing one is wrong.
+    """Accuracy on samples of size n. In the setup `direct`, the answer is predicted from the right
+    words before it. In the others the model generates, and the answer is the word after [EOS]; a
+    missing one is wrong.
 
     Returns a dict for the log and result.json, and the completions that the model wrote."""
     written, queries, well_formed = [], 0, 0
@@ -373,9 +377,9 @@ def evaluate(model, task, n, samples, batch_size, device):
             completions, _ = teacher_forced(model, task, batch, device)
         else:
             prompts = [prompt for prompt, _ in batch]
-            completions, asked, right_form = generate(model, task, n, prompts, device)
+            completions, asked, is_well_formed = generate(model, task, n, prompts, device)
             queries += asked
-            well_formed += right_form
+            well_formed += is_well_formed
         written += completions
     model.train()
     right, exact = [], []

@@ -1,9 +1,9 @@
 """The selective scan of Mamba (Gu & Dao 2023, arXiv 2312.00752, Algorithm 2 and section 3.3).
 
 A state space model dh/dt = A h + B u, y = C h + D u, in steps of length delta: over one step the
-state decays by a factor of exp(delta A) and takes in delta B u (equation 4 of the paper has a
-longer factor than delta; the paper's code uses delta, too). It is *selective* because delta, B and
-C are computed from each token:
+state decays by a factor of exp(delta A) and takes in delta B u (in equation 4 of the paper, the
+factor of B u is less simple; the paper's code uses delta, too). It is *selective* because delta, B
+and C are computed from each token:
 
     h_t = exp(delta_t A) * h_{t-1} + delta_t u_t B_t
     y_t = C_t . h_t + D u_t
@@ -12,9 +12,9 @@ C are computed from each token:
     B, C         (batch, L, d_state)      D  (d_inner,)
     states h     (batch, d_inner, d_state)
 
-From the plain to the fast:
+From plain to fast:
   1. `selective_scan_reference`: the recurrence as written above, in a loop. Everything is tested
-     against it, and it is all that one has to understand.
+     against it, and it is all you need to understand.
   2. `pairwise_scan`, below the line: the recurrence in about 2 log2(L) parallel rounds.
   3. `selective_scan_fallback`: the pairs in chunks, with its own backward pass: little memory, any
      device.
@@ -52,8 +52,8 @@ def selective_scan(u, delta, A, B, C, D, initial_state):
     d_state <= 64. A (d_inner, d_state), D (d_inner,), initial_state (batch, d_inner, d_state):
     fp32.
     If all of them are float64 (for tests), the reference computes the result.
-    Returns y, like u, and final_state, fp32, like initial_state; gradients flow to every input
-    through both. Raises ValueError for a wrong shape, dtype or device.
+    Returns y, shaped like u, and final_state, shaped like initial_state, fp32. Gradients flow to
+    every input through both. Raises ValueError for a wrong shape, dtype or device.
     """
     inputs = u, delta, A, B, C, D, initial_state
     # check (of shapes and dtypes), ScanKernel and the fallback are below the line
@@ -71,7 +71,7 @@ def causal_conv1d(x, weight, bias, initial_state):
 
     x, y (batch, L, d): fp32 or bf16; weight (d, width), bias (d,): fp32; initial_state the
     width - 1 inputs before the first, (batch, width - 1, d); float64 everywhere for checks.
-    Gradients for every input; second derivatives as in selective_scan. On a CPU, width 4 (Mamba's)
+    Gradients flow to every input. On a CPU, width 4 (Mamba's)
     is one fused kernel, ten times as fast as F.conv1d; everything else is F.conv1d. Raises
     ValueError, one line, for a wrong shape, dtype or device.
     """
