@@ -493,8 +493,7 @@ def turing(found):
     for panel, (_, same_n) in zip(axes, sizes):
         for style, runs in with_setup(comparable(same_n, 'turing', 'size')):
             draw_logs(panel, runs, style)
-        panel.set_xscale('log')
-    yield 'turing', finish(figure, 'A Turing machine: each line is a run.')
+    yield 'turing', finish(figure, 'A Turing machine: each line is a run.', 'Watched on 200 held-out tapes.')
 
 
 # --- the primitives, and how much a memory holds --------------------------------------------------

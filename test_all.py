@@ -2454,7 +2454,7 @@ def test_a_trained_model_is_loaded_from_its_folder_or_a_file_of_weights(finished
 # results/numbers.txt has the sentences and rows of the pages, with a source in the place of each
 # number: EXPERIMENT FIELD CONDITION ... FORM, or @ and a function of this section.
 
-FORMS = ('mean', 'min', 'max', 'range', 'percent', 'number', 'loss', 'seeds')
+FORMS = ('mean', 'min', 'max', 'range', 'percent', 'number', 'loss', 'seeds', 'between')
 
 
 @functools.cache
@@ -2502,6 +2502,8 @@ def as_text(values, form=''):
     """Shares in percent: one, or the mean with the smallest and the largest; or one of FORMS."""
     if form == 'seeds':
         return ' and '.join(', '.join(map(str, sorted(set(values)))).rsplit(', ', 1))
+    if form == 'between':
+        return ' to '.join([f'{value:,}' for value in sorted({min(values), max(values)})])
     if form in ('number', 'loss'):
         [value] = set(values)
         return f'{value:,}' if form == 'number' else f'{value:.4f}'
@@ -2560,6 +2562,10 @@ def errors_above_chance(experiment, *conditions):
     [accuracy] = values_of(experiment, 'accuracy', *conditions)
     [error] = values_of(experiment, 'accuracy_se', *conditions)
     return f'{(accuracy - 0.5) / error:.0f}'
+
+
+def longest_trace(n, setup):
+    return f'{data.Turing(int(n), setup).longest(int(n)):,}'
 
 
 def hotpot(model, condition, kind, form=''):
