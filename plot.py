@@ -493,7 +493,8 @@ def turing(found):
     for panel, (_, same_n) in zip(axes, sizes):
         for style, runs in with_setup(comparable(same_n, 'turing', 'size')):
             draw_logs(panel, runs, style)
-    yield 'turing', finish(figure, 'A Turing machine: each line is a run.', 'Watched on 200 held-out tapes.')
+    title = 'A Turing machine: each line is a run, watched on 200 held-out tapes.'
+    yield 'turing', finish(figure, title)
 
 
 # --- the primitives, and how much a memory holds --------------------------------------------------
