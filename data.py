@@ -33,7 +33,7 @@ In `retrieval`, whatever must be looked up is requested by a query, from [STARTS
 regular expression that runs over the text so far. Such words are marked with a star, here and in
 the code:
 
-  v ~        Who is the parent of v? Answer: x of the last record `v ~ x`, or [FAILED].
+  v ~        Which node is the parent of v? Answer: x of the last record `v ~ x`, or [FAILED].
   v -        What is the first neighbour of v? The other end of the prompt's first edge with v.
   v - w      Which neighbour of v comes after w? The other end of the next edge with v, or [FAILED].
 
@@ -105,7 +105,7 @@ class Task:
       longest(n)            the number of words of the longest completion
       chance(n)             the accuracy of the best guess that looks nothing up
 
-    It is entered in TASKS, and its constants in train.py's TABLE. rng: random.Random."""
+    Register it in TASKS, and its constants in train.py's TABLE. rng: random.Random."""
     setups = SETUPS
     distributions = ('',)       # names of ways to draw a sample, the first is the usual one
     possible_n = range(2, 4097)
@@ -190,7 +190,7 @@ class IsTree(Task):
         return 1 / 2
 
     def mixed(self):
-        """n/2, but at least 6, and n: for example 7 and 14. (There are too few smaller graphs.)"""
+        """Two sizes: n, and n/2, or 6 if that is larger. (There are too few smaller graphs.)"""
         return sorted({max(self.n // 2, min(6, self.n)), self.n})
 
 
@@ -339,9 +339,9 @@ def collate(task, samples):
 
 
 def fresh_samples(task, n, count, seed, held_out):
-    """Like draw, but without samples whose prompt is held out: others of the same draw take their
-    place. held_out: a set of prompts as tuples. Raises ValueError if everything that is drawn
-    is held out."""
+    """Like draw, but without samples whose prompt is held out: others of the same draw are repeated
+    instead. held_out: a set of prompts as tuples. Raises ValueError if everything that is drawn is
+    held out."""
     for attempt in range(10):
         drawn = draw(task, n, count, (*seed, attempt))
         fresh = [sample for sample in drawn if tuple(sample[0]) not in held_out]

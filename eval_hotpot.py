@@ -795,7 +795,7 @@ def parse(argv):
                                      argument_default=argparse.SUPPRESS)
     parser.error = train.refuse
     for f in fields(Options):
-        train.add_flag(parser, f, f'{f.metadata["meaning"]} ({f.default})')
+        train.add_flag(parser, f, f.default)
     given = vars(parser.parse_args(argv))
     return Options(**{f.name: train.read_value(f, given[f.name])
                       for f in fields(Options) if f.name in given})

@@ -17,7 +17,7 @@ are skipped, the others continue from their checkpoints. Start the command sever
 processes share the runs.
 
 In this file: the constants, the training of one model, generation, evaluation, files. Below the
-line: many runs, what looks inside a model, the demo, the command line. A trained model elsewhere:
+line: many runs, looking inside a model, the demo, the command line. A trained model elsewhere:
 
   from train import load
   model, run = load('results/weights/istree-hybrid-cot-tiny-d1-n14-s3.pt')
@@ -91,7 +91,7 @@ RECIPES = read_recipes(ROWS)
 
 
 def constant(default, meaning, low=0, high=10 ** 9, choices=None):
-    """A field of Run or Options, with what the command line says and checks about it."""
+    """A field of Run or Options: its default, its help text and its limits."""
     about = dict(meaning=meaning, low=low, high=high, choices=choices)
     return field(default=default, metadata=about)
 
@@ -131,9 +131,9 @@ class Run:
                                   high=1)
     grad_clip: float = constant(1.0, 'largest norm of the gradient (the paper: 0, no limit)')
     dtype: str = constant('float32', 'bfloat16: through autocast', choices=('float32', 'bfloat16'))
-    evaluations: int = constant(None, 'evaluations, the last one for the result', low=1)
-    solved: float = constant(0.995, 'share of exact traces, twice in a row, to stop at; 0: never',
-                             high=1)
+    evaluations: int = constant(None, 'evaluations during training', low=1)
+    solved: float = constant(0.995, 'share of exact traces that ends a run, if twice in a row (0: '
+                             'none)', high=1)
 
     def __post_init__(self):
         recipe = RECIPES.get((self.task, self.setup, self.arch), {})
@@ -456,8 +456,8 @@ def load(path):
 
 
 # ==================================================================================================
-# This is how one model is trained. Below: many runs and what is printed about them, what looks
-# inside a trained model, the demo, the command line.
+# This is how one model is trained. Below: many runs and what is printed about them, looking inside
+# a trained model, the demo, the command line.
 
 # DeltaNet and the GRU are architectures of their own (models.py); the GRU was not swept on IsTree.
 # The primitives were swept without a retriever; with one, a single learning rate serves all four.
@@ -1114,6 +1114,7 @@ def read_edges(text, n):
 
 # --- the command line -----------------------------------------------------------------------------
 
+IF_NOT_GIVEN = {'setup': 'all of them', 'arch': 'the first three'}
 RENAMED = {'--tasks': '--task', '--archs': '--arch', '--setups': '--setup', '--sizes': '--size',
            '--n_nodes': '--n', '--seeds': '--seed', '--curriculum': '--order and --join'}
 
@@ -1127,10 +1128,10 @@ def parse(argv, program='train.py', presets=PRESETS):
     group = parser.add_argument_group('a run: one value, or several separated by commas')
     for f in fields(Run):
         default = 'the recipe' if f.default is None else f.default
-        add_flag(group, f, f'{f.metadata["meaning"]} ({default})')
+        add_flag(group, f, IF_NOT_GIVEN.get(f.name, default))
     group = parser.add_argument_group('how runs are carried out')
     for f in fields(Options):
-        add_flag(group, f, f'{f.metadata["meaning"]} ({f.default})')
+        add_flag(group, f, f.default)
     group = parser.add_argument_group('what to do')
     group.add_argument('--preset', choices=presets, default='default', help='a list of runs')
     group.add_argument('--sweep', action='store_true', help='try all learning rates and warm-ups')
@@ -1157,9 +1158,12 @@ def refuse(message):
     raise UserError(f'{message}: see --help')
 
 
-def add_flag(group, f, meaning):
+def add_flag(group, f, default):
     switch = dict(nargs='?', const='True') if f.type is bool else {}
-    group.add_argument(f'--{f.name}', metavar='VALUE', help=meaning.replace('%', '%%'), **switch)
+    words = f.metadata['meaning'].replace('%', '%%')
+    if f.metadata['choices']:
+        words += f': {", ".join(f.metadata["choices"])}'
+    group.add_argument(f'--{f.name}', metavar='VALUE', help=f'{words} ({default})', **switch)
 
 
 def read_value(f, text):
