@@ -787,6 +787,7 @@ class Options(train.Options):
     data: str = constant('hotpot_dev_distractor_v1.json', 'questions for pretrained models')
     download: bool = constant(False, 'get the official file (45 MB) if --data does not exist')
     questions: int = constant(500, 'how many questions, from the first on; 0: all in the file')
+    show: int = constant(0, 'print this many conversations about the first question', high=3)
 
 
 def parse(argv):
@@ -822,7 +823,8 @@ def main(argv):
         rest = [argument for argument in argv if argument != '--train']
         return train.main([*TRAINING, *rest])
     options = parse(argv)
-    sys.stdout.reconfigure(errors='replace')        # (what a terminal cannot show)
+    if sys.stdout:
+        sys.stdout.reconfigure(errors='replace')    # (what a terminal cannot show)
     warnings.simplefilter('ignore')                 # (Python's about odd expressions)
     device = train.pick_device(options.device)
     names = options.models.split(',') if options.models else find_models(options)

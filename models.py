@@ -146,7 +146,8 @@ def short_convolution(layer, x, window):
     (B, d_conv - 1, d): the inputs before x. Returns the output (B, L, d) and the next window."""
     y = causal_conv1d(x, layer.conv_weight, layer.conv_bias, window)
     kept = window.shape[1]
-    return y, torch.cat((window, x[:, -kept:]), 1)[:, -kept:]
+    last = torch.cat((window, x[:, -kept:]), 1)
+    return y, last[:, last.shape[1] - kept:]
 
 
 def init_convolution(layer):
@@ -344,10 +345,10 @@ def make_model(arch, size, vocab_size, d_state=16, frozen_embedding=True, layers
 
 def append(cache, new):
     """Keys and values of more tokens behind those in the cache, (B, 2, heads, tokens, d_head) each.
-    Without gradients, the result lies in a buffer with room for 128 more tokens, so that not all is
-    copied for every token; the cache is a view of it. buffer.filled is how many tokens have been
-    written: if more than this cache has, another continuation of it was there first, and a new
-    buffer is begun. So a cache that is kept stays valid."""
+    Without gradients, unless the cache is empty, the result lies in a buffer with room for 128 more
+    tokens, so that not all is copied for every token; the cache is a view of it. buffer.filled is
+    how many tokens have been written: if more than this cache has, another continuation of it was
+    there first, and a new buffer is begun. So a cache that is kept stays valid."""
     seen, total = cache.shape[3], cache.shape[3] + new.shape[3]
     if not seen:
         return new

@@ -483,13 +483,13 @@ def largest_n(r, y):
 # --- the Turing machine ---------------------------------------------------------------------------
 
 def turing(found):
-    """Who learns to simulate a Turing machine, and how fast: a panel for each number of cells, a
-    line for each run, as in `learning`."""
+    """Who learns to simulate a Turing machine, and how fast: a panel for each length of the
+    tape, a line for each run, as in `learning`."""
     logged = [r for r in where(found['records'], tuning=False) if r.get('log')]
     sizes = groups(where(logged, task='turing'), 'n')
     if not sizes:
         return
-    figure, axes = panels([f'{n} cells' for (n,), _ in sizes], 'exact traces (%)', 3.5)
+    figure, axes = panels([f'{n} letters' for (n,), _ in sizes], 'exact traces (%)', 3.5)
     for panel, (_, same_n) in zip(axes, sizes):
         for style, runs in with_setup(comparable(same_n, 'turing', 'size')):
             draw_logs(panel, runs, style)
@@ -877,8 +877,9 @@ def load(out):
         source = path.parent.name if path.name == 'result.json' else path.stem
         for r in read(path, CONSTANTS):
             r['source'] = source
-            if 'transplant' in r and 'rounding' in r:
-                found['probes'].append(r)
+            if 'transplant' in r:
+                if r['task'] == 'istree':
+                    found['probes'].append(r)
             elif all(name in r for name in MEASURED):
                 found['records'].append(r)
             elif not r['tuning']:

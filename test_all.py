@@ -1556,6 +1556,16 @@ def test_every_layer_reads_a_text_in_parts_and_leaves_a_kept_state_alone(layers,
         state = after
 
 
+@pytest.mark.parametrize('width', [1, 4])
+def test_the_window_is_the_last_inputs_however_few(width):
+    layer = SimpleNamespace(conv_weight=torch.randn(8, width), conv_bias=torch.zeros(8))
+    x, window = torch.randn(2, 5, 8), torch.randn(2, width - 1, 8)
+    inputs = torch.cat((window, x), 1)
+    for part in x.split((1, 4), 1):
+        _, window = models.short_convolution(layer, part, window)
+    assert torch.equal(window, inputs[:, inputs.shape[1] - width + 1:])
+
+
 @every_pattern
 @torch.no_grad()
 def test_every_layer_steps_on_from_a_prompt_with_a_sample_in_each_row(layers):
@@ -2105,7 +2115,7 @@ def test_what_else_is_given_narrows_a_preset_down():
     assert len(runs) == 9 and {run.lr for run in runs} == {3e-4}
 
 
-def test_a_closed_stdout_is_no_traceback(finished):
+def test_a_closed_stdout_is_no_traceback(finished, monkeypatch):
     reader, writer = os.pipe()
     os.close(reader)                                        # like `| head -0`
     buffered = {name: value for name, value in os.environ.items() if name != 'PYTHONUNBUFFERED'}
@@ -2113,6 +2123,8 @@ def test_a_closed_stdout_is_no_traceback(finished):
     process = subprocess.run(command, cwd=HERE, env=buffered, stdout=writer, stderr=subprocess.PIPE)
     os.close(writer)
     assert process.stderr == b''
+    monkeypatch.setattr(sys, 'stdout', None)                # like `>&-`
+    assert train.cli(lambda argv: None, 'train.py', []) == 0
 
 
 def test_one_allowed_core_is_one_worker_and_an_empty_rank_is_none(tmp_path, monkeypatch):
@@ -3611,6 +3623,17 @@ def test_the_transplant_is_drawn_from_the_record_of_a_probe(tmp_path):
     _, [left, right] = drawn_by(plot.transplant, tmp_path, [probe])
     assert [*heights_of(left).values()] == [[90], [10], [80]]
     assert lines_of(right) == {'RNN (Mamba), chain of thought': [[1, 20, 20, 20], [2, 40, 40, 40]]}
+
+
+def test_the_turing_machines_runs_are_lines_in_a_panel_for_each_length(tmp_path):
+    short = made_up(task='turing', n=12)
+    long = made_up(task='turing', n=24, setup='retrieval', exact=1.0)
+    probe = unfinished_run(task='turing', transplant={})                # (has no rounding)
+    assert not found_in(tmp_path / 'probe', [probe])['unfinished']
+    name, [left, right] = drawn_by(plot.turing, tmp_path, [short, long])
+    assert (name, left.get_title(), right.get_title()) == ('turing', '12 letters', '24 letters')
+    assert [line.get_label() for line in right.lines] == ['RNN (Mamba), with a retriever']
+    assert [*right.lines[0].get_xydata().ravel()] == [0.5, 25, 1, 100]  # the log, then the result
 
 
 def kept_examples(setup):

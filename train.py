@@ -53,8 +53,8 @@ import models
 #   batch_size   samples per step
 #   lr           peak learning rate
 #   warmup       share of the run during which the learning rate rises
-#   evaluations  during training, on 200 held-out samples. (After training, run_one evaluates the
-#                model on 1,000 samples of another held-out set; that is the result.)
+#   evaluations  how often a run is evaluated on 200 held-out samples. (After training, run_one
+#                evaluates the model on 1,000 samples of another held-out set: that is the result.)
 #   order        alone: all samples have size n. together: several n are mixed. small-first: the
 #                smallest n at first, larger ones join one by one over the share `join` of the run.
 #                large-first: the other way round.
@@ -131,7 +131,7 @@ class Run:
                                   high=1)
     grad_clip: float = constant(1.0, 'largest norm of the gradient (the paper: 0, no limit)')
     dtype: str = constant('float32', 'bfloat16: through autocast', choices=('float32', 'bfloat16'))
-    evaluations: int = constant(None, 'evaluations during training', low=1)
+    evaluations: int = constant(None, 'how often a run is evaluated', low=1)
     solved: float = constant(0.995, 'share of exact traces that ends a run, if twice in a row (0: '
                              'none)', high=1)
 
@@ -430,7 +430,7 @@ def resume(path, run, model, optimizer):
     run's."""
     if not path.exists():
         return 0, 0.0, []
-    with readable(path):                    # (below the line: what cannot be read is a UserError)
+    with readable(path, START_OVER):        # (below the line: what cannot be read is a UserError)
         checkpoint = read_checkpoint(path)
         there = checkpoint['run'] | dict(optimizer=checkpoint['optimizer_name'])
         here = asdict(run) | dict(optimizer=type(optimizer).__name__)
@@ -461,8 +461,8 @@ def load(path):
 
 # DeltaNet and the GRU are architectures of their own (models.py); the GRU was not swept on IsTree.
 # The primitives were swept without a retriever; with one, a single learning rate serves all four.
-# Their order decides whether the Transformer learns them. The Turing machine was swept with 12
-# cells and 8 letters. The columns are those of the first table.
+# Their order decides whether the Transformer learns them. The Turing machine was swept with a tape
+# of 12 letters; its Transformer was not. The columns are those of the first table.
 RECIPES |= read_recipes('''
 istree   direct    deltanet    14  16  10_000   32   1e-3   0.05  8   alone       0
 istree   cot       deltanet    14  16  200_000  16   8e-3   0.25  8   alone       0
@@ -593,8 +593,11 @@ def read_checkpoint(path):
     return torch.load(path, map_location='cpu', weights_only=True)
 
 
+START_OVER = '; delete it to start over, or choose another --out'
+
+
 @contextlib.contextmanager
-def readable(path):
+def readable(path, advice=''):
     """Whatever goes wrong inside becomes a UserError that names the file: zipfile, json and torch
     raise many kinds of errors on damaged files."""
     try:
@@ -603,7 +606,7 @@ def readable(path):
         raise
     except Exception as error:
         raise UserError(f'{path} cannot be read ({type(error).__name__}): damaged, or of another '
-                        'version; delete it to start over, or choose another --out')
+                        f'version{advice}')
 
 
 def refuse_another(path, there, here):
@@ -623,7 +626,7 @@ def write_json(path, value):
 def read_result(path):
     """The dict in a result.json. Raises UserError, naming the file, if it is damaged or of an older
     version."""
-    with readable(path):
+    with readable(path, START_OVER):
         result = json.loads(path.read_text(encoding='utf-8'))
         table({path.parent.name: result}), rank(result)     # (fail if something is missing)
         for example in result['examples'][:3]:
@@ -1042,8 +1045,8 @@ def rounding(model, run, task, samples, device, bits=(1, 2, 3, 4, 6, 8)):
 
 
 def probe(paths, device):
-    """Print a JSON line for each trained model: its run, and `transplant` on 200 held-out prompts;
-    on IsTree, also `rounding`."""
+    """Print a JSON line for each trained model of a task with chain of thought: its run, and
+    `transplant` on 200 held-out prompts; on IsTree, also `rounding`."""
     for path in paths:
         model, run = load(path)
         model.to(device)
@@ -1256,7 +1259,7 @@ def cli(main, program, argv):
     """Run main(argv) -> exit code. What the user can fix is one line on stderr."""
     try:
         main(argv)
-        sys.stdout.flush()
+        print(end='', flush=True)
         return 0
     except BrokenPipeError:             # such as `| head`; what is left to print goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
