@@ -157,7 +157,7 @@ class IsTree(Task):
     # which skips to the edge 5 - 0 (or 0 - 5), then to the next one with 5, and captures its other
     # end; it has two groups because 5 may stand on either side. [^[]*? does not leave the prompt,
     # because [EOS] begins with a bracket. The space in front of a number and the \b behind keep 1
-    # from matching in 11. The lookahead (?= ...) lets matches overlap: in nonsense such as
+    # from matching in 11. In the first pattern, (?= ...) lets matches overlap: in nonsense such as
     # `4 ~ 4 ~ 0`, the record `4 ~ 0` is found, too.
     patterns = (
         (r'(\d+) ~', r' V ~(?= (\d+))'),
@@ -257,7 +257,8 @@ def retrieval_trace(neighbours):
         trace.append(v)
         ask(f'{v} ~', parent.get(v, '[FAILED]'))    # on each visit: no need to remember it
         # prev is the node visited just before: on the first visit to v, its parent (for node 0,
-        # both are None); later, the child from which the search returns
+        # both are None); later, the child from which the search returns. In the tour 0 5 2 5, prev
+        # is 0 on the first visit to 5, and 2 on the second.
         first_visit = prev == parent.get(v)
         if first_visit:
             w = after[v, None]

@@ -304,7 +304,8 @@ class Model(nn.Module):
 
 
 def sinusoids(n, d):
-    """(n, d) with E[j,2i] = sin(j / 10000^(2i/d)), E[j,2i+1] = cos(j / 10000^(2i/d))."""
+    """The embedding of n token ids, (n, d), with E[j,2i] = sin(j / 10000^(2i/d)) and E[j,2i+1] =
+    cos(j / 10000^(2i/d))."""
     angles = torch.arange(n)[:, None] / 10000 ** (torch.arange(0, d, 2) / d)
     return torch.stack((angles.sin(), angles.cos()), -1).flatten(1)
 

@@ -363,9 +363,9 @@ def generate(model, task, n, prompts, device, state=None):
 # --- evaluation -----------------------------------------------------------------------------------
 
 def evaluate(model, task, n, samples, batch_size, device):
-    """Accuracy on samples of size n. In the setup `direct`, the answer is predicted from the right
-    words before it. In the others the model generates, and the answer is the word after [EOS]; a
-    missing one is wrong.
+    """Accuracy on samples of size n. In the setup `direct`, each word of the completion (in IsTree
+    one, the answer) is predicted from the right words before it. In the others the model generates,
+    and the answer is the word after [EOS]; a missing one is wrong.
 
     Returns a dict for the log and result.json, and the completions that the model wrote."""
     written, queries, well_formed = [], 0, 0
