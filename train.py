@@ -162,8 +162,8 @@ class Run:
 
 @dataclass
 class Options:
-    """How runs are carried out. Results do not depend on these, except
-    that rounding differs between devices."""
+    """How runs are carried out. Results do not depend on these, except that rounding differs
+    between devices."""
     out: str = constant('out', 'folder for the results')
     device: str = constant('auto', 'where to compute', choices=('auto', 'cpu', 'cuda', 'mps'))
     processes: int = constant(0, 'runs at once on a CPU; 0: one per core; on GPUs use torchrun')
@@ -377,9 +377,9 @@ def evaluate(model, task, n, samples, batch_size, device):
             completions, _ = teacher_forced(model, task, batch, device)
         else:
             prompts = [prompt for prompt, _ in batch]
-            completions, asked, is_well_formed = generate(model, task, n, prompts, device)
+            completions, asked, well_asked = generate(model, task, n, prompts, device)
             queries += asked
-            well_formed += is_well_formed
+            well_formed += well_asked
         written += completions
     model.train()
     right, exact = [], []
@@ -880,7 +880,8 @@ def attention_to_edges(model, task, samples, device):
     IsTree samples. Returns a dict: prompt and trace, the words of the first sample; weights, of
     each word of the trace over all words, mean over heads; share, the mean weight on the edge of
     the prompt that holds the next word, over all samples and next neighbours."""
-    *_, layer = [layer for layer in model.modules() if isinstance(layer, models.Attention)]
+    attentions = [module for module in model.modules() if isinstance(module, models.Attention)]
+    layer = attentions[-1]
     inputs = []
     tokens, _ = data.collate(task, samples)
     with layer.register_forward_pre_hook(lambda layer, arguments: inputs.append(arguments[0])):
