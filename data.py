@@ -1,9 +1,10 @@
-"""The data: tasks, the paper's two algorithms, the retriever, batches. Knows nothing of models.
+"""The data: tasks, the paper's two algorithms, the retriever, batches. This file does not depend on
+the models.
 
 The main task is IsTree (paper, sections 5 and 6): a graph with n nodes and n-1 edges is given as a
-list of its edges. Is it a tree? Here is a sample with n=7, as the code draws it. In the prompt, an
-edge is `u - v`; a node, even 12, is one word. After the prompt, each of the three setups writes its
-own text:
+list of its edges. Is it a tree? Here is a sample with n=7, as the code prints it. In the prompt, an
+edge is `u - v`; each node, even 12, is a single word. Each of the three setups has its own
+completion:
 
       0
       |
@@ -25,20 +26,21 @@ own text:
              [STARTSEARCH] 2 ~ [ENDSEARCH] *[FAILED] 2 ~ 5 2 ... [EOS] [TRUE]
 
 A graph is a tree if the search meets no cycle and reaches every node. So at the end of a search
-without a cycle, the model has to notice by itself whether nodes are missing from the tour;
-counting them is enough.
+that meets no cycle, the model has to find out on its own whether nodes are missing from the tour;
+counting those in the tour is enough.
 
-In `retrieval`, whatever must be looked up is requested by a query, from [STARTSEARCH] to
+In `retrieval`, whatever must be looked up is requested by a query between [STARTSEARCH] and
 [ENDSEARCH]. The word after [ENDSEARCH] is not written by the model but by the *retriever*, a
 regular expression that runs over the text so far. Such words are marked with a star, here and in
 the code:
 
-  v ~        Which node is the parent of v? Answer: x of the last record `v ~ x`, or [FAILED].
-  v -        What is the first neighbour of v? The other end of the prompt's first edge with v.
-  v - w      Which neighbour of v comes after w? The other end of the next edge with v, or [FAILED].
+  v ~        Which node is the parent of v? Answer: the x in the last record `v ~ x`, or [FAILED].
+  v -        What is the first neighbour of v? The other end of the first edge that contains v.
+  v - w      Which neighbour of v comes after w? The other end of the next edge that contains v,
+             or [FAILED].
 
-Below the line: another distribution of graphs, the four retrieval primitives, a Turing machine, an
-export. Try it:
+Below the line that begins with `# ===` are another distribution of graphs, the four retrieval
+primitives, a Turing machine, and an export of samples.
 
   python data.py                            prints a sample of every task
   python data.py --task=istree --setup=cot --n=16 --count=1000 --seed=3 > samples.jsonl

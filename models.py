@@ -2,32 +2,32 @@
 attention layer.
 
   M  Mamba      a selective state space model; the paper's RNN is a stack of them
-  A  attention  a LLaMA layer; the paper's Transformer is a stack of them, its hybrid is Mamba
-                layers with one on top
+  A  attention  a LLaMA layer; the paper's Transformer is a stack of them, and its hybrid is a
+                stack of Mamba layers with one attention layer on top
   D  DeltaNet   linear attention with the delta rule: its memory is a matrix (below the line)
   G  GRU        the classic recurrent network, from torch (below the line)
 
 What a layer carries from token to token is the memory that the paper is about. In a recurrent
-layer its size is fixed, d_inner * (d_state + 3) floats in Mamba; attention adds 2 d_model floats
-with every token. `Model.memory` counts them.
+layer its size is fixed (d_inner * (d_state + 3) floats in Mamba); attention adds 2 d_model floats
+per token. `Model.memory` counts the floats.
 
-Symbols (in brackets: the letters of the Mamba paper, Gu & Dao 2023, arXiv 2312.00752):
+Symbols (in parentheses, those of the Mamba paper, Gu & Dao 2023, arXiv 2312.00752):
   B, L (B, L)                batch, sequence length
   d_model                    width of the residual stream
   d_inner (D)                channels of a Mamba layer, 2 d_model
-  d_state (N)                size of the memory: floats per channel in Mamba, per head a
-                             d_state x d_state matrix in DeltaNet, hidden units in a GRU
-  delta (Δ), dt_rank (R)     step size, and the rank of the map to it, ceil(d_model/16)
+  d_state (N)                size of the memory: floats per channel in Mamba, a matrix of
+                             d_state x d_state per head in DeltaNet, hidden units in a GRU
+  delta (Δ), dt_rank (R)     step size; rank of the projection that produces it, ceil(d_model/16)
   A, Bs, Cs, D (A, B, C, D)  the other parameters of the state space model (B and C in scan_cuda/)
 
-Bring your own layer: a class with four methods (GRULayer is the shortest example):
+To bring your own layer, write a class with four methods (GRULayer is the shortest example):
   __init__(config)           its parameters; config is a Config
-  init_weights()             their initial values, where torch's are not the right ones
+  init_weights()             their initial values, where torch's defaults are unsuitable
   init_state(batch_size)     what it carries before the first token: a dict of tensors, batch first
   forward(x, carried)        reads the next tokens, x (B, L, d_model) with any L > 0, and returns
-                             the new x and a new dict. No token sees a later one; nothing is
-                             changed in place
-Put it into LAYERS under a letter of its own, say R. `pytest test_all.py -k every_layer` checks it,
+                             the new x and a new dict. No token may see a later one, and nothing
+                             may be changed in place
+Add it to LAYERS under an unused letter, say R. `pytest test_all.py -k every_layer` checks it,
 and `python train.py --arch=mamba --layers=RR --d_state=16` trains it.
 """
 import math

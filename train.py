@@ -1,23 +1,24 @@
-"""Trains models and generates with them, with the retriever running live.
+"""Trains models and generates text with them, while the retriever runs live.
 
-  python train.py                                        the main job, for a 2-core laptop
+  python train.py                                        the main job, sized for a 2-core laptop
   python train.py --demo                                 trained models on a fresh graph
   python train.py --arch=mamba,hybrid --setup=cot --n=16 --lr=4e-3,8e-3 --seed=3,4 --out=out/mine
-  python train.py --sweep                                how the learning rates below were chosen
+  python train.py --sweep                                the sweep behind the learning rates below
   python train.py --preset=primitives                    the four retrieval primitives
   python train.py --task=turing                          a Turing machine, three models
   torchrun --nproc_per_node=8 -- train.py --preset=paper the paper's grid, on GPUs
   python train.py --help                                 every constant
 
 Every field of a run takes one value or several, separated by commas, and all combinations are run;
-without --setup all three setups, without --arch the paper's three architectures. A run trains one
-model on samples made on the fly, then generates on held-out prompts. It writes a folder under out/
-with checkpoint.pt and result.json. Run the same command again after an interruption: finished runs
-are skipped, the others continue from their checkpoints. Start the command several times, and the
-processes share the runs.
+if --setup or --arch is left out, all three setups or the paper's three architectures are run. A run
+trains one model on samples made on the fly, then completes held-out prompts. It writes a folder
+under out/ with checkpoint.pt and result.json. Run the same command again after an interruption:
+finished runs are skipped, the others continue from their checkpoints. Start the command in several
+terminals, and the processes share the runs.
 
-In this file: the constants, the training of one model, generation, evaluation, files. Below the
-line: many runs, looking inside a model, the demo, the command line. A trained model elsewhere:
+This file has the constants, the training of one model, generation, evaluation and files. Below the
+line that begins with `# ===` are many runs, looking inside a model, the demo and the command line.
+To use a trained model in other code:
 
   from train import load
   model, run = load('results/weights/istree-hybrid-cot-tiny-d1-n14-s3.pt')
