@@ -68,7 +68,8 @@ def fingerprint(batches):
     digest = hashlib.sha256()
     for tokens, targets in batches:
         digest.update(repr(tokens.shape).encode())
-        digest.update(tokens.tobytes() + (targets != data.IGNORE).tobytes())
+        digest.update(tokens.tobytes())
+        digest.update((targets != data.IGNORE).tobytes())
     return digest.hexdigest()[:12]
 
 
@@ -113,9 +114,9 @@ def test_samples_are_those_of_the_committed_results(
     assert fingerprint([made[i] for i in range(24)]) == batches
 
 
-# Every run of the presets. mix: the n of its samples, the run's own last. order: only that one; all
-# from the start; or the others join one by one, ascending or descending, over a share of the run
-# (join).
+# Every run of the presets. Values with commas: a run for each. mix: the n of its samples, the run's
+# own last. order: only that one; all from the start; or the others join one by one, ascending or
+# descending, over a share of the run (join).
 RUNS = {'default': '''
 task      setup      arch         samples  batch_size  lr     warmup  order        join  mix
 istree    direct     transformer  10000    32          0.001  0.25    alone        0.0   14
@@ -158,42 +159,50 @@ task      setup      arch         samples  batch_size  lr     warmup  order     
 hotpot    retrieval  transformer  160000   16          0.002  0.25    alone        0.0   10
 hotpot    retrieval  mamba        160000   16          0.004  0.25    alone        0.0   10
 hotpot    retrieval  hybrid       160000   16          0.004  0.25    alone        0.0   10
+''', 'paper': '''
+arch         lr      setup                 size        mix
+transformer  0.001   direct,cot,retrieval  0.5M,1M,2M  16,32,64
+mamba        0.0003  direct,cot,retrieval  0.5M,1M,2M  16,32,64
+hybrid       0.0003  direct,cot,retrieval  0.5M,1M,2M  16,32,64
 '''}
 # what all runs share, unless their preset says otherwise
 SHARED = '''size=tiny layers= distribution= d_state=1 seed=3 n_val=1000 frozen_embedding=False
     mix_largest=0.0 grad_clip=1.0 dtype=float32 solved=0.995 tuning=False'''
 IN_PRESET = {
-    'default': 'n=14 evaluations=8',
-    'primitives': 'n=16 evaluations=16',
-    'hotpot': 'n=10 evaluations=4 d_state=16 n_val=1500',
+    'default': 'evaluations=8',
+    'primitives': 'evaluations=16',
+    'hotpot': 'evaluations=4 d_state=16 n_val=1500',
     'paper': '''task=istree d_state=16 frozen_embedding=True samples=1000000 batch_size=64
         warmup=0.01 order=alone join=0.0 grad_clip=0.0 evaluations=10 solved=0.0 n_val=5000'''}
 
 
 def committed_runs(preset):
-    """Of each run what differs within its preset, as text. The paper, section 6, has a learning
-    rate for each architecture."""
-    if preset != 'paper':
-        names, *runs = [line.split() for line in RUNS[preset].strip().splitlines()]
-        return [dict(zip(names, run)) for run in runs]
-    runs, rates = [], dict(transformer='0.001', mamba='0.0003', hybrid='0.0003')
-    for setup, arch, size, n in itertools.product(
-            ('direct', 'cot', 'retrieval'), rates, ('0.5M', '1M', '2M'), ('16', '32', '64')):
-        runs.append(dict(setup=setup, arch=arch, size=size, n=n, mix=n, lr=rates[arch]))
+    """All fields of its runs, as text."""
+    heading = RUNS[preset].split('\n')[1].split()
+    shared = dict(pair.split('=') for pair in f'{SHARED} {IN_PRESET[preset]}'.split())
+    runs = []
+    for row in rows(RUNS[preset]):
+        several = [values.split(',') for values in row]
+        for values in itertools.product(*several):
+            run = shared | dict(zip(heading, values))
+            run['n'] = run['mix'].split('+')[-1]
+            runs.append(run)
     return runs
 
 
-@pytest.mark.parametrize('preset', IN_PRESET)
+@pytest.mark.parametrize('preset', RUNS)
 def test_every_run_of_a_preset_is_the_committed_one_in_all_fields(preset):
-    found, committed = [], committed_runs(preset)
-    for run in eval_hotpot.RUNS if preset == 'hotpot' else train.runs_of_preset(preset):
-        mix = '+'.join(map(str, train.mixed_sizes(run, train.make_task(run))))
-        fields = dataclasses.asdict(run) | dict(mix=mix)
+    runs = eval_hotpot.RUNS if preset == 'hotpot' else train.runs_of_preset(preset)
+    found = []
+    for run in runs:
+        fields = dataclasses.asdict(run)
+        sizes = train.mixed_sizes(run, train.make_task(run))
+        fields['mix'] = '+'.join(map(str, sizes))
         found.append({name: str(value) for name, value in fields.items()})
+    committed = committed_runs(preset)
     assert len(found) == len(committed)
     for run in committed:
-        shared = dict(pair.split('=') for pair in f'{SHARED} {IN_PRESET[preset]}'.split())
-        assert shared | run in found
+        assert run in found
 
 
 # tensors: a hash of their names and shapes; then, of all their floats, the number, the sum of the
@@ -216,6 +225,7 @@ def test_initial_weights_are_those_of_the_committed_results(
     weights = sorted(model.state_dict().items())
     names = '\n'.join([f'{name} {tuple(tensor.shape)}' for name, tensor in weights])
     assert hashlib.sha256(names.encode()).hexdigest()[:12] == tensors, names
+
     found = torch.cat([tensor.flatten().double() for _, tensor in weights])
     assert len(found) == int(floats)
     assert found.abs().sum().item() == pytest.approx(float(absolute), rel=1e-5)
@@ -237,14 +247,15 @@ gru          3.06224 2.35227 2.03739 1.9923  1.86133 1.88364 1.81552 1.81625 1.8
 @pytest.mark.parametrize('losses', rows(LOSSES))
 def test_the_losses_of_a_whole_short_run_stay_those_of_the_committed_code(losses, tmp_path):
     """Warm-up, cosine and clipping are in it."""
-    arch, *losses = losses
+    arch, *expected = losses
     train.main(['--setup=cot', f'--arch={arch}', '--seed=0', '--d_state=16', '--n=8',
                 '--samples=800', '--batch_size=16', '--lr=4e-3', '--warmup=0.25', '--n_val=50',
                 '--evaluations=8', '--processes=1', '--device=cpu', f'--out={tmp_path}'])
     [path] = tmp_path.glob('istree-*/result.json')
     result = json.loads(path.read_text())
-    found = [line['loss'] for line in result['log']] + [result['loss']]
-    assert found == pytest.approx([float(loss) for loss in losses], rel=1e-3, abs=1e-3)
+    found = [line['loss'] for line in result['log']]
+    found.append(result['loss'])
+    assert found == pytest.approx([float(loss) for loss in expected], rel=1e-3, abs=1e-3)
 
 
 # of a default model of seed 3 (results/weights/): right answers and exact traces after the first
@@ -270,7 +281,8 @@ def test_a_trained_model_is_as_often_right_as_on_the_commit_before(arch, setup, 
     task = train.make_task(run)
     samples = data.held_out_samples(task, run.n, 100)
     measured, _ = train.evaluate(model, task, run.n, samples, 100, torch.device('cpu'))
-    assert f'{100 * measured["accuracy"]:.0f} {100 * measured["exact"]:.0f}' == f'{right} {exact}'
+    assert round(100 * measured['accuracy']) == int(right)
+    assert round(100 * measured['exact']) == int(exact)
 
 
 # --- data.py --------------------------------------------------------------------------------------
