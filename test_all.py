@@ -347,10 +347,15 @@ def split_at_the_query(text):
 def recorded(key, form, text):
     """All x of records `key ~ x` outside queries. form: a regular expression for x."""
     first, *others = text.split('[STARTSEARCH]')
-    outside = [first] + [other.partition('[ENDSEARCH]')[2] for other in others]
-    words = ' | '.join(outside).split()
-    triples = zip(words, words[1:], words[2:])
-    return [x for v, sign, x in triples if (v, sign) == (key, '~') and re.fullmatch(form, x)]
+    words = first.split()
+    for other in others:
+        _, _, outside = other.partition('[ENDSEARCH]')
+        words += ['|', *outside.split()]
+    found = []
+    for v, sign, x in zip(words, words[1:], words[2:]):
+        if v == key and sign == '~' and re.fullmatch(form, x):
+            found.append(x)
+    return found
 
 
 def answer_by_brute_force(text):
@@ -418,12 +423,13 @@ def assert_drawn(docstring, name, words):
     """The line `name` of a drawing is these words, but that three dots stand for some of them."""
     begin, dots, end = ' '.join(drawn(docstring, name)).partition(' ... ')
     words = ' '.join(words)
-    assert words.startswith(begin) and words.endswith(end)
+    assert words.startswith(begin)
+    assert words.endswith(end)
     assert dots or begin == words
 
 
 @pytest.mark.parametrize('distribution', data.IsTree.distributions)
-@pytest.mark.parametrize('n', [4, 5, 8, 16, 33, 256])
+@pytest.mark.parametrize('n', [4, 8, 33, 256])
 @pytest.mark.parametrize('setup', data.SETUPS)
 def test_a_completion_is_what_networkx_and_another_version_of_the_algorithm_say(
         setup, n, distribution):
@@ -433,7 +439,7 @@ def test_a_completion_is_what_networkx_and_another_version_of_the_algorithm_say(
         graph = graph_of(edges, data.numbers(n))
         assert len(edges) == graph.size() == n - 1
         is_tree = networkx.is_tree(graph)
-        expected = ['[TRUE]'] if is_tree else ['[FALSE]']
+        expected = ['[TRUE]' if is_tree else '[FALSE]']
         if setup == 'cot':
             expected = [*recursive_tour(edges), '[EOS]', *expected]
         if setup == 'retrieval':
@@ -441,65 +447,44 @@ def test_a_completion_is_what_networkx_and_another_version_of_the_algorithm_say(
         assert completion == expected
         if n < 100:                                         # (larger ones take long)
             assert_retrieved(task, prompt, completion)
-        longest = task.longest(n)                           # that of every tree
-        assert len(completion) == longest or not is_tree and len(completion) < longest
-
-
-@pytest.mark.parametrize('distribution', data.IsTree.distributions)
-def test_half_the_graphs_are_trees(distribution):
-    answers = [answer for _, [answer] in istree('direct', 16, distribution, 10_000)]
-    assert abs(answers.count('[TRUE]') - 5_000) < 4 * 50    # four standard deviations
+        assert len(completion) <= task.longest(n)
+        assert len(completion) == task.longest(n) or not is_tree
 
 
 def test_two_star_is_two_stars_and_an_edge_between_leaves():
     for prompt, _ in istree('direct', 12, 'two_star', 300):
         graph = graph_of(edges_of(prompt), data.numbers(12))
-        apart = networkx.non_edges(graph)                   # pairs of nodes, among them the centres
-        assert 11 - 1 in [len(graph.edges(pair)) for pair in apart]     # all edges but one
+        apart = networkx.non_edges(graph)                   # one of these pairs are the centres,
+        touched = [len(graph.edges(pair)) for pair in apart]
+        assert 11 - 1 in touched                            # which touch all edges but one
 
 
-def shape_of(edges, v):
-    """Of a graph with 5 nodes: is it a tree? The degree of node v, then those of all nodes."""
-    graph = graph_of(edges, range(5))
-    degrees = dict(graph.degree)
-    return networkx.is_tree(graph), degrees[v], *sorted(degrees.values())
-
-
-def shapes_by_definition():
-    """The shares of all shapes among the graphs of random_graph, n=5, by listing all choices."""
-    shares = collections.Counter()
-    for parents in itertools.product(*map(range, range(1, 5))):
-        tree, rewired = {*zip(parents, range(1, 5))}, []
-        for cut, new in itertools.product(tree, itertools.combinations(range(5), 2)):
-            edges = tree - {cut} | {new}
-            if new not in tree and not networkx.is_tree(graph_of(edges, range(5))):
-                rewired.append(edges)
-        for edges in rewired + [tree] * len(rewired):       # half the time, the tree
-            for v in range(5):                              # which may be renamed 0
-                shares[shape_of(edges, v)] += 1 / len(rewired)
-    return {shape: share / shares.total() for shape, share in shares.items()}
-
-
-def test_a_random_graph_is_as_likely_as_its_definition_makes_it():
+def test_the_graphs_of_random_graph_are_as_likely_as_by_hand():
+    """Of the six recursive trees of 4 nodes, two are stars and four are paths; rewired, all are a
+    triangle and a node. Any node may be named 0."""
+    likely = {'tree 3 of 3': 1, 'tree 1 of 3': 3,           # star: node 0 is the centre, a leaf
+              'tree 1 of 2': 4, 'tree 2 of 2': 4,           # path
+              'cycle 2 of 2': 9, 'cycle 0 of 2': 3}         # triangle
     rng, found = random.Random(0), collections.Counter()
-    for _ in range(20_000):
-        edges, _ = data.random_graph(rng, 5)
-        found[shape_of(edges, 0)] += 1
-    expected = shapes_by_definition()
-    assert found.keys() == expected.keys()
-    for shape, share in expected.items():
-        assert abs(found[shape] - 20_000 * share) < 4 * (20_000 * share) ** 0.5
+    for _ in range(24_000):
+        edges, is_tree = data.random_graph(rng, 4)
+        degrees = dict(graph_of(edges, range(4)).degree)
+        kind = 'tree' if is_tree else 'cycle'
+        found[f'{kind} {degrees[0]} of {max(degrees.values())}'] += 1
+    assert found.keys() == likely.keys()
+    for kind, share in likely.items():
+        assert abs(found[kind] - 1000 * share) < 4 * (1000 * share) ** 0.5
 
 
 def test_the_retriever_equals_brute_force_on_thousands_of_random_contexts():
     task, rng, outcomes = data.IsTree(7, 'retrieval', 'random'), random.Random(7), set()
     words = ['1', '2', '3', '~', '~', '[STARTSEARCH]', '[ENDSEARCH]', '[FAILED]']
+    queries = ('0 ~, 1 ~, 2 ~, 6 ~, 0 -, 1 -, 3 -, 6 -, 0 - 1, 1 - 0, 1 - 2, 2 - 3, 3 - 2, 4 - 5, '
+               '6 - 0, 0 - 6, 3 - 3, 1 2, 3 ~ 4, 7 ~, 7 -, 0 - 7, -, ').split(', ')
     for prompt, completion in data.draw(task, 7, 4_000, seed=7):
         cut = rng.randrange(len(completion))                # anywhere, also within a query
         noise = rng.choices(words, k=rng.randrange(20))     # as of a model that knows nothing
-        v, w = rng.choices(data.numbers(7), k=2)
-        query = rng.choice(['V ~', 'V -', 'V - W', 'V W', 'V ~ W', '-', ''])
-        query = ['[STARTSEARCH]', query.replace('V', v).replace('W', w), '[ENDSEARCH]']
+        query = ['[STARTSEARCH]', rng.choice(queries), '[ENDSEARCH]']
         text = ' '.join(prompt + completion[:cut] + noise + query).replace('*', '')
         [answer], well_formed = task.retrieve(text)
         assert answer == answer_by_brute_force(text), text
@@ -522,7 +507,8 @@ def test_the_hand_worked_example():
 
 @pytest.mark.parametrize('setup', data.SETUPS)
 def test_the_sample_of_the_header_is_one_that_is_drawn(setup):
-    [(prompt, completion)] = data.draw(data.IsTree(7, setup), 7, 1, 2)
+    task = data.IsTree(7, setup)
+    [(prompt, completion)] = data.draw(task, 7, 1, seed=2)
     assert_drawn(data.__doc__, 'prompt', prompt)
     assert_drawn(data.__doc__, setup, completion)
 
@@ -530,20 +516,21 @@ def test_the_sample_of_the_header_is_one_that_is_drawn(setup):
 def test_the_drawing_of_the_tree_is_that_of_the_sample():
     edges = edges_of(drawn(data.__doc__, 'prompt'))
     drawing = ['05', '35', '52', '21', '14', '46']
-    assert set(map(frozenset, edges)) == set(map(frozenset, drawing))
+    assert networkx.utils.graphs_equal(graph_of(edges, 0), graph_of(drawing, 0))
     assert '      0\n      |\n  3 - 5 - 2 - 1 - 4 - 6\n' in data.__doc__
     assert '3 - 5 - 2 - 1 - 4 - 6' in data.two_star.__doc__
 
 
-def test_the_worked_rewiring_of_a_random_graph_is_right():
-    parent = [None, 0, 0, 1, 2, 2]
+def test_every_rewiring_that_closes_a_cycle_is_equally_likely():
+    parent = [None, 0, 0, 1, 2, 2]                          # the tree that is drawn
     edges = list(zip(parent, range(6)))[1:]
-    rng, joined = random.Random(0), set()
-    for _ in range(1000):
+    rng, found = random.Random(0), collections.Counter()
+    for _ in range(10_000):
         cut, u, v = data.random_rewiring(rng, parent, edges)
-        if cut == 2:
-            joined |= {(min(u, v), max(u, v))}
-    assert joined == {(4, 5), (0, 3)}
+        found[cut, min(u, v), max(u, v)] += 1
+    assert len(found) == 3 + 2 + 6 + 6 + 6                  # by hand, for cut = 1, ..., 5
+    assert {(u, v) for cut, u, v in found if cut == 2} == {(4, 5), (0, 3)}      # as drawn
+    assert max(found.values()) < 1.5 * min(found.values())
 
 
 def test_the_worked_regular_expression_is_the_one_that_is_used():
@@ -562,16 +549,15 @@ def test_the_kinds_of_words_are_the_hand_written_ones(completion, kinds):
 
 def test_targets_are_the_words_of_the_completion_without_a_star():
     task = data.TASKS['recall'](4, 'direct')
-
-    def ids(words):
-        return [task.tokens.get(word, data.IGNORE) for word in words.split()]
-
     samples = [('[BOS] 1 79 ~ 1'.split(), ['79', '*5', '76']), (['[BOS]', '3'], ['7'])]
-    tokens, targets = data.collate(task, samples)
-    assert tokens[0].tolist() == ids('[BOS] 1 79 ~ 1 79 5 76')
-    assert targets[0].tolist() == ids('. . . . . 79 . 76')
-    assert tokens[1].tolist() == ids('[BOS] 3 7 [PAD] [PAD] [PAD] [PAD] [PAD]')
-    assert targets[1].tolist() == ids('. . 7 . . . . .')
+    words = dict(enumerate(task.words)) | {data.IGNORE: '.'}
+    found = []
+    for row in np.concatenate(data.collate(task, samples)):
+        found.append(' '.join([words[i] for i in row]))
+    assert found == ['[BOS] 1 79 ~ 1 79 5 76',
+                     '[BOS] 3 7 [PAD] [PAD] [PAD] [PAD] [PAD]',
+                     '. . . . . 79 . 76',
+                     '. . 7 . . . . .']
 
 
 def test_held_out_prompts_are_never_in_training_for_any_n():
@@ -579,23 +565,19 @@ def test_held_out_prompts_are_never_in_training_for_any_n():
     for n in (5, 6):
         reported, tuning = held_out_prompts(task, n, 2_000)
         assert not reported & tuning
-        unaware = prompts_of(data.fresh_samples(task, n, 1_000, (0,), set()))
-        fresh = prompts_of(data.fresh_samples(task, n, 1_000, (0,), reported | tuning))
-        for held_out in (reported, tuning):
-            assert unaware & held_out
-            assert not fresh & held_out
+        held_out = reported | tuning
+        unaware = data.fresh_samples(task, n, 1_000, (0,), set())
+        fresh = data.fresh_samples(task, n, 1_000, (0,), held_out)
+        assert prompts_of(unaware) & held_out
+        assert not prompts_of(fresh) & held_out
 
 
-def test_batches_are_fresh_samples_whoever_makes_them_and_from_wherever():
-    task, sizes, order = data.TASKS['recall'](6, 'direct'), [2, 4, 6, 6, 4, 2], [3, 4, 5, 0]
-    held_out, expected = prompts_of(data.draw(task, 2, 8, (9, 0, 0))), []   # half of batch 0
-    for i in order:
-        samples = data.fresh_samples(task, sizes[i], 16, (9, i), held_out)
-        expected.append(data.collate(task, samples))
-    batches = data.Batches(task, sizes, 16, 9, held_out)
+def test_a_batch_is_the_same_whichever_process_makes_it_and_whatever_was_made_before():
+    task, order = data.TASKS['recall'](6, 'direct'), [3, 4, 5, 0]
+    batches = data.Batches(task, [2, 4, 6, 6, 4, 2], 16, 9, set())
     loader = torch.utils.data.DataLoader(
         batches, batch_size=None, sampler=order, collate_fn=tuple, num_workers=2)
-    np.testing.assert_equal(list(loader), expected)
+    np.testing.assert_equal(list(loader), [batches[i] for i in order])
 
 
 def run_data(arguments=''):
@@ -604,37 +586,36 @@ def run_data(arguments=''):
 
 
 def exported(arguments):
-    """The samples of an export, read from its lines."""
-    samples = []
-    for line in run_data(arguments).stdout.splitlines():
-        sample = json.loads(line)
+    return [json.loads(line) for line in run_data(arguments).stdout.splitlines()]
+
+
+def test_an_export_is_what_is_held_out_or_trains_on_nothing_of_it():
+    task = data.IsTree(6, 'retrieval')
+    validation = []
+    for sample in exported('--task=istree --n=6 --split=validation --count=300'):
         completion = sample['completion'].split()
         for i in sample['retrieved']:
             completion[i] = '*' + completion[i]
-        samples.append((sample['prompt'].split(), completion))
-    return samples
+        validation.append((sample['prompt'].split(), completion))
+    assert validation == data.held_out_samples(task, 6, 300)
 
-
-def test_an_export_trains_on_nothing_that_is_held_out():
-    task = data.IsTree(6, 'retrieval')
-    reported = data.held_out_samples(task, 6, 300)
-    assert exported('--task=istree --n=6 --split=validation --count=300') == reported
     training = exported('--task=istree --n=6 --count=1050 --seed=3')
     assert len(training) == 1_050
-    assert len(prompts_of(training)) > 900
+    prompts = {tuple(sample['prompt'].split()) for sample in training}
+    assert len(prompts) > 900
     for held_out in held_out_prompts(task, 6, 5_000):
-        assert not prompts_of(training) & held_out
+        assert not prompts & held_out
 
 
 @pytest.mark.parametrize('arguments, named', [
-    ('--task=chess', 'istree'), ('--task=counting --n=9', 'n=9: this task has 4, 6, ..., 512'),
+    ('--task=counting --n=9', 'n=9: this task has 4, 6, ..., 512'),
     ('--task=istree --split=validation --count=5001', '5000')])
 def test_a_bad_argument_of_an_export_gets_one_line_and_exit_code_2(arguments, named):
     done = run_data(arguments)
-    *usage, line = done.stderr.splitlines()
     assert done.returncode == 2
-    assert usage[0].startswith('usage:')
-    assert line.startswith('data.py: error: ') and named in line
+    *_, line = done.stderr.splitlines()                 # (behind the usage)
+    assert line.startswith('data.py: error: ')
+    assert named in line
 
 
 def test_without_arguments_a_sample_of_every_task_is_printed():
@@ -648,59 +629,50 @@ def test_without_arguments_a_sample_of_every_task_is_printed():
 # --- data.py: a task of one's own -----------------------------------------------------------------
 
 class Chase(data.Task):
-    """Each of n nodes points to another one or to itself, no two of them to the same. Where do
-    three steps from node 0 lead? n=4:
-
-        prompt      [BOS] 2 - 1 0 - 2 3 - 0 1 - 3 [EOS]
-        direct      3
-        cot         2 1 3 [EOS] 3
-        retrieval   [STARTSEARCH] 0 [ENDSEARCH] *2 [STARTSEARCH] 2 [ENDSEARCH] *1
-                    [STARTSEARCH] 1 [ENDSEARCH] *3 [EOS] 3
-    """
+    """Each of n nodes points to a node. Where do two steps from node 0 lead?"""
+    setups = ('retrieval',)
     patterns = ((r'(\d+)', r' V - (\d+)'),)             # where does node V point to?
 
     def words_of(self, n):
         return data.numbers(n)
 
     def sample(self, rng, n):
-        points_to = dict(zip(data.numbers(n), rng.sample(data.numbers(n), n)))
-        prompt, node, thoughts = ['[BOS]'], '0', []
-        for v in rng.sample(data.numbers(n), n):
+        prompt, points_to = ['[BOS]'], {}
+        for v in data.numbers(n):
+            points_to[v] = rng.choice(data.numbers(n))
             prompt += [v, '-', points_to[v]]
-        for _ in range(3):
-            if self.setup == 'retrieval':
-                thoughts += ['[STARTSEARCH]', node, '[ENDSEARCH]', '*' + points_to[node]]
-            if self.setup == 'cot':
-                thoughts += [points_to[node]]
-            node = points_to[node]
-        answer = [node] if self.setup == 'direct' else ['[EOS]', node]
-        return prompt + ['[EOS]'], thoughts + answer
+        middle = points_to['0']
+        end = points_to[middle]
+        completion = (f'[STARTSEARCH] 0 [ENDSEARCH] *{middle} '
+                      f'[STARTSEARCH] {middle} [ENDSEARCH] *{end} [EOS] {end}')
+        return [*prompt, '[EOS]'], completion.split()
 
     def longest(self, n):
-        return {'direct': 1, 'cot': 3 + 2, 'retrieval': 3 * 4 + 2}[self.setup]
+        return 10
 
     def chance(self, n):
-        return 2 / n        # the cycle of 0 is equally likely of any length; 1 and 3 lead to 0
+        return 1 / n
 
 
-@pytest.mark.parametrize('setup', data.SETUPS)
-def test_a_task_of_ones_own_has_samples_words_and_a_retriever(setup):
-    task = Chase(8, setup)
-    samples = data.draw(task, 8, 200, seed=1)
-    drawing = drawn(Chase.__doc__, 'prompt'), drawn(Chase.__doc__, setup)
-    for prompt, completion in [drawing, *samples]:
-        points_to = dict(edges_of(prompt))
-        assert completion[-1] == points_to[points_to[points_to['0']]]
-        assert_retrieved(task, prompt, completion)
-        assert len(completion) == task.longest(8)
-    data.collate(task, samples)                         # no word is missing in the vocabulary
+def test_a_task_of_ones_own_is_a_class_an_entry_and_a_row_of_the_table(monkeypatch, tmp_path):
+    monkeypatch.setitem(data.TASKS, 'chase', Chase)
+    row = 'chase retrieval mamba 8 1 1600 16 16e-3 0.25 1 alone 0'
+    monkeypatch.setattr(train, 'RECIPES', train.read_recipes(row))
+    train.main(['--task=chase', '--arch=mamba', '--seed=0', '--n_val=50', '--device=cpu',
+                '--processes=1', f'--out={tmp_path}'])
+    [path] = tmp_path.glob('chase-*/result.json')
+    result = json.loads(path.read_text())
+    assert result['chance'] == 1 / 8
+    assert result['accuracy'] > 0.9                     # with the retriever, after 100 steps
 
 
 # --- data.py: the retrieval primitives ------------------------------------------------------------
 
-SIZED_PRIMITIVES = [
-    (name, n) for name in ('index', 'recall', 'cgram', 'counting')
-    for n in (2, 4, 16, 33, 34, 512) if n in data.TASKS[name].possible_n]
+SIZED_PRIMITIVES = []
+for kind in ('index', 'recall', 'cgram', 'counting'):
+    for size in (2, 4, 16, 33, 34, 512):
+        if size in data.TASKS[kind].possible_n:
+            SIZED_PRIMITIVES.append((kind, size))
 
 
 def primitive_by_brute_force(name, sequence, query):
@@ -719,34 +691,36 @@ def questions_of(name, setup, sample):
     if setup == 'retrieval':
         completion = completion[-1:]                    # without the look-ups
     words = [word.removeprefix('*') for word in prompt + completion]
-    start = words.index('~') + 1
+    end = words.index('~')
+    asked = words[end + 1:]
     step = 3 if name == 'cgram' else 2
     questions = []
-    for i in range(start, len(words), step):
-        *query, answer = words[i:i + step]
+    while asked:
+        *query, answer = asked[:step]
         questions.append((' '.join(query), answer))
-    return words[1:start - 1], questions
+        asked = asked[step:]
+    return words[1:end], questions
 
 
 def assert_right(name, setup, n, sample):
-    prompt, completion = sample
     task = data.TASKS[name](max(n, 4), setup)
     sequence, questions = questions_of(name, setup, sample)
     for query, answer in questions:
         assert primitive_by_brute_force(name, sequence, query) == answer
+    _, completion = sample
+    assert len(completion) <= task.longest(n)
     given = [word[1:] for word in completion if word.startswith('*')]
     if setup == 'direct':                               # the queries, but for the prompt's
         assert len(dict(questions)) == len(questions) == (n + 1) // 2
         queries = [query for query, _ in questions]
         assert given == ' '.join(queries[1:]).split()
+        return
+    assert_retrieved(task, *sample)
+    assert completion[-2] == '[EOS]'
+    if name == 'counting':                              # every occurrence, and no further one
+        assert given == int(answer) * [query] + ['[FAILED]']
     else:
-        assert_retrieved(task, prompt, completion)
-        assert completion[-2] == '[EOS]'
-        if name == 'counting':                          # every occurrence, and no further one
-            assert given == int(answer) * [query] + ['[FAILED]']
-        else:
-            assert given == [answer]
-    assert len(completion) <= task.longest(n)
+        assert given == [answer]
 
 
 @pytest.mark.parametrize('setup', ['direct', 'retrieval'])
@@ -764,7 +738,8 @@ def test_primitives_answer_what_brute_force_finds(name, n, setup):
 @pytest.mark.parametrize('name, n', [('index', 4), ('recall', 3), ('cgram', 4), ('counting', 4)])
 def test_the_drawing_of_a_primitive_is_a_sample(name, n, setup):
     drawing = data.TASKS[name].__doc__
-    assert_right(name, setup, n, (drawn(drawing, 'prompt'), drawn(drawing, setup)))
+    sample = drawn(drawing, 'prompt'), drawn(drawing, setup)
+    assert_right(name, setup, n, sample)
 
 
 @pytest.mark.parametrize('name, prompt, queries', [
@@ -780,30 +755,25 @@ def test_what_a_sequence_does_not_hold_and_malformed_queries_get_failed(name, pr
         assert answer == '[FAILED]', query
 
 
-def most_frequent(counts):
-    return max(counts, key=counts.get, default='')
-
-
 @pytest.mark.parametrize('name, n', [(name, n) for name, n in SIZED_PRIMITIVES if n < 30])
 def test_no_shortcut_beats_the_best_guess(name, n):
     task, right = data.TASKS[name](n, 'direct'), []
-    known = collections.defaultdict(collections.Counter)
     for sample in data.draw(task, n, 2_000, seed=10):
         sequence, questions = questions_of(name, 'direct', sample)
-        places = sequence[1::2] if name == 'recall' else sequence
+        possible = sequence
+        if name == 'recall':
+            possible = sequence[1::2]
         if name == 'counting':
-            places = ['0', '1', '2', '3']
-        left = collections.Counter(places)
-        before = places[0]
+            possible = ['0', '1', '2', '3']
+        left = collections.Counter(possible)
+        before = possible[0]
         for query, answer in questions:
-            clue = known[query.split()[-1]]             # the answers to such queries so far
-            guesses = [*places, before, query, most_frequent(clue), most_frequent(left)]
+            guesses = [*possible, query, before, max(left, key=left.get)]
             right.append([guess == answer for guess in guesses])
             before = answer
             left[answer] -= 1
-            clue[answer] += 1
-    best = task.chance(n)
     *others, crossing_out = np.mean(right, 0)
+    best = task.chance(n)
     assert max(others) < best + 0.03
     assert crossing_out < best + 0.03
     if name in ('index', 'recall') and n > 2:           # it is the best guess
@@ -821,37 +791,31 @@ def test_the_best_guess_is_the_hand_worked_one(name, n, setup, by_hand):
     assert abs(data.TASKS[name](n, setup).chance(n) - by_hand) < 0.01
 
 
-def test_looking_up_the_second_number_of_a_cgram_is_right_half_the_time():
-    right = []
-    for sample in data.draw(data.TASKS['cgram'](16, 'direct'), 16, 500, seed=11):
-        sequence, questions = questions_of('cgram', 'direct', sample)
-        for query, answer in questions:
-            first = sequence.index(query.split()[1])
-            right.append(sequence[first + 1] == answer)
-    assert 0.45 < np.mean(right) < 0.6
+def test_a_number_of_a_cgram_is_there_twice_so_that_one_alone_leaves_two_answers():
+    task = data.TASKS['cgram'](16, 'direct')
+    for prompt, _ in data.draw(task, 16, 100, seed=11):
+        counts = collections.Counter(prompt[1:prompt.index('~')])
+        assert {*counts.values()} == {2}
 
 
 @pytest.mark.parametrize('name, n, different', [
     ('index', 16, 64), ('recall', 16, 64), ('cgram', 16, 20), ('counting', 16, 4),
-    ('turing', 10, 2), ('istree', 14, 2)])
+    ('turing26', 10, 2), ('istree', 14, 2)])
 def test_all_answers_are_equally_likely_although_samples_are_held_out(name, n, different):
     kind = data.TASKS[name]
     task = kind(n, kind.setups[0])
+    expected = 10_000 / different
     for size in task.mixed():
         reported, tuning = held_out_prompts(task, size, 1_000)
         samples = data.fresh_samples(task, size, 10_000, (0, 0), reported | tuning)
         answers = collections.Counter(completion[-1] for _, completion in samples)
         assert len(answers) == different
-        assert min(answers.values()) > 0.7 * 10_000 / different
-        assert max(answers.values()) < 1.3 * 10_000 / different
+        for count in answers.values():                  # three and a half standard deviations
+            assert abs(count - expected) < 3.5 * (expected * (1 - 1 / different)) ** 0.5
 
 
 @pytest.mark.parametrize('name, sizes', [
-    ('index', [2, 4, 8, 12]),
-    ('recall', [2, 4, 8]),
-    ('counting', [4, 8]),
-    ('istree', [5]), ('istree', [6, 8]), ('istree', [7, 14]),
-    ('turing', [5]), ('turing', [7, 10])])
+    ('index', [2, 4, 8, 12]), ('istree', [5]), ('istree', [6, 8]), ('turing', [7, 10])])
 def test_a_run_mixes_doubling_n_up_to_its_own_or_its_half(name, sizes):
     assert data.TASKS[name](sizes[-1], 'retrieval').mixed() == sizes
 
@@ -864,15 +828,18 @@ def moves_of(tape):
     moves, first, last = [], 1, len(tape)
     while first <= last:
         letter = tape[first - 1]
-        moves += [('take', first)]
-        moves += [(f'right-{letter}', cell) for cell in range(first + 1, last + 2)]
-        moves += [(f'compare-{letter}', last)]
+        moves.append(('take', first))
+        for cell in range(first + 1, last + 2):
+            moves.append((f'right-{letter}', cell))
+        moves.append((f'compare-{letter}', last))
         if tape[last - 1] != letter:
             return moves, '[FALSE]'
         if first == last:                               # the middle has just been taken
             return moves, '[TRUE]'
-        moves += [('left', cell) for cell in range(last - 1, first - 1, -1)]
-        first, last = first + 1, last - 1
+        for cell in range(last - 1, first - 1, -1):
+            moves.append(('left', cell))
+        first += 1
+        last -= 1
     return moves + [('take', first)], '[TRUE]'
 
 
@@ -899,35 +866,30 @@ def turing_samples(task, n, count):
 
 @pytest.mark.parametrize('setup', ['cot', 'retrieval'])
 @pytest.mark.parametrize('kind', [data.Turing, data.Turing26])
-@pytest.mark.parametrize('n', [2, 3, 7, 12])
+@pytest.mark.parametrize('n', [2, 3, 12])
 def test_the_machine_compares_the_two_ends_pair_by_pair(n, kind, setup):
     task = kind(n, setup)
     for tape, prompt, completion in turing_samples(task, n, 100):
-        palindrome = tape == tape[::-1]
-        assert prompt[1::2] == [str(cell) for cell in range(1, n + 2)] + ['[EOS]']
+        assert prompt[1::2] == [*data.numbers(n + 2)[1:], '[EOS]']
         assert completion == trace_by_comparing(tape, setup)
-        assert (completion[-1] == '[TRUE]') == palindrome
         assert_retrieved(task, prompt, completion)
+        data.collate(task, [(prompt, completion)])      # (every word is one of the task's)
+        palindrome = tape == tape[::-1]
+        assert (completion[-1] == '[TRUE]') == palindrome
         assert (len(completion) == task.longest(n)) == palindrome
         assert len(completion) <= task.longest(n)
-        data.collate(task, [(prompt, completion)])      # (every word is one of the task's)
 
 
 @pytest.mark.parametrize('kind', [data.Turing, data.Turing26])
 def test_a_tape_is_a_palindrome_half_of_the_time_or_else_but_for_one_letter(kind):
-    tapes = [tape for tape, _, _ in turing_samples(kind(9, 'cot'), 9, 4000)]
-    palindromes = [tape for tape in tapes if tape == tape[::-1]]
-    others = [tape for tape in tapes if tape != tape[::-1]]
-    assert abs(len(palindromes) - 2000) < 130           # four standard deviations
-    where = collections.Counter()
-    for tape in others:
-        [i] = [i for i in range(4) if tape[i] != tape[-1 - i]]
-        where[i] += 1
-    assert all(abs(where[i] - 500) < 90 for i in range(4))
-    for tapes in (palindromes, others):                 # in both, all letters are as frequent
-        letters = collections.Counter(itertools.chain(*tapes))
-        assert {*letters} == {*kind.letters}
-        assert max(letters.values()) < 1.4 * min(letters.values())
+    found = collections.Counter()                       # where a tape and its reverse differ
+    for tape, _, _ in turing_samples(kind(9, 'cot'), 9, 4000):
+        different = [i for i in range(4) if tape[i] != tape[-1 - i]]
+        found[tuple(different)] += 1
+    assert abs(found.pop(()) - 2000) < 130              # four standard deviations
+    assert sorted(found) == [(0,), (1,), (2,), (3,)]
+    for count in found.values():
+        assert abs(count - 500) < 90
 
 
 @pytest.mark.parametrize('setup', ['cot', 'retrieval'])
@@ -941,11 +903,15 @@ def symbol_by_brute_force(text):
     """The retriever's definition, by loops over the words of a text that ends in a query."""
     before, query = split_at_the_query(text)
     if len(query) != 1 or not query[0].isdigit():
-        return ['[FAILED]'], False
+        return '[FAILED]', False
+    symbol = '[FAILED]'
     prompt = before.split(' [EOS]')[0].split()
-    given = [symbol for cell, symbol in zip(prompt[1::2], prompt[2::2]) if cell == query[0]]
-    symbols = ['[FAILED]', *given, *recorded(query[0], '[a-z_]', before)]
-    return symbols[-1:], True
+    for cell, given in zip(prompt[1::2], prompt[2::2]):
+        if cell == query[0]:
+            symbol = given
+    for later in recorded(query[0], '[a-z_]', before):
+        symbol = later
+    return symbol, True
 
 
 def test_the_symbol_of_a_cell_equals_brute_force_on_thousands_of_random_contexts():
@@ -958,10 +924,11 @@ def test_the_symbol_of_a_cell_equals_brute_force_on_thousands_of_random_contexts
     for _ in range(5000):
         trace = rng.choices(pieces, k=rng.randrange(12))
         text = ' '.join([*prompt, *trace, '[STARTSEARCH]', rng.choice(queries), '[ENDSEARCH]'])
-        [symbol], well_formed = symbol_by_brute_force(text)
+        symbol, well_formed = symbol_by_brute_force(text)
         assert task.retrieve(text) == ([symbol], well_formed), text
         outcomes.add((symbol, well_formed))
-    assert {symbol for symbol, well_formed in outcomes if well_formed} >= {*'ab_', '[FAILED]'}
+    found = {symbol for symbol, well_formed in outcomes if well_formed}
+    assert found >= {'a', 'b', '_', '[FAILED]'}
     assert ('[FAILED]', False) in outcomes
 
 
@@ -980,8 +947,7 @@ def test_the_table_of_another_machine_is_all_that_it_takes():
     steps = 'turn 1 a 1 ~ b turn 2 b 2 ~ a turn 3 _ back 2 a [EOS] [TRUE]'
     assert ' '.join(completion) == steps
     task = Complement(2, 'retrieval')                   # the last step looks up what was written
-    prompt, completion = task.write('ab')
-    assert_retrieved(task, prompt, completion)
+    assert_retrieved(task, *task.write('ab'))
 
 
 # --- scan_cuda/ -----------------------------------------------------------------------------------
