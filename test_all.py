@@ -1277,7 +1277,7 @@ def shifted_sums(x, weight, bias, initial_state):
 @pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-6), (torch.bfloat16, 2**-8)])
 @pytest.mark.parametrize('f', [causal_conv1d, causal_conv1d_reference])
 @pytest.mark.parametrize('sizes', [
-    (1, 1, 1), (2, 2, 5), (16, 80, 200), (2, 9, 3, 2)])        # the last: width 2
+    (1, 1, 1), (16, 80, 200), (2, 9, 3, 2)])          # the last: width 2
 def test_convolution_is_a_sum_of_shifted_products(f, sizes, dtype, tolerance):
     inputs = conv_inputs(*sizes, dtype=dtype)
     assert_close_to_float64(f, shifted_sums, inputs, tolerance)
@@ -1376,12 +1376,13 @@ def start_build(stub):
 
 
 def test_ninja_is_found_beside_python_that_is_not_activated(stub, monkeypatch):
-    ninja = Path(sys.executable).parent / 'ninja'
-    monkeypatch.setenv('PATH', os.defpath)
-    if not ninja.exists() or shutil.which('ninja') or not shutil.which('c++'):
-        pytest.skip('ninja or c++ is elsewhere')
-    build = start_build(stub)
-    assert build.communicate()[1] == BUILDING           # and no traceback
+    if not (Path(sys.executable).parent / 'ninja').exists():
+        pytest.skip('ninja is elsewhere')
+    for tool in Path('/usr/bin').iterdir():             # among them the compiler
+        if tool.name != 'ninja':
+            (stub / tool.name).symlink_to(tool)
+    monkeypatch.setenv('PATH', str(stub))
+    assert start_build(stub).communicate()[1] == BUILDING       # and no traceback
 
 
 def test_a_killed_build_leaves_nothing_behind_that_is_waited_for_or_loaded(stub):
