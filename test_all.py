@@ -1577,6 +1577,44 @@ def test_the_delta_rule_in_chunks_is_the_loop_over_tokens(L):
     torch.testing.assert_close(found, expected)
 
 
+def normalised(x, weight):
+    """An RMSNorm (Zhang & Sennrich 2019, arXiv 1910.07467, equation 4)."""
+    squares = x.square().mean(-1, keepdim=True)
+    return x / (squares + 1e-5).sqrt() * weight
+
+
+def delta_net_by_hand(w, x):
+    """A layer of 2 heads of 3, token by token, for one sample x (L, d_model); w: its weights."""
+    inside = normalised(x, w['norm.weight'])
+    qkv = inside @ w['qkv_proj.weight'].T
+    before = x.new_zeros(1, 3, 18)
+    qkv = causal_conv1d_reference(qkv[None], w['conv_weight'], w['conv_bias'], before)
+    betas = torch.sigmoid(inside @ w['beta_proj.weight'].T + w['beta_proj.bias'])
+    S, ys = x.new_zeros(2, 3, 3), []                    # (heads, keys, values)
+    for (q, k, v), beta in zip(qkv.view(-1, 3, 2, 3), betas):
+        q = F.normalize(q, dim=-1)                      # (heads, 3), like k and v
+        k = F.normalize(k, dim=-1)
+        stored = torch.einsum('hk,hkv->hv', k, S)
+        S = S + torch.einsum('h,hk,hv->hkv', beta, k, v - stored)
+        y = torch.einsum('hk,hkv->hv', q, S)
+        ys.append(normalised(y, w['out_norm.weight']).flatten())
+    return x + torch.stack(ys) @ w['out_proj.weight'].T
+
+
+@torch.no_grad()
+def test_a_delta_net_layer_equals_a_loop_in_float64():
+    torch.manual_seed(0)
+    layer = models.LAYERS['D'](models.Config(9, 'D', 6, n_heads=2, d_state=3))
+    layer.init_weights()
+    for parameter in layer.parameters():
+        parameter += torch.randn_like(parameter) * 0.3
+    x = torch.randn(150, 6)                             # three chunks of delta_rule
+    y, _ = layer(x[None], layer.init_state(1))
+    exact = delta_net_by_hand(layer.double().state_dict(), x.double())
+    assert furthest(exact, x) > 0.5
+    assert furthest(exact, y[0]) < 1e-4
+
+
 def test_the_delta_rule_overwrites_what_is_stored_under_a_key_or_a_part_of_it():
     k = torch.eye(2)[[0, 1, 1]]                         # the second key twice
     v = torch.tensor([[1.0], [8], [4]])
