@@ -2820,12 +2820,14 @@ def test_hotpotqa_is_read_in_both_layouts_as_a_list_or_a_record_a_line(tmp_path)
 
 
 @pytest.mark.parametrize('change', [
-    dict(question=None), dict(answer='\ud800'), dict(context=[['title', 'no list']]),
+    dict(question=None), dict(answer='\ud800'), dict(context=[['a', 'no list']]),
     dict(context=dict(title=['a', 'b'], sentences=[['x.']])),
     dict(supporting_facts=[['nowhere', 0]])])
 def test_a_malformed_question_is_refused_in_one_line(change, tmp_path):
-    [record] = eval_hotpot.draw_records(1)
-    path = saved(json.dumps(record | change), tmp_path)
+    good = dict(_id='1', question='Where?', answer='here', context=[['a', ['x.']]],
+                supporting_facts=[['a', 0]])
+    assert eval_hotpot.load_hotpot(saved(json.dumps(good), tmp_path)) == [good]
+    path = saved(json.dumps(good | change), tmp_path)
     with pytest.raises(train.UserError, match=f'^{path} cannot be read [^\n]+$'):
         eval_hotpot.load_hotpot(path)
 
