@@ -3445,7 +3445,7 @@ def test_each_length_of_a_primitive_is_a_point_and_the_best_guess_a_dashed_line(
 
 @pytest.mark.parametrize('n, values, messages', [
     (1, 2, 1), (1, 5, 3), (2, 2, 2), (2, 2, 3), (2, 3, 2), (3, 2, 3)])
-def test_nobody_recalls_more_than_the_bound_of_the_communication_game(n, values, messages):
+def test_no_strategy_recalls_more_than_the_bound_of_the_communication_game(n, values, messages):
     """All ways to send one of few messages about n values, the best answers to each: brute
     force."""
     inputs = list(itertools.product(range(values), repeat=n))
