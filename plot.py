@@ -41,7 +41,7 @@ LOOKS = {
     'gru': dict(label='RNN (GRU)', color='#E69F00', marker='v'),
 }
 RED, YELLOW, GREY = '#C00000', '#F0E442', '#999999'
-SETUPS = {'direct': 'answer at once', 'cot': 'chain of thought', 'retrieval': 'with a retriever'}
+SETUPS = {'direct': 'direct answer', 'cot': 'chain of thought', 'retrieval': 'with a retriever'}
 PRIMITIVES = {'index': 'index', 'recall': 'associative recall', 'cgram': 'c-gram retrieval',
               'counting': 'counting'}
 ORDER = [*LOOKS, *SETUPS, *PRIMITIVES]                  # of lines and panels
@@ -324,7 +324,8 @@ def draw_logs(panel, runs, style):
 def errors(found):
     """Where models go wrong: the share of wrong tokens of each kind, given all tokens before them.
     In-context retrieval (the next neighbour) against bookkeeping."""
-    traced = [r for r in default_run(found) if r.get('errors') and r['setup'] != 'direct']
+    records = default_run(found) + where(istree(found), source='memory')
+    traced = [r for r in records if r.get('errors') and r['setup'] != 'direct']
     rows = []
     for r in comparable(traced, 'errors', 'size', 'n'):
         for kind, wrong in r['errors'].items():
@@ -514,12 +515,12 @@ def primitives(found):
             curve(panel, line, 'n', 'accuracy', **style)
         best_guess(panel, rows)
         log_axis(panel, rows, 'n', 'n, pairs or tokens')
-    title = 'Questions about a sequence of n parts, answered at once. Each run is trained on all n.'
+    title = 'Questions about a sequence of n parts, answered directly. Each run is trained on all n.'
     yield name_of('primitives', runs[0]), finish(figure, title)
 
 
 def recall(found, figure):
-    """The runs of associative recall. Of the recurrent models that answer at once, only DeltaNets:
+    """The runs of associative recall. Of the recurrent models that answer directly, only DeltaNets:
     Mamba and the GRU stay near the best guess (see results/README.md)."""
     records = comparable(where(found['records'], task='recall'), figure, 'size', 'n')
     return [r for r in records if looks_back(r) or r['arch'] == 'deltanet']

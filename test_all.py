@@ -2519,11 +2519,11 @@ def hotpot(model, condition, kind, form=''):
     return as_text(means, form)
 
 
-def language_model(questions, condition, field):
+def language_model(condition, field):
     """Mean and standard error over questions, in percent."""
-    rows = committed_records(f'hotpot/SmolLM2-135M-{questions}')
+    rows = committed_records('hotpot/SmolLM2-135M-validation')
     values = [100 * r[field] for r in plot.where(rows, condition=condition)]
-    error = np.std(values, ddof=1) / math.sqrt(len(values))
+    error = np.std(values) / math.sqrt(len(values))
     return f'{np.mean(values):.1f} ± {error:.1f}'
 
 

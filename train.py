@@ -108,7 +108,7 @@ class Run:
 
     Raises ValueError if a value is missing and there is no recipe."""
     task: str = constant('istree', 'what is learned', choices=data.TASKS)
-    setup: str = constant('cot', 'answer at once, after thinking, or with a retriever',
+    setup: str = constant('cot', 'answer directly, after a chain of thought, or with a retriever',
                           choices=data.SETUPS)
     arch: str = constant('transformer', 'the architecture', choices=models.SIZES['tiny'])
     size: str = constant('tiny', 'of the model', choices=models.SIZES)
