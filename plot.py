@@ -515,7 +515,7 @@ def primitives(found):
             curve(panel, line, 'n', 'accuracy', **style)
         best_guess(panel, rows)
         log_axis(panel, rows, 'n', 'n, pairs or tokens')
-    title = 'Questions about a sequence of n parts, answered directly. Each run is trained on all n.'
+    title = 'Direct answers about a sequence of n parts. Each run is trained on all n.'
     yield name_of('primitives', runs[0]), finish(figure, title)
 
 

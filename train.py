@@ -1,4 +1,4 @@
-"""Trains models and generates text with them, while the retriever runs live.
+"""Trains models and generates text with them, with the retriever running live.
 
   python train.py                                        the main job, sized for a 2-core laptop
   python train.py --demo                                 trained models on a fresh graph
@@ -13,12 +13,12 @@ Every field of a run takes one value or several, separated by commas, and all co
 if --setup or --arch is left out, all three setups or the paper's three architectures are run. A run
 trains one model on samples made on the fly, then completes held-out prompts. It writes a folder
 under out/ with checkpoint.pt and result.json. Run the same command again after an interruption:
-finished runs are skipped, the others continue from their checkpoints. Start the command in several
-terminals, and the processes share the runs.
+finished runs are skipped, and the others continue from their checkpoints. Start the command in
+several terminals, and the processes share the runs.
 
-This file has the constants, the training of one model, generation, evaluation and files. Below the
-line that begins with `# ===` are many runs, looking inside a model, the demo and the command line.
-To use a trained model in other code:
+This file contains the constants and the code that trains one model, generates, evaluates, saves and
+loads. Below the line that begins with `# ===` is the code that carries out many runs, looks inside
+a model, shows the demo and reads the command line. To use a trained model in other code:
 
   from train import load
   model, run = load('results/weights/istree-hybrid-cot-tiny-d1-n14-s3.pt')
