@@ -443,30 +443,32 @@ def against_memory(records, y, ylabel):
 
 def draw_largest_n(panel, sizes, y):
     """The largest n of each run against the floats of its state, both axes logarithmic, and a line
-    with its slope through the points that are not marked < or ≥."""
+    with its slope through the points of DeltaNets that are not marked < or ≥."""
     drawn = []
-    inside = []                                         # what is neither < nor ≥
+    inside = []                                         # DeltaNets that are neither < nor ≥
     for style, runs in sizes:
         drawn += runs
         for r in runs:
             n, sign = largest_n(r, y)
             panel.plot(r['floats'], n, fillstyle='none', **style)
             panel.annotate(sign, (r['floats'], n), (-12, -3), textcoords='offset points')
-            if not sign:
+            if r['arch'] == 'deltanet' and not sign:
                 inside.append((r['floats'], n))
 
     ticks = sorted({r['n'] for r in lengths(drawn)})
     panel.set(yscale='log', ylabel='n')
     panel.set_yticks(ticks, ticks)
     panel.autoscale(axis='y')
-    log_axis(panel, drawn, 'floats', 'floats of recurrent state')
+    panel.set_xscale('log', base=2)
+    panel.xaxis.set_major_formatter('{x:,.0f}')
+    panel.set_xlabel('floats of recurrent state')
     panel.tick_params(axis='x', labelrotation=60)
 
     if len({floats for floats, _ in inside}) > 1:
         floats, n = np.array(inside).T
         slope, offset = np.polyfit(np.log(floats), np.log(n), 1)
         fitted = np.exp(offset) * floats ** slope
-        panel.plot(floats, fitted, '--', color='black', label=f'slope {slope:.2f}')
+        panel.plot(floats, fitted, '--', color='black', label=f'slope {slope:.2f} (DeltaNet)')
 
 
 def largest_n(r, y):

@@ -2552,8 +2552,8 @@ arXiv 2402.18510
 "98.3 (97.1 to 99.3)"
 99.5% exact
 5% or 25%
-all with 25%
-of 5%
+warm-up of 25%
+warm-up of 5%
 N(0, 0.02)
 torch 2.13
 1.6e-2
@@ -3492,7 +3492,7 @@ def test_the_capacity_of_a_memory_counts_its_state_and_says_what_lies_outside(tm
     assert [text.get_text() for text in panel.texts] == ['<', '', '', '≥']
     n = [point.get_ydata()[0] for point in points]
     assert n == pytest.approx([2, 8 * 2 ** 0.5, 32 * 2 ** 0.5, 64])
-    assert fitted.get_label() == 'slope 1.00'
+    assert fitted.get_label() == 'slope 1.00 (DeltaNet)'
 
 
 def test_the_game_is_drawn_against_the_bits_of_the_message_beside_what_is_possible(tmp_path):
