@@ -25,8 +25,8 @@ completion:
              [STARTSEARCH] 5 - 0 [ENDSEARCH] *2          The neighbour after 0 is 2.
              [STARTSEARCH] 2 ~ [ENDSEARCH] *[FAILED] 2 ~ 5 2 ... [EOS] [TRUE]
 
-A graph is a tree if the search meets no cycle and reaches every node. So at the end of a search
-that meets no cycle, the model has to find out on its own whether nodes are missing from the tour;
+A graph is a tree if the search finds no cycle and reaches every node. So at the end of a search
+that finds no cycle, the model has to find out on its own whether nodes are missing from the tour;
 counting those in the tour is enough.
 
 In `retrieval`, whatever must be looked up is requested by a query between [STARTSEARCH] and
