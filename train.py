@@ -463,7 +463,7 @@ def load(path):
 # DeltaNet and the GRU are architectures of their own (models.py); the GRU was not swept on IsTree.
 # The primitives were swept without a retriever; with one, a single learning rate serves all four.
 # Their order decides whether the Transformer learns them. The Turing machine was swept with a tape
-# of 12 letters; its Transformer was not. The columns are those of the first table.
+# of 12 letters. The columns are those of the first table.
 RECIPES |= read_recipes('''
 istree   direct    deltanet    14  16  10_000   32   1e-3   0.05  8   alone       0
 istree   cot       deltanet    14  16  200_000  16   8e-3   0.25  8   alone       0
