@@ -462,6 +462,7 @@ def draw_largest_n(panel, sizes, y):
     panel.set_xscale('log', base=2)
     panel.xaxis.set_major_formatter('{x:,.0f}')
     panel.set_xlabel('floats of recurrent state')
+    panel.minorticks_off()
     panel.tick_params(axis='x', labelrotation=60)
 
     if len({floats for floats, _ in inside}) > 1:
