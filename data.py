@@ -102,12 +102,14 @@ class Task:
     retriever writes it. A subclass must define
 
       words_of(n)           its words besides SPECIALS, for samples of size n and below
-      sample(rng, n)        draws a sample of size n; all prompts of one n must be equally long
-      patterns              the regular expressions that answer queries (see search)
+      sample(rng, n)        draws a sample of size n; all prompts of one n must be equally long,
+                            and except in the setup `direct`, [EOS] and the answer end a completion
+      patterns              the regular expressions that answer queries, a tuple (see search)
       longest(n)            the number of words of the longest completion
       chance(n)             the accuracy of the best guess that looks nothing up
 
-    Register it in TASKS, and its constants in train.py's TABLE. rng: random.Random."""
+    rng: random.Random. Register it in TASKS, and its constants in train.py's TABLE. A small example
+    is the class Chase in test_all.py."""
     setups = SETUPS
     distributions = ('',)       # names of ways to draw a sample, the first is the usual one
     possible_n = range(2, 4097)
@@ -249,6 +251,7 @@ def retrieval_trace(neighbours):
             after[v, previous] = w
             previous = w
     parent = {}                     # the records written so far
+    visited = set()
     trace, stack, prev = [], ['0'], None
 
     def ask(query, answer):
@@ -258,14 +261,11 @@ def retrieval_trace(neighbours):
         v = stack[-1]
         trace.append(v)
         ask(f'{v} ~', parent.get(v, '[FAILED]'))    # on each visit: no need to remember it
-        # prev is the node visited just before: on the first visit to v, its parent (for node 0,
-        # both are None); later, the child from which the search returns. In the tour 0 5 2 5, prev
-        # is 0 on the first visit to 5, and 2 on the second.
-        first_visit = prev == parent.get(v)
-        if first_visit:
+        if v not in visited:
+            visited.add(v)
             w = after[v, None]
             ask(f'{v} -', w)
-        else:
+        else:                                       # prev: the child from which it returns
             w = after[v, prev]
             ask(f'{v} - {prev}', w)
         if w == parent.get(v):                      # not straight back up: take the next
@@ -276,7 +276,7 @@ def retrieval_trace(neighbours):
             stack.pop()
             continue
         ask(f'{w} ~', parent.get(w, '[FAILED]'))
-        if w in parent or w == '0':                 # visited before (0 has no record): a cycle
+        if w in visited:                            # a cycle
             break
         parent[w] = v                               # unvisited: record its parent and enter it
         trace.extend([w, '~', v])

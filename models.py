@@ -23,7 +23,8 @@ Symbols (in parentheses, those of the Mamba paper, Gu & Dao 2023, arXiv 2312.007
 To bring your own layer, write a class with four methods (GRULayer is the shortest example):
   __init__(config)           its parameters; config is a Config
   init_weights()             their initial values, where torch's defaults are unsuitable
-  init_state(batch_size)     what it carries before the first token: a dict of tensors, batch first
+  init_state(batch_size)     what it carries before the first token: a dict of tensors, batch
+                             first, named 'state', 'window' or 'cache' (see Model.memory)
   forward(x, carried)        reads the next tokens, x (B, L, d_model) with any L > 0, and returns
                              the new x and a new dict. No token may see a later one, and nothing
                              may be changed in place
@@ -207,7 +208,7 @@ class Attention(nn.Module):
         q, k = rotate(q, seen), rotate(k, seen)
         cache = append(cache, torch.stack((k, v), 1))       # torch.cat, but faster (below the line)
         k, v = cache.unbind(1)                                      # (B, heads, seen + L, d_head)
-        mask = None             # nothing seen: is_causal masks. One token: it sees all. Otherwise:
+        mask = None             # not needed if nothing was seen (is_causal), or for a single token
         if seen and L > 1:
             mask = torch.ones(L, seen + L, dtype=torch.bool, device=x.device).tril(seen)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=not seen)
@@ -234,8 +235,8 @@ LAYERS = {'M': MambaLayer, 'A': LlamaLayer}
 
 class Model(nn.Module):
     """A language model: embedding, layers, norm, and a head tied to the embedding. What it
-    carries while it generates is its state: a list with what each layer carries. A state is never
-    changed in place, so one that is kept can be continued again and again."""
+    carries while it generates is its state: a list with what each layer carries. A state that is
+    kept stays valid, and can be continued again and again."""
 
     def __init__(self, config):
         super().__init__()
