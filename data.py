@@ -382,7 +382,7 @@ class Batches:
 
 
 # ==================================================================================================
-# This is all that the default run needs. Below: another distribution of graphs, what each word of a
+# This is all that training needs. Below: another distribution of graphs, what each word of a
 # trace is for, the four retrieval primitives, a Turing machine, and the command line.
 
 def random_graph(rng, n):

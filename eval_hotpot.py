@@ -65,7 +65,7 @@ MAX_QUERIES = 3                             # per question
 
 
 def ask(model, record, condition):
-    """Put one question to a model. Under retrieval, the model writes what stands behind `>`:
+    """Put one question to a model. Under retrieval, the model writes what stands after `>`:
 
         The Magic Flute: The Magic Flute is an opera in ...       ten paragraphs, `title: text`
         Question: In which city was the composer of The Magic Flute born?
@@ -593,8 +593,8 @@ class SmallWorld(data.Task):
                  Answer: Ravik
 
     The retriever writes what stands between stars. n is the number of paragraphs. One model learns
-    all three conditions: the first label after the question belongs to the prompt and says which
-    condition it is. A word with its colon is one word; so is each punctuation mark, and a line
+    all three conditions: the first label after the question, `Search:` or `Thought:`, belongs to
+    the prompt. A word with its colon is one word; so is each punctuation mark, and a line
     break with the mark before it. A completion ends with [PAD]. For LanguageModel, the task is the
     tokenizer."""
     setups = ('retrieval',)
@@ -733,7 +733,7 @@ class Options(train.Options):
     models: str = constant('', 'hub names, folders, files or packages; none: the small world')
     data: str = constant('hotpot_dev_distractor_v1.json', 'questions for pretrained models')
     download: bool = constant(False, 'get the official file (45 MB) if --data does not exist')
-    questions: int = constant(500, 'how many questions, from the first on; 0: all in the file')
+    questions: int = constant(500, 'how many questions, from the first on; 0: all')
 
 
 def main(argv):
@@ -769,9 +769,10 @@ def train_all(fields, options):
 
 
 def draw_records(count):
-    """Questions of the small world: those of the held-out samples, see data.held_out_samples."""
+    """The first questions of the small world's held-out samples (data.held_out_samples), of which
+    there are 500, with three conditions each. 0: all."""
     rng = random.Random(repr(data.VALIDATION_SEED))
-    return [draw_record(rng, 10) for _ in range(count)]
+    return [draw_record(rng, 10) for _ in range(500)][:count or None]
 
 
 def read_records(options):

@@ -402,7 +402,8 @@ def transplant(found):
     right = axes[-1]
     for style, line in with_setup(rows):
         curve(right, line, 'k', 'exact_trees', **style)
-    right.set(xlabel='bits to which each float is rounded', ylabel='exact traces on trees (%)')
+    log_axis(right, rows, 'k', 'bits to which each float is rounded (32: not rounded)')
+    right.set(ylabel='exact traces on trees (%)')
     title = (f'IsTree, n={records[0]["n"]}: what a model remembers of the prompt is replaced by '
              "its memory of another graph, the donor's, or rounded (right).")
     note = ('The bits that suffice are an upper bound on those in use: no model was trained with '

@@ -1,7 +1,7 @@
 """Claims about this project, each checked against something this project did not write: brute
 force, float64, networkx, the official metrics, the `transformers` library. Run:  pytest test_all.py
 
-Tests of what needs a compiler, a GPU, networkx or transformers skip themselves where there is none.
+Tests of what needs a compiler, a GPU or transformers skip themselves where there is none.
 Order: data.py, scan_cuda/, models.py, train.py, eval_hotpot.py, plot.py.
 """
 import ast
@@ -54,8 +54,8 @@ HERE = Path(__file__).parent
 # --- the safety net -------------------------------------------------------------------------------
 #
 # What the committed results were made with, as small numbers measured on commit 21168c5: samples,
-# runs, initial weights, losses, generated texts. Whoever renames something changes the tests and
-# leaves the numbers.
+# runs, initial weights, losses, generated texts. If something is renamed, the tests change, and the
+# numbers stay.
 
 def rows(table):
     """The lines of a table below its heading, each a list of words."""
@@ -2427,14 +2427,26 @@ def value_at(record, path):
     return value
 
 
-def values_of(experiment, path, *conditions):
-    """The values of a field in the records that have it and meet the conditions."""
+def records_with(experiment, path, *conditions):
+    """The records that have a field and meet the conditions."""
     found = []
     for record in committed_records(experiment):
         if path.split('/')[0] in record and meets(record, conditions):
-            found.append(value_at(record, path))
+            found.append(record)
     assert found, (experiment, path, conditions)
     return found
+
+
+def values_of(experiment, path, *conditions):
+    return [value_at(record, path) for record in records_with(experiment, path, *conditions)]
+
+
+def assert_same_but_for_seeds(records):
+    """A mean is one over seeds: all runs of an architecture have the same constants."""
+    constants = {}
+    for r in records:
+        own = [r.get(name) for name in ('layers', 'd_state', 'n', 'samples', 'lr', 'warmup')]
+        assert constants.setdefault((r['arch'], r['setup']), own) == own, records
 
 
 def as_text(values, form=''):
@@ -2542,6 +2554,8 @@ def number_from(source):
     if first[0] == '@':
         return globals()[first[1:]](*rest)
     form = rest.pop() if rest[-1] in FORMS else ''
+    if form in ('', 'mean', 'percent'):
+        assert_same_but_for_seeds(records_with(first, *rest))
     return as_text(values_of(first, *rest), form)
 
 

@@ -54,13 +54,14 @@ import models
 #   batch_size   samples per step
 #   lr           peak learning rate
 #   warmup       share of the run during which the learning rate rises
-#   evaluations  how often a run is evaluated on 200 held-out samples. (After training, run_one
-#                evaluates the model on 1,000 samples of another held-out set: that is the result.)
+#   evaluations  into how many parts a run is divided. After each but the last, the model is
+#                evaluated on 200 held-out samples. (After training, run_one evaluates it on 1,000
+#                samples of another held-out set: that is the result.)
 #   order        alone: all samples have size n. together: several n are mixed. small-first: the
 #                smallest n at first, larger ones join one by one over the share `join` of the run.
 #                large-first: the other way round.
-# Learning rates and warm-ups come from --sweep, the same grid for every architecture. Without chain
-# of thought nothing is learned at n=14, so the rates of `direct` were chosen at n=6.
+# Learning rates and warm-ups come from --sweep, the same grid for every architecture. Models that
+# answer directly learn nothing from so few samples at n=14, so their rates were chosen at n=6.
 TABLE = '''
 task   setup     arch        n  d_state samples batch_size lr    warmup evaluations order       join
 istree direct    transformer 14 1       10_000  32         1e-3  0.25   8           alone       0
@@ -247,8 +248,8 @@ def train(run, path, options, device):
     step, seconds, log = resume(path / 'checkpoint.pt', run, model, optimizer)
     forward = torch.compile(model) if options.compile else model
 
-    # No prompt of the two held-out sets ever occurs in training. `watched` decides when to stop;
-    # the result is measured on the other one.
+    # No prompt of the two held-out sets ever occurs in training. The first 200 samples of `watched`
+    # decide when to stop; the result is measured on the other set (in a sweep, on `watched`).
     held_out, watched = set(), {}
     for n in mixed_sizes(run, task):
         watched[n] = data.held_out_samples(task, n, run.n_val, tuning=True)
@@ -914,8 +915,7 @@ def messages(model, run, task, n, samples, device, bits_per_float=(1, 2, 3, 4, 6
     asked for the value of each of the n keys, every one as the first question.
 
     Returns a list of dicts: n, bits_per_float k, the bits of the message, accuracy over all
-    questions, and all_right, the share of sequences of which every value was right. 32 bits:
-    nothing is rounded."""
+    questions, and all_right, the share of sequences of which every value was right."""
     prompts = [prompt[:2 * n + 2] for prompt, _ in samples[:200]]
     _, state = model.prefill(as_tokens(task, prompts, device))
     keys = as_tokens(task, [prompt[1:-1:2] for prompt in prompts], device)      # (B, n)
@@ -923,7 +923,7 @@ def messages(model, run, task, n, samples, device, bits_per_float=(1, 2, 3, 4, 6
     ranges = ranges_of_memory(model, run, task, n, device, 2 * n + 2)
     bits, rows = sum(model.memory(1).values()), []
     for k in bits_per_float:
-        arrived = state if k == 32 else round_memory(state, ranges, k)
+        arrived = round_memory(state, ranges, k)
         guesses = []
         for i in range(n):
             logits, _ = model.step(keys[:, i], arrived)
@@ -936,8 +936,9 @@ def messages(model, run, task, n, samples, device, bits_per_float=(1, 2, 3, 4, 6
 
 @torch.no_grad()
 def ranges_of_memory(model, run, task, n, device, length=None):
-    """The smallest and the largest value of every carried float after 200 training prompts, or
-    after their first `length` words: for each layer a dict {name: (low, high)}."""
+    """The smallest and the largest value of every carried float after 200 prompts, drawn like those
+    of the training, or after their first `length` words: for each layer a dict
+    {name: (low, high)}."""
     samples = data.draw(task, n, 200, (run.seed, 0, 0))
     prompts = [prompt[:length] for prompt, _ in samples]
     _, state = model.prefill(as_tokens(task, prompts, device))
@@ -949,7 +950,9 @@ def ranges_of_memory(model, run, task, n, device, length=None):
 
 def round_memory(state, ranges, bits):
     """Every carried float as one of 2^bits numbers: the middles of as many equal parts of its
-    range."""
+    range. 32 bits: as it is."""
+    if bits == 32:
+        return state
     rounded = []
     for carried, ranges_of_layer in zip(state, ranges):
         layer = {}
@@ -1029,7 +1032,7 @@ def next_neighbours(model, task, samples, device, state):
 
 
 @torch.no_grad()
-def rounding(model, run, task, samples, device, bits=(1, 2, 3, 4, 6, 8)):
+def rounding(model, run, task, samples, device, bits=(1, 2, 3, 4, 6, 8, 32)):
     """The carried floats are rounded to k bits at the same moment. Returns {k: {exact,
     exact_trees}}, the share of exact traces on all samples and on those that are trees."""
     prompts = [prompt for prompt, _ in samples]
