@@ -329,22 +329,21 @@ def generate(model, task, n, prompts, device, state=None):
     completions = [[] for _ in prompts]
     pending = [[] for _ in prompts]         # words that the retriever still has to write
     done = [False for _ in prompts]
-    batch = list(range(len(prompts)))       # the samples that the model reads
     queries = well_formed = 0
     logits, own_state = model.prefill(as_tokens(task, prompts, device))         # (B, vocab_size)
     if state is None:
         state = own_state
     for _ in range(task.longest(n)):
-        tokens = logits.argmax(-1).tolist()                 # a word for each row of the batch
-        for k, b in enumerate(batch):                       # k: row of the batch, b: sample
+        tokens = logits.argmax(-1).tolist()                 # a word for each sample
+        for b in range(len(prompts)):
             if done[b]:
                 continue
             if pending[b]:
                 word = pending[b].pop(0)                    # overrules the model's own choice
-                tokens[k] = task.tokens[word]
+                tokens[b] = task.tokens[word]
                 completions[b].append('*' + word)
             else:
-                word = task.words[tokens[k]]
+                word = task.words[tokens[b]]
                 if completions[b][-1:] == [task.words[data.EOS]]:       # so this is the answer
                     done[b] = True
                 completions[b].append(word)
@@ -355,8 +354,6 @@ def generate(model, task, n, prompts, device, state=None):
                 well_formed += is_well_formed
         if all(done):
             break
-        # (only for speed, below the line)
-        batch, tokens, state = leave_out_done(done, batch, tokens, state)
         logits, state = model.step(torch.tensor(tokens, device=device), state)
     return completions, queries, well_formed
 
@@ -535,16 +532,6 @@ def favour_largest(share, mix, start, steps):
         else:
             sizes.append(others[(i - largest_so_far) % len(others)])
     return sizes
-
-
-def leave_out_done(done, batch, tokens, state):
-    """Of what `generate` carries along, only the rows of samples that are not done, if they are
-    less than 80%."""
-    going = [k for k, b in enumerate(batch) if not done[b]]
-    if len(going) >= 0.8 * len(batch):
-        return batch, tokens, state
-    rest = [{name: t[going] for name, t in carried.items()} for carried in state]
-    return [batch[k] for k in going], [tokens[k] for k in going], rest
 
 
 # --- many runs ------------------------------------------------------------------------------------
