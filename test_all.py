@@ -655,7 +655,7 @@ class Chase(data.Task):
 def test_a_task_of_ones_own_is_a_class_an_entry_and_a_row_of_the_table(monkeypatch, tmp_path):
     monkeypatch.setitem(data.TASKS, 'chase', Chase)
     row = 'chase retrieval mamba 8 1 1600 16 16e-3 0.25 1 alone 0'
-    monkeypatch.setattr(train, 'RECIPES', train.read_recipes(row))
+    monkeypatch.setattr(train, 'RECIPES', train.read_recipes(train.TABLE + row))
     train.main(['--task=chase', '--arch=mamba', '--seed=0', '--n_val=50', '--device=cpu',
                 '--processes=1', f'--out={tmp_path}'])
     [path] = tmp_path.glob('chase-*/result.json')

@@ -75,20 +75,17 @@ istree retrieval hybrid      14 1       24_000  8          8e-3  0.05   8       
 '''
 
 
-HEADER, ROWS = TABLE.strip().split('\n', 1)
-COLUMNS = HEADER.split()[3:]
-
-
-def read_recipes(rows):
-    """Rows like those of TABLE as {(task, setup, arch): {field of a Run: its value as text}}."""
+def read_recipes(table):
+    """A table like TABLE as {(task, setup, arch): {field of a Run: its value as text}}."""
+    header, *rows = table.strip().splitlines()
     recipes = {}
-    for row in rows.strip().splitlines():
+    for row in rows:
         task, setup, arch, *values = row.split()
-        recipes[task, setup, arch] = dict(zip(COLUMNS, values))
+        recipes[task, setup, arch] = dict(zip(header.split()[3:], values))
     return recipes
 
 
-RECIPES = read_recipes(ROWS)
+RECIPES = read_recipes(TABLE)
 
 
 def constant(default, meaning, low=0, high=10 ** 9, choices=None):
@@ -460,8 +457,9 @@ def load(path):
 # DeltaNet and the GRU are architectures of their own (models.py); the GRU was not swept on IsTree.
 # The primitives were swept without a retriever; with one, a single learning rate serves all four.
 # Their order decides whether the Transformer learns them. The Turing machine was swept with a tape
-# of 12 letters. The columns are those of the first table.
+# of 12 letters.
 RECIPES |= read_recipes('''
+task     setup     arch        n d_state samples batch_size lr warmup evaluations order    join
 istree   direct    deltanet    14  16  10_000   32   1e-3   0.05  8   alone       0
 istree   cot       deltanet    14  16  200_000  16   8e-3   0.25  8   alone       0
 istree   retrieval deltanet    14  16  24_000   8    16e-3  0.25  8   small-first 0.5
