@@ -134,26 +134,26 @@ class Run:
                              'none)', high=1)
 
     def __post_init__(self):
-        recipe = RECIPES.get((self.task, self.setup, self.arch), {})
         for f in fields(self):
             if getattr(self, f.name) is None:
-                if f.name not in recipe:
+                setattr(self, f.name, self.usual(f))
+                if self.usual(f) is None:
                     which = f'--task={self.task} --setup={self.setup} --arch={self.arch}'
                     raise ValueError(f'no recipe for {which}: give --{f.name} and the others, too')
-                setattr(self, f.name, f.type(recipe[f.name]))
+
+    def usual(self, f):
+        """The recipe's value of a field, or else its default."""
+        recipe = RECIPES.get((self.task, self.setup, self.arch), {})
+        return f.type(recipe[f.name]) if f.name in recipe else f.default
 
     def name(self):
         """The name of the run's folder: what it is, and each value that is neither the recipe's nor
         the default, so that two different runs never share a folder."""
         arch = f'{self.arch}-{self.layers}' if self.layers else self.arch
         name = f'{self.task}-{arch}-{self.setup}-{self.size}-d{self.d_state}-n{self.n}-s{self.seed}'
-        recipe = RECIPES.get((self.task, self.setup, self.arch), {})
         for f in fields(self):
-            if f.name in IN_NAME:
-                continue
             value = getattr(self, f.name)
-            usual = f.type(recipe[f.name]) if f.name in recipe else f.default
-            if value != usual:
+            if f.name not in IN_NAME and value != self.usual(f):
                 name += f'-{f.name}{value}'
         return name
 
