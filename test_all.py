@@ -1911,7 +1911,6 @@ arch=mamba                          unrecognized arguments: arch=mamba
 --lr=-1                             must be from 0
 --lr=1e-3,,                         float
 --lr=nan                            must be from
---lr=--                             a value is missing
 --n_val=0                           must be from 1
 --warmup=2                          to 1
 --seed=99999999999999999999         must be from
@@ -1929,8 +1928,6 @@ arch=mamba                          unrecognized arguments: arch=mamba
 --task=index                        no recipe for --task=index --setup=cot
 --device=cuda                       no such device
 --out=test_all.py                   test_all.py
---archs=mamba                       --archs is now --arch
---n_nodes=5                         --n_nodes is now --n
 --probe nowhere                     nowhere: there is no trained model
 --demo=1-2                          13 different
 '''

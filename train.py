@@ -109,7 +109,8 @@ class Run:
                           choices=data.SETUPS)
     arch: str = constant('transformer', 'the architecture', choices=models.SIZES['tiny'])
     size: str = constant('tiny', 'of the model', choices=models.SIZES)
-    layers: str = constant('', 'in place of the architecture\'s own, bottom to top, such as AMM')
+    layers: str = constant('', 'in place of those of the architecture, from bottom to top, such as '
+                           'AMM; its dimensions and its recipe stay')
     n: int = constant(None, 'size of the task: nodes of the graph, length of the sequence', low=1)
     d_state: int = constant(None, 'memory of recurrent layers, see models.py (paper: 16)', low=1)
     seed: int = constant(3, 'of the initial weights and the training samples')
@@ -1105,8 +1106,6 @@ def read_edges(text, n):
 # --- the command line -----------------------------------------------------------------------------
 
 IF_NOT_GIVEN = {'setup': 'all of them', 'arch': 'the first three'}
-RENAMED = {'--tasks': '--task', '--archs': '--arch', '--setups': '--setup', '--sizes': '--size',
-           '--n_nodes': '--n', '--seeds': '--seed', '--curriculum': '--order and --join'}
 
 
 def parse(argv, program='train.py', kind=Options):
@@ -1129,13 +1128,7 @@ def parse(argv, program='train.py', kind=Options):
                        help='what trained models write: a seed, or edges such as "2-1 4-0 ..."')
     group.add_argument('--probe', nargs='+', metavar='PATH',
                        help='memory transplant and rounding of trained models')
-    for argument in argv:
-        name = argument.split('=')[0]
-        if name in RENAMED:
-            raise UserError(f'{name} is now {RENAMED[name]}')
     given = vars(parser.parse_args(argv))
-    if [] in given.values():                                # (argparse makes this of `--lr=--`)
-        refuse('a value is missing')
     texts = {f.name: given.pop(f.name) for f in fields(Run) if f.name in given}
     options = kind()
     for f in fields(kind):
@@ -1150,7 +1143,7 @@ def refuse(message):
 
 def add_flag(group, f, default):
     switch = dict(nargs='?', const='True') if f.type is bool else {}
-    words = f.metadata['meaning'].replace('%', '%%')
+    words = f.metadata['meaning']
     if f.metadata['choices']:
         words += f': {", ".join(f.metadata["choices"])}'
     group.add_argument(f'--{f.name}', metavar='VALUE', help=f'{words} ({default})', **switch)
@@ -1221,8 +1214,6 @@ def main(argv):
     if preset == 'default' and texts.get('task') in PRESETS and not {'arch', 'setup'} & {*texts}:
         preset = texts['task']                              # (the Turing machine has a preset)
     runs = runs_of_preset(preset, texts)
-    if texts.get('layers'):
-        print(f'--layers={texts["layers"]}: with the dimensions and the recipe of --arch')
     results = (sweep if 'sweep' in given else run_all)(runs, options)
     if process_number() == 0:
         print('\n' + table(results))
