@@ -25,6 +25,7 @@ a model, shows the demo and reads the command line. To use a trained model in ot
 """
 import argparse
 import contextlib
+import io
 import itertools
 import json
 import math
@@ -412,12 +413,13 @@ def teacher_forced(model, task, samples, device):
 # --- files ----------------------------------------------------------------------------------------
 
 def save(path, run, model, optimizer, step, seconds, log):
-    """Write a checkpoint, from which `resume` continues bit for bit. A kill at any moment leaves
-    the old file or the new one, whole (`write`)."""
+    """Write a checkpoint, from which `resume` continues bit for bit."""
     checkpoint = dict(run=asdict(run), optimizer_name=type(optimizer).__name__, step=step,
                       seconds=seconds, log=log, model=model.state_dict(),
                       optimizer=optimizer.state_dict())
-    write(path, lambda file: torch.save(checkpoint, file))
+    file = io.BytesIO()
+    torch.save(checkpoint, file)
+    write(path, file.getvalue())
 
 
 def resume(path, run, model, optimizer):
@@ -555,19 +557,16 @@ def folder(run, options):
     return Path(options.out).expanduser() / run.name()
 
 
-def write(path, fill):
-    """Write a file: fill(file) writes into it. Raises UserError if the disk is full."""
-    temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
+def write(path, contents):
+    """Write bytes into a file of a run. A kill at any moment leaves the old file or the new one,
+    whole. Raises UserError if the disk is full."""
+    temporary = path.with_name(f'{path.name}.tmp')
     try:
-        with open(temporary, 'wb') as file:
-            fill(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:            # torch.save makes an OSError a RuntimeError
+        temporary.write_bytes(contents)
+        temporary.replace(path)
+    except OSError as error:
         temporary.unlink(missing_ok=True)
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f'{path} cannot be written ({reason}): the previous file stays; when there '
+        raise UserError(f'{path} cannot be written ({error}): the previous file stays; when there '
                         'is room, run the same command again to continue')
 
 
@@ -606,8 +605,7 @@ def refuse_another(path, there, here):
 
 
 def write_json(path, value):
-    text = json.dumps(value, indent=1) + '\n'
-    write(path, lambda file: file.write(text.encode()))
+    write(path, json.dumps(value, indent=1).encode())
 
 
 def read_result(path):
@@ -623,8 +621,6 @@ def read_result(path):
 
 def run_one(run, path, options, device):
     """Train and evaluate, write result.json. Raises UserError."""
-    for left_by_a_kill in path.glob('*.tmp'):
-        left_by_a_kill.unlink()
     task = make_task(run)
     model, samples_trained, seconds, log = train(run, path, options, device)
     by_length, losses, more = [], [], {}
