@@ -30,6 +30,7 @@ import itertools
 import json
 import math
 import multiprocessing
+import operator
 import os
 import random
 import signal
@@ -230,7 +231,8 @@ def sizes_of_batches(run, task, steps):
 
 def is_solved(run, log):
     """Were the last two evaluations good enough to stop?"""
-    return run.solved > 0 and len(log) > 1 and min(log[-1]['exact'], log[-2]['exact']) >= run.solved
+    exact = [line['exact'] for line in log[-2:]]
+    return len(exact) == 2 and min(exact) >= run.solved > 0
 
 
 def train(run, path, options, device):
@@ -262,7 +264,8 @@ def train(run, path, options, device):
                         num_workers=options.workers, pin_memory=device.type == 'cuda')
     progress = tqdm(loader, run.name(), steps, initial=step, unit='step', leave=False,
                     dynamic_ncols=True, position=process_number())
-    started = saved = time.monotonic()
+    saved = time.monotonic()
+    started = saved - seconds           # as if it had not been interrupted
     for tokens, targets in progress:
         if is_solved(run, log):
             break
@@ -290,21 +293,20 @@ def train(run, path, options, device):
                                 f'try a learning rate below {run.lr}')
             progress.set_postfix_str(f'loss {loss.item():.3f}')
         if evaluating:
-            worst = None                                    # of the n that are mixed
+            by_n = []                                       # of the n that are mixed
             for n, samples in watched.items():
                 measured, _ = evaluate(model, task, n, samples[:200], options.eval_batch, device)
-                if worst is None or measured['exact'] < worst['exact']:
-                    worst = measured
+                by_n.append(measured)
+            worst = min(by_n, key=operator.itemgetter('exact'))
             log.append(dict(samples=step * run.batch_size, loss=loss.item(),
-                            seconds=seconds + time.monotonic() - started,
+                            seconds=time.monotonic() - started,
                             accuracy=worst['accuracy'], exact=worst['exact']))
             tqdm.write('{:42} {samples:>9,} samples   loss {loss:7.4f}   exact {exact:6.1%}   '
                        'accuracy {accuracy:6.1%}'.format(run.name(), **log[-1]))
         if saving or evaluating:
-            save(path / 'checkpoint.pt', run, model, optimizer, step,
-                 seconds + time.monotonic() - started, log)
             saved = time.monotonic()
-    return model, step * run.batch_size, seconds + time.monotonic() - started, log
+            save(path / 'checkpoint.pt', run, model, optimizer, step, saved - started, log)
+    return model, step * run.batch_size, time.monotonic() - started, log
 
 
 # --- generation with the live retriever -----------------------------------------------------------
@@ -367,8 +369,7 @@ def evaluate(model, task, n, samples, batch_size, device):
     Returns a dict for the log and result.json, and the completions that the model wrote."""
     written, queries, well_formed = [], 0, 0
     model.eval()
-    starts = range(0, len(samples), batch_size)
-    for i in tqdm(starts, 'evaluating', leave=False, disable=len(starts) == 1):
+    for i in range(0, len(samples), batch_size):
         batch = samples[i:i + batch_size]
         if task.setup == 'direct':
             completions, _ = teacher_forced(model, task, batch, device)
@@ -605,7 +606,8 @@ def refuse_another(path, there, here):
 
 
 def write_json(path, value):
-    write(path, json.dumps(value, indent=1).encode())
+    text = json.dumps(value, indent=1) + '\n'
+    write(path, text.encode())
 
 
 def read_result(path):
