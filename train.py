@@ -638,8 +638,8 @@ def run_one(run, path, options, device):
             losses_of_n.append(loss)
         losses.append(torch.cat(losses_of_n).mean().item())
         if run.task == 'recall' and run.setup == 'direct' and 'cache' not in model.memory(1):
-            more.setdefault('messages', [])
-            more['messages'] += messages(model, run, task, n, samples, device)
+            played = messages(model, run, task, n, samples, device)
+            more['messages'] = more.get('messages', []) + played
     # what follows is about the last, largest n
     if run.task == 'istree':
         more['errors'] = errors_by_kind(predicted, samples)
@@ -651,7 +651,6 @@ def run_one(run, path, options, device):
     for (prompt, completion), words in zip(samples[:3], written):
         examples.append(dict(prompt=' '.join(prompt), expected=' '.join(completion),
                              written=' '.join(words)))
-    on_gpu = device.type == 'cuda'
     result = asdict(run) | by_length[-1] | more | dict(
         by_length=by_length,
         loss=float(np.mean(losses)),
@@ -659,9 +658,8 @@ def run_one(run, path, options, device):
         memory=model.memory(len(samples[0][0])),
         params=model.n_params(),
         seconds=seconds,
-        samples_per_second=samples_trained / max(seconds, 1e-9),
         threads=torch.get_num_threads(),
-        device=torch.cuda.get_device_name(device) if on_gpu else device.type,
+        device=torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type,
         torch=torch.__version__,
         date=time.strftime('%Y-%m-%d'),
         log=log,
@@ -897,9 +895,8 @@ def messages(model, run, task, n, samples, device, bits_per_float=(1, 2, 3, 4, 6
     memory, each of its floats as one of 2^k numbers. The other goes on from what arrives and is
     asked for the value of each of the n keys, every one as the first question.
 
-    Returns a list of dicts: n, bits_per_float k, the bits of the message, accuracy over all
-    questions, and all_right, the share of sequences of which every value was right. 32 bits:
-    nothing is rounded."""
+    Returns a list of dicts: n, bits_per_float k, the bits of the message, and accuracy over all
+    questions. 32 bits: nothing is rounded."""
     prompts = [prompt[:2 * n + 2] for prompt, _ in samples[:200]]
     _, state = model.prefill(as_tokens(task, prompts, device))
     keys = as_tokens(task, [prompt[1:-1:2] for prompt in prompts], device)      # (B, n)
@@ -913,8 +910,8 @@ def messages(model, run, task, n, samples, device, bits_per_float=(1, 2, 3, 4, 6
             logits, _ = model.step(keys[:, i], arrived)
             guesses.append(logits.argmax(-1))
         right = torch.stack(guesses, 1) == values                               # (B, n)
-        rows.append(dict(n=n, bits_per_float=k, bits=k * bits, accuracy=right.float().mean().item(),
-                         all_right=right.all(1).float().mean().item()))
+        accuracy = right.float().mean().item()
+        rows.append(dict(n=n, bits_per_float=k, bits=k * bits, accuracy=accuracy))
     return rows
 
 
@@ -1014,19 +1011,16 @@ def next_neighbours(model, task, samples, device, state):
 
 @torch.no_grad()
 def rounding(model, run, task, samples, device, bits=(1, 2, 3, 4, 6, 8)):
-    """The carried floats are rounded to k bits at the same moment. Returns {k: {exact,
-    exact_trees}}, the share of exact traces on all samples and on those that are trees."""
-    prompts = [prompt for prompt, _ in samples]
+    """The carried floats are rounded to k bits at the same moment. Returns {k: {exact_trees}}, the
+    share of exact traces on those samples that are trees."""
+    trees = [sample for sample in samples if sample[1][-1] == '[TRUE]']
+    prompts = [prompt for prompt, _ in trees]
     _, own = model.prefill(as_tokens(task, prompts, device))
     ranges = ranges_of_memory(model, run, task, run.n, device)
-    is_tree = [completion[-1] == '[TRUE]' for _, completion in samples]
-    trees = list(itertools.compress(samples, is_tree))
     result = {}
     for k in bits:
         written, _, _ = generate(model, task, task.n, prompts, device, round_memory(own, ranges, k))
-        of_trees = list(itertools.compress(written, is_tree))
-        result[k] = dict(exact=share_of_exact(written, samples),
-                         exact_trees=share_of_exact(of_trees, trees))
+        result[k] = dict(exact_trees=share_of_exact(written, trees))
     return result
 
 
