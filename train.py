@@ -808,12 +808,16 @@ def rank(result):
 
 ROW = ('{name:{width}} {params:>9,} {memory:>7,} {samples_trained:>9,} {minutes:>7.1f} '
        '{exact:>7.1%} {accuracy:>8.1%} ± {accuracy_se:>6.1%} {chance:>7.1%}')
+FOOT = '''
+
+memory: floats carried from token to token at the end of the prompt
+exact: every word right; accuracy: of the answer; chance: of the best guess without look-up'''
 
 
 def table(results):
     """A line per result, {name: dict}: what was learned, by how large a model, with how much
     memory."""
-    width = max([len(name) for name in results] + [3])
+    width = max(map(len, results), default=3)
     head = f'{"run":{width}}    params  memory   samples minutes   exact          accuracy  chance'
     lines = [head, '-' * len(head)]
     for name, result in results.items():
@@ -821,11 +825,7 @@ def table(results):
         minutes = result['seconds'] / 60
         row = result | dict(name=name, width=width, memory=memory, minutes=minutes)
         lines.append(ROW.format(**row))
-    lines.append('')
-    lines.append('memory: floats carried from token to token at the end of the prompt')
-    lines.append('exact: every word right; accuracy: of the answer; '
-                 'chance: of the best guess without look-up')
-    return '\n'.join(lines)
+    return '\n'.join(lines) + FOOT
 
 
 LAYOUT = dict(width=100, max_lines=3, placeholder=' ...', subsequent_indent=' ' * 10,
@@ -1086,7 +1086,7 @@ def read_edges(text, n):
     try:
         edges = [tuple(map(int, edge.split('-'))) for edge in text.split()]
         possible = {*itertools.combinations(range(n), 2)}
-        different = {(min(u, v), max(u, v)) for u, v in edges}
+        different = {tuple(sorted(edge)) for edge in edges}
         if len(different) == len(edges) == n - 1 and different <= possible:
             return edges
     except ValueError:
