@@ -1907,7 +1907,7 @@ arch=mamba                          unrecognized arguments: arch=mamba
 --samples=inf                       expected int
 --n=abc                             expected int
 --lr=x                              expected float
---tuning=maybe                      True or False
+--tuning=maybe                      True, False
 --lr=-1                             must be from 0
 --lr=1e-3,,                         float
 --lr=nan                            must be from

@@ -1122,11 +1122,8 @@ def parse(argv, program='train.py', kind=Options):
                        help='memory transplant and rounding of trained models')
     given = vars(parser.parse_args(argv))
     texts = {f.name: given.pop(f.name) for f in fields(Run) if f.name in given}
-    options = kind()
-    for f in fields(kind):
-        if f.name in given:
-            setattr(options, f.name, read_value(f, given.pop(f.name)))
-    return texts, options, given
+    chosen = {f.name: read_value(f, given.pop(f.name)) for f in fields(kind) if f.name in given}
+    return texts, kind(**chosen), given
 
 
 def refuse(message):
@@ -1144,11 +1141,10 @@ def add_flag(group, f, default):
 def read_value(f, text):
     """The text of a field's value -> the value. Raises UserError."""
     limits = f.metadata
-    if limits['choices'] and text not in limits['choices']:
-        raise UserError(f'--{f.name}={text}: choose from {", ".join(limits["choices"])}')
+    choices = ('True', 'False') if f.type is bool else limits['choices']
+    if choices and text not in choices:
+        raise UserError(f'--{f.name}={text}: choose from {", ".join(choices)}')
     if f.type is bool:
-        if text not in ('True', 'False'):
-            raise UserError(f'--{f.name}={text}: expected True or False')
         return text == 'True'
     try:
         value = f.type(text)
