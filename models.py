@@ -145,8 +145,7 @@ def short_convolution(layer, x, window):
     (B, d_conv - 1, d): the inputs before x. Returns the output (B, L, d) and the next window."""
     y = causal_conv1d(x, layer.conv_weight, layer.conv_bias, window)
     kept = window.shape[1]
-    last = torch.cat((window, x[:, -kept:]), 1)
-    return y, last[:, last.shape[1] - kept:]
+    return y, torch.cat((window, x[:, -kept:]), 1)[:, -kept:]
 
 
 def init_convolution(layer):
