@@ -111,6 +111,7 @@ class Task:
     setups = SETUPS
     distributions = ('',)       # names of ways to draw a sample, the first is the usual one
     possible_n = range(2, 4097)
+    smallest_n = 10 ** 9        # in a run that mixes several n (here: none is smaller than n)
     patterns = ()
 
     def __init__(self, n, setup, distribution=''):
@@ -139,8 +140,8 @@ class Task:
 
     def mixed(self):
         """Training may start with smaller samples (`order` in train.py): the n that it uses,
-        ascending."""
-        return [self.n]
+        ascending. They are n, and n/2, or smallest_n if that is larger."""
+        return sorted({max(self.n // 2, min(self.smallest_n, self.n)), self.n})
 
 
 def numbers(n):
@@ -152,6 +153,7 @@ class IsTree(Task):
     """Is the graph a tree? See the top of this file."""
     distributions = ('two_star', 'random')
     possible_n = range(4, 4097)
+    smallest_n = 6              # (there are too few smaller graphs)
     words_of = staticmethod(numbers)
     # Queries, and the regular expressions that answer them. V and W stand for the query's numbers:
     # for the query `5 - 0`, the last pattern becomes
@@ -190,10 +192,6 @@ class IsTree(Task):
 
     def chance(self, n):
         return 1 / 2
-
-    def mixed(self):
-        """Two sizes: n, and n/2, or 6 if that is larger. (There are too few smaller graphs.)"""
-        return sorted({max(self.n // 2, min(6, self.n)), self.n})
 
 
 TASKS = {'istree': IsTree}
@@ -472,7 +470,7 @@ class Primitive(Task):
     possible_n = range(2, 513)
     query_length = 1
     trace_length = 4                # words of the longest look-up
-    smallest_n = 2                  # of a run that mixes several n
+    smallest_n = 2
 
     def how_many_numbers(self, n):
         """So many that values rarely repeat, and that small n have enough prompts."""
@@ -507,6 +505,7 @@ class Primitive(Task):
         return 1 + (self.query_length + 1) * (self.how_many_questions(n) - 1)
 
     def mixed(self):
+        """Powers of 2, and n."""
         doubling = [2 ** i for i in range(1, 10)]
         return [n for n in doubling if self.smallest_n <= n < self.n] + [self.n]
 
@@ -680,6 +679,7 @@ class Turing(Task):
     the length tells nothing, and only the parities of all letters' counts do. A subclass may have
     other letters, or the table of another machine and tapes for it."""
     setups = ('cot', 'retrieval')
+    smallest_n = 7              # (of shorter palindromes there are too few)
     letters = 'abcdefgh'
     table = transitions(PALINDROME, letters)
     patterns = ((r'(\d+)', r'^\[BOS\][^[]*? V ([a-z_])| V ~ ([a-z_])\b'),)
@@ -718,11 +718,6 @@ class Turing(Task):
 
     def chance(self, n):
         return 1 / 2
-
-    def mixed(self):
-        """Half as many letters (but at least 7, of shorter palindromes there are too few), and
-        all."""
-        return sorted({max(self.n // 2, min(7, self.n)), self.n})
 
     def longest(self, n):
         """That of any palindrome: (n+1)(n+2)/2 steps and n records."""
