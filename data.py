@@ -333,8 +333,8 @@ def collate(task, samples):
     for b, (prompt, completion) in enumerate(samples):
         ids = [task.tokens[word.removeprefix('*')] for word in prompt + completion]
         tokens[b, :len(ids)] = ids
-        for t in range(len(prompt), len(ids)):
-            if not completion[t - len(prompt)].startswith('*'):
+        for t, word in enumerate(completion, len(prompt)):
+            if not word.startswith('*'):
                 targets[b, t] = ids[t]
     return tokens, targets
 
@@ -369,9 +369,6 @@ class Batches:
     def __init__(self, task, sizes, batch_size, seed, held_out):
         self.task, self.sizes, self.batch_size = task, sizes, batch_size
         self.seed, self.held_out = seed, held_out
-
-    def __len__(self):
-        return len(self.sizes)
 
     def __getitem__(self, i):
         seed = (self.seed, i)
@@ -753,12 +750,12 @@ def export(task, count, seed, split):
     """Print `count` samples as JSON, one a line, for use elsewhere. `retrieved`: the indices of the
     words of the completion that the model does not write. Raises ValueError if there are not as
     many validation samples, or if the training samples run out."""
-    held_out = set()
     if split == 'validation':
         if count > N_HELD_OUT:
             raise ValueError(f'the validation split has {N_HELD_OUT} samples')
         samples = held_out_samples(task, task.n, count)
     else:
+        held_out = set()
         for tuning in (False, True):
             held_out |= {tuple(p) for p, _ in held_out_samples(task, task.n, N_HELD_OUT, tuning)}
         samples = []
