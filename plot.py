@@ -69,10 +69,7 @@ STYLE = {
 
 def where(records, **wanted):
     """The records with these values."""
-    found = records
-    for name, value in wanted.items():
-        found = [r for r in found if r.get(name) == value]
-    return found
+    return [r for r in records if wanted.items() <= r.items()]
 
 
 def rank(values):
@@ -95,15 +92,11 @@ def groups(records, *names):
 
 def largest_group(records, names):
     """The records with the most common values of these names: in most tasks, then in most runs."""
-    best = []
-    most = (0, 0)
+    by_size = {(0, 0): []}
     for _, same in groups(records, *names):
         tasks = {r['task'] for r in same}
-        size = (len(tasks), len(same))
-        if size > most:
-            best = same
-            most = size
-    return best
+        by_size.setdefault((len(tasks), len(same)), same)       # of equals, the first
+    return by_size[max(by_size)]
 
 
 def comparable(records, figure, *one):
@@ -489,8 +482,8 @@ def largest_n(r, y):
 def turing(found):
     """Who learns to simulate a Turing machine, and how fast: a panel for each length of the
     tape, a line for each run, as in `learning`."""
-    logged = [r for r in where(found['records'], tuning=False) if r.get('log')]
-    sizes = groups(where(logged, task='turing'), 'n')
+    logged = [r for r in where(found['records'], task='turing', tuning=False) if r.get('log')]
+    sizes = groups(logged, 'n')
     if not sizes:
         return
     figure, axes = panels([f'{n} letters' for (n,), _ in sizes], 'exact traces (%)', 3.5)
