@@ -20,7 +20,6 @@ import re
 import sys
 import textwrap
 from collections import Counter
-from itertools import zip_longest
 from pathlib import Path
 
 os.environ['MPLBACKEND'] = 'Agg'        # before the import: draw to files, in a notebook, too
@@ -639,15 +638,6 @@ def tour(words):
     return walked
 
 
-def first_wrong(written, expected):
-    """(index, what was written, what is right) of the first wrong word of a list; if all are right,
-    (the length of the list, '', '')."""
-    for i, (word, right) in enumerate(zip_longest(written, expected, fillvalue='nothing')):
-        if word != right:
-            return i, word, right
-    return len(written), '', ''
-
-
 def rnn_errs(told):
     """Did the RNN make a mistake on a graph, without a retriever? told: see chosen_example."""
     if ('cot', 'mamba') not in told:
@@ -710,13 +700,15 @@ def tell(panel, r, example, t):
 
     words = example['written'].split()[:t]
     expected = example['expected'].split()[:t]
-    at, word, right = first_wrong(words, expected)
-    walked = tour(words[:at])
+    agreed = len(os.path.commonprefix([words, expected]))
+    walked = tour(words[:agreed])
     for u, v in zip(walked, walked[1:]):
         draw_step(panel, place, u, v, color=colour, linewidth=3)
     here = walked[-1] if walked else 'the start'
     lines = textwrap.wrap(' '.join(words), 60)[-3:]
-    if word != right:
+    if words != expected:
+        word = [*words, 'nothing'][agreed]
+        right = [*expected, 'nothing'][agreed]
         draw_step(panel, place, here, word, color=RED, linewidth=2, linestyle='--')
         lines.append(f'At {here} it wrote {word} instead of {right}.')
     panel.text(-2.7, -1.3, '\n'.join(lines), family='monospace', fontsize=6.5, va='top')
