@@ -597,12 +597,11 @@ def readable(path, advice=''):
 
 
 def refuse_another(path, there, here):
-    """Raises UserError if two dicts of constants differ."""
-    names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
-    if names:
-        pairs = [f'{name}={there.get(name)} there, {here.get(name)} here' for name in names]
-        raise UserError(f'{path} belongs to another run ({", ".join(pairs)}): delete it, or choose '
-                        'another --out')
+    """Raises UserError if a constant in the dict `here` differs from that in the dict `there`."""
+    for name, value in here.items():
+        if there.get(name) != value:
+            raise UserError(f'{path} belongs to another run ({name}={there.get(name)} there, '
+                            f'{value} here): delete it, or choose another --out')
 
 
 def write_json(path, value):
@@ -733,7 +732,7 @@ def already_done(run, path):
     if not path.exists():
         return False
     result = read_result(path)
-    refuse_another(path, {f.name: result.get(f.name) for f in fields(run)}, asdict(run))
+    refuse_another(path, result, asdict(run))
     if process_number() == 0:
         print(f'{run.name()} has a result of {result.get("date")} and is skipped. To train again, '
               f'delete {path.parent}')
