@@ -16,9 +16,9 @@ under out/ with checkpoint.pt and result.json. Run the same command again after 
 finished runs are skipped, and the others continue from their checkpoints. Start the command in
 several terminals, and the processes share the runs.
 
-This file contains the constants and the code that trains one model, generates, evaluates, saves and
-loads. Below the line that begins with `# ===` is the code that carries out many runs, looks inside
-a model, shows the demo and reads the command line. To use a trained model in other code:
+This file contains the constants and the code that trains one model, generates, evaluates and saves.
+Below the line that begins with `# ===` is the code that carries out many runs, loads a model and
+looks inside it, shows the demo and reads the command line. To use a trained model in other code:
 
   from train import load
   model, run = load('results/weights/istree-hybrid-cot-tiny-d1-n14-s3.pt')
@@ -439,21 +439,6 @@ def resume(path, run, model, optimizer):
         return checkpoint['step'], checkpoint['seconds'], checkpoint['log']
 
 
-def load(path):
-    """A trained model and its Run, from the folder of a run or from a file such as those in
-    results/weights/. Raises UserError if there is none, or it is damaged or an older version's."""
-    path = Path(path)
-    path = path / 'checkpoint.pt' if path.is_dir() else path
-    if not path.exists():
-        raise UserError(f'{path}: there is no trained model')
-    with readable(path):
-        checkpoint = read_checkpoint(path)
-        run = Run(**checkpoint['run'])
-        model = make_model(run)
-        model.load_state_dict(checkpoint['model'])
-        return model, run
-
-
 # ==================================================================================================
 # This is how one model is trained. Below: many runs and what is printed about them, looking inside
 # a trained model, the demo, the command line.
@@ -844,7 +829,22 @@ def show(expected, written):
     return '\n'.join(lines)
 
 
-# --- what looks inside a trained model ------------------------------------------------------------
+# --- a trained model, and what looks inside it ----------------------------------------------------
+
+def load(path):
+    """A trained model and its Run, from the folder of a run or from a file such as those in
+    results/weights/. Raises UserError if there is none, or it is damaged or an older version's."""
+    path = Path(path)
+    path = path / 'checkpoint.pt' if path.is_dir() else path
+    if not path.exists():
+        raise UserError(f'{path}: there is no trained model')
+    with readable(path):
+        checkpoint = read_checkpoint(path)
+        run = Run(**checkpoint['run'])
+        model = make_model(run)
+        model.load_state_dict(checkpoint['model'])
+        return model, run
+
 
 def errors_by_kind(predicted, samples):
     """The share of wrong words of each of data.KINDS, on IsTree samples, predicted by
@@ -862,8 +862,7 @@ def attention_to_edges(model, task, samples, device):
     IsTree samples. Returns a dict: prompt and trace, the words of the first sample; weights, of
     each word of the trace over all words, mean over heads; share, the mean weight on the edge of
     the prompt that holds the next word, over all samples and next neighbours."""
-    attentions = [module for module in model.modules() if isinstance(module, models.Attention)]
-    layer = attentions[-1]
+    *_, layer = [module for module in model.modules() if isinstance(module, models.Attention)]
     inputs = []
     tokens, _ = data.collate(task, samples)
     with layer.register_forward_pre_hook(lambda layer, arguments: inputs.append(arguments[0])):
