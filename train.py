@@ -398,8 +398,7 @@ def evaluate(model, task, n, samples, batch_size, device):
 def teacher_forced(model, task, samples, device):
     """The completions of samples, each word predicted from the right words before it, so that one
     error does not cause the next; and the loss of each of those words, a tensor."""
-    tokens, targets = data.collate(task, samples)
-    tokens, targets = torch.from_numpy(tokens).to(device), torch.from_numpy(targets).to(device)
+    tokens, targets = [torch.from_numpy(part).to(device) for part in data.collate(task, samples)]
     logits = model(tokens[:, :-1]).float()
     losses = F.cross_entropy(logits.transpose(1, 2), targets[:, 1:], reduction='none')
     completions = []
