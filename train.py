@@ -29,14 +29,12 @@ import io
 import itertools
 import json
 import math
-import multiprocessing
 import operator
 import os
 import random
 import signal
 import sys
 import textwrap
-import threading
 import time
 import zipfile
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -666,27 +664,17 @@ def work(runs, options, device):
 
 
 def work_as_helper(number, threads, runs, options, device):
-    """`work` in a process of its own, which ends when the first process does."""
-    os.environ['RANK'] = str(number)
+    """`work` in a process of its own. number: from 0 on."""
+    os.environ['RANK'] = str(number + 1)
     torch.set_num_threads(threads)
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)        # (the first process says so, and ends)
     work(runs, options, device)
-
-
-def end_with_parent():
-    multiprocessing.parent_process().join()
-    os._exit(1)
 
 
 def run_all(runs, options):
     """Carry out the runs, on a CPU several at once. Runs that have a result are skipped, which is
     said. Returns the results, {name: dict}."""
     device = pick_device(options.device)
-    left = []
-    for run in runs:
-        if not already_done(run, folder(run, options) / 'result.json'):
-            left.append(run)
+    left = [run for run in runs if not already_done(run, folder(run, options) / 'result.json')]
     left.sort(key=expected_work, reverse=True)
     at_once = options.processes or (available_cores() if device.type == 'cpu' else 1)
     if os.environ.get('RANK'):                          # torchrun has started the others
@@ -694,15 +682,11 @@ def run_all(runs, options):
     at_once = max(1, min(at_once, len(left)))
     threads = max(1, torch.get_num_threads() // at_once)
     torch.set_num_threads(threads)
-    start = multiprocessing.get_context('spawn').Process
-    helpers = []
-    for number in range(1, at_once):
-        arguments = number, threads, left, options, device
-        helpers.append(start(target=work_as_helper, args=arguments))
-        helpers[-1].start()
+    arguments = threads, left, options, device          # (helpers end with this process)
+    helpers = torch.multiprocessing.spawn(work_as_helper, arguments, at_once - 1, join=False)
     work(left, options, device)
-    for helper in helpers:
-        helper.join()
+    while not helpers.join():                           # True when all have ended
+        pass
     results = {}
     for run in runs:
         path = folder(run, options) / 'result.json'
