@@ -19,7 +19,7 @@ import os
 import re
 import sys
 import textwrap
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 os.environ['MPLBACKEND'] = 'Agg'        # before the import: draw to files, in a notebook, too
@@ -857,7 +857,7 @@ def load(out):
     finished runs, with `source`, the file or folder that they come from; probes: of trained models
     (`train.py --probe`); unfinished: names of runs; attention: maps, with the constants of their
     runs; hotpot: (name of a model, its answers, see asks_for_a_name); generation: costs."""
-    found = dict(records=[], probes=[], unfinished=[], attention=[], hotpot=[], generation=[])
+    found = defaultdict(list)
     if out.is_file():
         paths = [out]
     else:
