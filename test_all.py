@@ -1898,6 +1898,7 @@ arch=mamba                          unrecognized arguments: arch=mamba
 --lr=-1                             must be from 0
 --lr=1e-3,,                         float
 --lr=nan                            must be from
+--lr=--                             a value is missing
 --n_val=0                           must be from 1
 --warmup=2                          to 1
 --seed=99999999999999999999         must be from

@@ -1102,6 +1102,8 @@ def parse(argv, program='train.py', kind=Options):
     group.add_argument('--probe', nargs='+', metavar='PATH',
                        help='memory transplant and rounding of trained models')
     given = vars(parser.parse_args(argv))
+    if [] in given.values():                                # (argparse makes this of `--lr=--`)
+        refuse('a value is missing')
     texts = {f.name: given.pop(f.name) for f in fields(Run) if f.name in given}
     chosen = {f.name: read_value(f, given.pop(f.name)) for f in fields(kind) if f.name in given}
     return texts, kind(**chosen), given
