@@ -113,6 +113,7 @@ class Task:
     setups = SETUPS
     distributions = ('',)       # names of ways to draw a sample, the first is the usual one
     possible_n = range(2, 4097)
+    smallest_n = 10 ** 9        # in a run that mixes several n (here: none is smaller than n)
     patterns = ()
 
     def __init__(self, n, setup, distribution=''):
@@ -141,8 +142,8 @@ class Task:
 
     def mixed(self):
         """Training may start with smaller samples (`order` in train.py): the n that it uses,
-        ascending."""
-        return [self.n]
+        ascending. They are n, and n/2, or smallest_n if that is larger."""
+        return sorted({max(self.n // 2, min(self.smallest_n, self.n)), self.n})
 
 
 def numbers(n):
@@ -154,6 +155,7 @@ class IsTree(Task):
     """Is the graph a tree? See the top of this file."""
     distributions = ('two_star', 'random')
     possible_n = range(4, 4097)
+    smallest_n = 6              # (there are too few smaller graphs)
     words_of = staticmethod(numbers)
     # Queries, and the regular expressions that answer them. V and W stand for the query's numbers:
     # for the query `5 - 0`, the last pattern becomes
@@ -192,10 +194,6 @@ class IsTree(Task):
 
     def chance(self, n):
         return 1 / 2
-
-    def mixed(self):
-        """Two sizes: n, and n/2, or 6 if that is larger. (There are too few smaller graphs.)"""
-        return sorted({max(self.n // 2, min(6, self.n)), self.n})
 
 
 TASKS = {'istree': IsTree}
@@ -335,8 +333,8 @@ def collate(task, samples):
     for b, (prompt, completion) in enumerate(samples):
         ids = [task.tokens[word.removeprefix('*')] for word in prompt + completion]
         tokens[b, :len(ids)] = ids
-        for t in range(len(prompt), len(ids)):
-            if not completion[t - len(prompt)].startswith('*'):
+        for t, word in enumerate(completion, len(prompt)):
+            if not word.startswith('*'):
                 targets[b, t] = ids[t]
     return tokens, targets
 
@@ -371,9 +369,6 @@ class Batches:
     def __init__(self, task, sizes, batch_size, seed, held_out):
         self.task, self.sizes, self.batch_size = task, sizes, batch_size
         self.seed, self.held_out = seed, held_out
-
-    def __len__(self):
-        return len(self.sizes)
 
     def __getitem__(self, i):
         seed = (self.seed, i)
@@ -472,7 +467,7 @@ class Primitive(Task):
     possible_n = range(2, 513)
     query_length = 1
     trace_length = 4                # words of the longest look-up
-    smallest_n = 2                  # of a run that mixes several n
+    smallest_n = 2
 
     def how_many_numbers(self, n):
         """So many that values rarely repeat, and that small n have enough prompts."""
@@ -507,6 +502,7 @@ class Primitive(Task):
         return 1 + (self.query_length + 1) * (self.how_many_questions(n) - 1)
 
     def mixed(self):
+        """Powers of 2, and n."""
         doubling = [2 ** i for i in range(1, 10)]
         return [n for n in doubling if self.smallest_n <= n < self.n] + [self.n]
 
@@ -680,6 +676,7 @@ class Turing(Task):
     the length tells nothing, and only the parities of all letters' counts do. A subclass may have
     other letters, or the table of another machine and tapes for it."""
     setups = ('cot', 'retrieval')
+    smallest_n = 7              # (of shorter palindromes there are too few)
     letters = 'abcdefgh'
     table = transitions(PALINDROME, letters)
     patterns = ((r'(\d+)', r'^\[BOS\][^[]*? V ([a-z_])| V ~ ([a-z_])\b'),)
@@ -719,11 +716,6 @@ class Turing(Task):
     def chance(self, n):
         return 1 / 2
 
-    def mixed(self):
-        """Half as many letters (but at least 7, of shorter palindromes there are too few), and
-        all."""
-        return sorted({max(self.n // 2, min(7, self.n)), self.n})
-
     def longest(self, n):
         """That of any palindrome: (n+1)(n+2)/2 steps and n records."""
         return len(self.write(self.letters[0] * n)[1])
@@ -758,12 +750,12 @@ def export(task, count, seed, split):
     """Print `count` samples as JSON, one a line, for use elsewhere. `retrieved`: the indices of the
     words of the completion that the model does not write. Raises ValueError if there are not as
     many validation samples, or if the training samples run out."""
-    held_out = set()
     if split == 'validation':
         if count > N_HELD_OUT:
             raise ValueError(f'the validation split has {N_HELD_OUT} samples')
         samples = held_out_samples(task, task.n, count)
     else:
+        held_out = set()
         for tuning in (False, True):
             held_out |= {tuple(p) for p, _ in held_out_samples(task, task.n, N_HELD_OUT, tuning)}
         samples = []

@@ -717,8 +717,9 @@ def padded(words, n):
 
 
 data.TASKS['hotpot'] = SmallWorld
-# The columns are those of train.py's table. Learning rates come from a sweep.
+# Learning rates come from a sweep.
 train.RECIPES |= train.read_recipes('''
+task   setup     arch        n d_state samples batch_size lr warmup evaluations order join
 hotpot retrieval transformer 10 16 160_000 16 2e-3 0.25 4 alone 0
 hotpot retrieval mamba       10 16 160_000 16 4e-3 0.25 4 alone 0
 hotpot retrieval hybrid      10 16 160_000 16 4e-3 0.25 4 alone 0

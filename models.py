@@ -51,13 +51,12 @@ class Config:
     n_heads: int = 0                # attention and DeltaNet
     d_state: int = 16               # Mamba, DeltaNet, GRU
     d_conv: int = 4                 # Mamba, DeltaNet: tokens that the short convolution mixes
-    expand: int = 2                 # Mamba
     norm_eps: float = 1e-5
     frozen_embedding: bool = True   # sinusoids (the paper) or learned
 
     @property
     def d_inner(self):
-        return self.expand * self.d_model
+        return 2 * self.d_model
 
     @property
     def dt_rank(self):
@@ -147,8 +146,7 @@ def short_convolution(layer, x, window):
     (B, d_conv - 1, d): the inputs before x. Returns the output (B, L, d) and the next window."""
     y = causal_conv1d(x, layer.conv_weight, layer.conv_bias, window)
     kept = window.shape[1]
-    last = torch.cat((window, x[:, -kept:]), 1)
-    return y, last[:, last.shape[1] - kept:]
+    return y, torch.cat((window, x[:, -kept:]), 1)[:, -kept:]
 
 
 def init_convolution(layer):
@@ -367,7 +365,7 @@ def append(cache, new):
 
 # --- D: the DeltaNet layer ------------------------------------------------------------------------
 
-def delta_rule_reference(q, k, v, beta, S):
+def delta_rule(q, k, v, beta, S, T=64):
     """The delta rule (Schlag et al. 2021, arXiv 2102.11174, section 4.2). The memory of a head is a
     matrix S of values v that are stored under keys k. At every token (q, k, v: rows),
 
@@ -377,22 +375,15 @@ def delta_rule_reference(q, k, v, beta, S):
     where linear attention would add v to it. Keys have length 1: what is stored under orthogonal
     keys stays untouched.
 
-    q, k, v (B, heads, L, d_state), beta (B, heads, L, 1), S (B, heads, d_state, d_state). Returns
-    all y, like v, and the last S."""
-    ys = []
-    for q, k, v, beta in zip(q.split(1, 2), k.split(1, 2), v.split(1, 2), beta.split(1, 2)):
-        S = S + k.mT @ (beta * (v - k @ S))
-        ys.append(q @ S)                                            # (B, heads, 1, d_state)
-    return torch.cat(ys, 2), S
-
-
-def delta_rule(q, k, v, beta, S, T=64):
-    """The same, T tokens at a time (Yang et al. 2024, arXiv 2406.06484). If S is the memory before
-    them, token t adds k_t^T u_t to it, with
+    This is done for T tokens at a time (Yang et al. 2024, arXiv 2406.06484). If S is the memory
+    before them, token t adds k_t^T u_t to it, with
 
         u_t = beta_t (v_t - k_t S - sum over i < t of (k_t . k_i) u_i)
 
-    These are triangular equations for the rows of U (T, d_state), which are solved at once."""
+    These are triangular equations for the rows of U (T, d_state), which are solved at once.
+
+    q, k, v (B, heads, L, d_state), beta (B, heads, L, 1), S (B, heads, d_state, d_state). Returns
+    all y, like v, and the last S."""
     ys = []
     for q, k, v, beta in zip(q.split(T, 2), k.split(T, 2), v.split(T, 2), beta.split(T, 2)):
         system = torch.eye(k.shape[2], device=k.device) + (beta * (k @ k.mT)).tril(-1)
@@ -407,8 +398,6 @@ class DeltaNetLayer(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        if c.d_state < 1:
-            raise ValueError(f'd_state={c.d_state}: a DeltaNet layer takes 1 or more')
         self.config = c
         width = c.n_heads * c.d_state
         self.norm = nn.RMSNorm(c.d_model, c.norm_eps)

@@ -19,8 +19,7 @@ import os
 import re
 import sys
 import textwrap
-from collections import Counter
-from itertools import zip_longest
+from collections import Counter, defaultdict
 from pathlib import Path
 
 os.environ['MPLBACKEND'] = 'Agg'        # before the import: draw to files, in a notebook, too
@@ -69,10 +68,7 @@ STYLE = {
 
 def where(records, **wanted):
     """The records with these values."""
-    found = records
-    for name, value in wanted.items():
-        found = [r for r in found if r.get(name) == value]
-    return found
+    return [r for r in records if wanted.items() <= r.items()]
 
 
 def rank(values):
@@ -95,15 +91,11 @@ def groups(records, *names):
 
 def largest_group(records, names):
     """The records with the most common values of these names: in most tasks, then in most runs."""
-    best = []
-    most = (0, 0)
+    by_size = {(0, 0): []}
     for _, same in groups(records, *names):
         tasks = {r['task'] for r in same}
-        size = (len(tasks), len(same))
-        if size > most:
-            best = same
-            most = size
-    return best
+        by_size.setdefault((len(tasks), len(same)), same)       # of equals, the first
+    return by_size[max(by_size)]
 
 
 def comparable(records, figure, *one):
@@ -490,8 +482,8 @@ def largest_n(r, y):
 def turing(found):
     """Who learns to simulate a Turing machine, and how fast: a panel for each length of the
     tape, a line for each run, as in `learning`."""
-    logged = [r for r in where(found['records'], tuning=False) if r.get('log')]
-    sizes = groups(where(logged, task='turing'), 'n')
+    logged = [r for r in where(found['records'], task='turing', tuning=False) if r.get('log')]
+    sizes = groups(logged, 'n')
     if not sizes:
         return
     figure, axes = panels([f'{n} letters' for (n,), _ in sizes], 'exact traces (%)', 3.5)
@@ -647,15 +639,6 @@ def tour(words):
     return walked
 
 
-def first_wrong(written, expected):
-    """(index, what was written, what is right) of the first wrong word of a list; if all are right,
-    (the length of the list, '', '')."""
-    for i, (word, right) in enumerate(zip_longest(written, expected, fillvalue='nothing')):
-        if word != right:
-            return i, word, right
-    return len(written), '', ''
-
-
 def rnn_errs(told):
     """Did the RNN make a mistake on a graph, without a retriever? told: see chosen_example."""
     if ('cot', 'mamba') not in told:
@@ -718,13 +701,15 @@ def tell(panel, r, example, t):
 
     words = example['written'].split()[:t]
     expected = example['expected'].split()[:t]
-    at, word, right = first_wrong(words, expected)
-    walked = tour(words[:at])
+    agreed = len(os.path.commonprefix([words, expected]))
+    walked = tour(words[:agreed])
     for u, v in zip(walked, walked[1:]):
         draw_step(panel, place, u, v, color=colour, linewidth=3)
     here = walked[-1] if walked else 'the start'
     lines = textwrap.wrap(' '.join(words), 60)[-3:]
-    if word != right:
+    if words != expected:
+        word = [*words, 'nothing'][agreed]
+        right = [*expected, 'nothing'][agreed]
         draw_step(panel, place, here, word, color=RED, linewidth=2, linestyle='--')
         lines.append(f'At {here} it wrote {word} instead of {right}.')
     panel.text(-2.7, -1.3, '\n'.join(lines), family='monospace', fontsize=6.5, va='top')
@@ -873,7 +858,7 @@ def load(out):
     finished runs, with `source`, the file or folder that they come from; probes: of trained models
     (`train.py --probe`); unfinished: names of runs; attention: maps, with the constants of their
     runs; hotpot: (name of a model, its answers, see asks_for_a_name); generation: costs."""
-    found = dict(records=[], probes=[], unfinished=[], attention=[], hotpot=[], generation=[])
+    found = defaultdict(list)
     if out.is_file():
         paths = [out]
     else:

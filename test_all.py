@@ -655,7 +655,7 @@ class Chase(data.Task):
 def test_a_task_of_ones_own_is_a_class_an_entry_and_a_row_of_the_table(monkeypatch, tmp_path):
     monkeypatch.setitem(data.TASKS, 'chase', Chase)
     row = 'chase retrieval mamba 8 1 1600 16 16e-3 0.25 1 alone 0'
-    monkeypatch.setattr(train, 'RECIPES', train.read_recipes(row))
+    monkeypatch.setattr(train, 'RECIPES', train.read_recipes(train.TABLE + row))
     train.main(['--task=chase', '--arch=mamba', '--seed=0', '--n_val=50', '--device=cpu',
                 '--processes=1', f'--out={tmp_path}'])
     [path] = tmp_path.glob('chase-*/result.json')
@@ -1564,18 +1564,6 @@ def test_the_memory_of_recurrent_layers_is_fixed_and_that_of_attention_grows(
         assert memory == fixed
 
 
-@pytest.mark.parametrize('L', [1, 64, 150])
-def test_the_delta_rule_in_chunks_is_the_loop_over_tokens(L):
-    torch.manual_seed(0)
-    q, k, v = torch.randn(3, 2, 4, L, 8).double()
-    k = F.normalize(k, dim=-1)
-    beta = torch.rand(2, 4, L, 1).double()
-    S = torch.randn(2, 4, 8, 8).double()
-    expected = models.delta_rule_reference(q, k, v, beta, S)
-    found = models.delta_rule(q, k, v, beta, S)
-    torch.testing.assert_close(found, expected)
-
-
 def normalised(x, weight):
     """An RMSNorm (Zhang & Sennrich 2019, arXiv 1910.07467, equation 4)."""
     squares = x.square().mean(-1, keepdim=True)
@@ -1646,8 +1634,7 @@ def test_sizes_have_about_the_parameters_of_their_name(arch, size, about):
 
 @pytest.mark.parametrize('layers, d_state, message', [
     ('MAX', 16, "unknown layer 'X': choose from M, A, D, G"),
-    ('M', 65, 'd_state=65'),
-    ('D', 0, 'd_state=0')])
+    ('M', 65, 'd_state=65')])
 def test_a_layer_or_d_state_that_cannot_be_is_refused_by_name(layers, d_state, message):
     with pytest.raises(ValueError, match=message):
         models.make_model('mamba', 'tiny', 30, d_state, layers=layers)
@@ -1819,8 +1806,8 @@ def test_a_run_reports_what_was_promised(finished):
     result = result_in(finished)
     assert result.items() >= dataclasses.asdict(SMALL_RUN).items()
     promised = ('accuracy accuracy_se exact well_formed_queries errors by_length attention_on_edge '
-                'chance loss samples_trained memory params seconds samples_per_second device '
-                'threads torch log examples date')
+                'chance loss samples_trained memory params seconds device threads torch log '
+                'examples date')
     assert result.keys() >= set(promised.split())
     assert [line['samples'] for line in result['log']] == [160, 320, 480]
     samples = data.held_out_samples(data.IsTree(5, 'cot'), 5, 3)
@@ -1907,7 +1894,7 @@ arch=mamba                          unrecognized arguments: arch=mamba
 --samples=inf                       expected int
 --n=abc                             expected int
 --lr=x                              expected float
---tuning=maybe                      True or False
+--tuning=maybe                      True, False
 --lr=-1                             must be from 0
 --lr=1e-3,,                         float
 --lr=nan                            must be from
@@ -1929,8 +1916,6 @@ arch=mamba                          unrecognized arguments: arch=mamba
 --task=index                        no recipe for --task=index --setup=cot
 --device=cuda                       no such device
 --out=test_all.py                   test_all.py
---archs=mamba                       --archs is now --arch
---n_nodes=5                         --n_nodes is now --n
 --probe nowhere                     nowhere: there is no trained model
 --demo=1-2                          13 different
 '''
@@ -2281,7 +2266,6 @@ def test_the_communication_game_asks_for_every_value_and_counts_the_right_ones()
     keys = np.array([prompt[1:9:2] for prompt, _ in samples], dtype=int)
     known = keys % 10 > 0
     assert whole['accuracy'] == pytest.approx(known.mean())
-    assert whole['all_right'] == pytest.approx(known.all(1).mean())
     assert rounded['bits'] == 120
     assert rounded['accuracy'] == pytest.approx(known.mean(), abs=0.02)     # few are out of range
 
@@ -2293,10 +2277,7 @@ def test_rounding_to_one_bit_loses_the_traces_and_to_eight_keeps_them():
     trees = [sample for sample in samples if sample[1][-1] == '[TRUE]']
     model = by_heart(task, trees)
     found = train.rounding(model, train.Run(n=8), task, samples, CPU, (1, 8))
-    assert found == {
-        1: dict(exact=0, exact_trees=0),
-        8: dict(exact=pytest.approx(len(trees) / 30), exact_trees=1),
-    }
+    assert found == {1: dict(exact_trees=0), 8: dict(exact_trees=1)}
 
 
 def test_a_run_of_recall_reports_its_loss_over_all_lengths_and_the_game(tmp_path):

@@ -16,25 +16,25 @@ under out/ with checkpoint.pt and result.json. Run the same command again after 
 finished runs are skipped, and the others continue from their checkpoints. Start the command in
 several terminals, and the processes share the runs.
 
-This file contains the constants and the code that trains one model, generates, evaluates, saves and
-loads. Below the line that begins with `# ===` is the code that carries out many runs, looks inside
-a model, shows the demo and reads the command line. To use a trained model in other code:
+This file contains the constants and the code that trains one model, generates, evaluates and saves.
+Below the line that begins with `# ===` is the code that carries out many runs, loads a model and
+looks inside it, shows the demo and reads the command line. To use a trained model in other code:
 
   from train import load
   model, run = load('results/weights/istree-hybrid-cot-tiny-d1-n14-s3.pt')
 """
 import argparse
 import contextlib
+import io
 import itertools
 import json
 import math
-import multiprocessing
+import operator
 import os
 import random
 import signal
 import sys
 import textwrap
-import threading
 import time
 import zipfile
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -76,20 +76,17 @@ istree retrieval hybrid      14 1       24_000  8          8e-3  0.05   8       
 '''
 
 
-HEADER, ROWS = TABLE.strip().split('\n', 1)
-COLUMNS = HEADER.split()[3:]
-
-
-def read_recipes(rows):
-    """Rows like those of TABLE as {(task, setup, arch): {field of a Run: its value as text}}."""
+def read_recipes(table):
+    """A table like TABLE as {(task, setup, arch): {field of a Run: its value as text}}."""
+    header, *rows = table.strip().splitlines()
     recipes = {}
-    for row in rows.strip().splitlines():
+    for row in rows:
         task, setup, arch, *values = row.split()
-        recipes[task, setup, arch] = dict(zip(COLUMNS, values))
+        recipes[task, setup, arch] = dict(zip(header.split()[3:], values))
     return recipes
 
 
-RECIPES = read_recipes(ROWS)
+RECIPES = read_recipes(TABLE)
 
 
 def constant(default, meaning, low=0, high=10 ** 9, choices=None):
@@ -113,7 +110,8 @@ class Run:
                           choices=data.SETUPS)
     arch: str = constant('transformer', 'the architecture', choices=models.SIZES['tiny'])
     size: str = constant('tiny', 'of the model', choices=models.SIZES)
-    layers: str = constant('', 'in place of the architecture\'s own, bottom to top, such as AMM')
+    layers: str = constant('', 'in place of those of the architecture, from bottom to top, such as '
+                           'AMM; its dimensions and its recipe stay')
     n: int = constant(None, 'size of the task: nodes of the graph, length of the sequence', low=1)
     d_state: int = constant(None, 'memory of recurrent layers, see models.py (paper: 16)', low=1)
     seed: int = constant(3, 'of the initial weights and the training samples')
@@ -138,26 +136,26 @@ class Run:
                              'none)', high=1)
 
     def __post_init__(self):
-        recipe = RECIPES.get((self.task, self.setup, self.arch), {})
         for f in fields(self):
             if getattr(self, f.name) is None:
-                if f.name not in recipe:
+                setattr(self, f.name, self.usual(f))
+                if self.usual(f) is None:
                     which = f'--task={self.task} --setup={self.setup} --arch={self.arch}'
                     raise ValueError(f'no recipe for {which}: give --{f.name} and the others, too')
-                setattr(self, f.name, f.type(recipe[f.name]))
+
+    def usual(self, f):
+        """The recipe's value of a field, or else its default."""
+        recipe = RECIPES.get((self.task, self.setup, self.arch), {})
+        return f.type(recipe[f.name]) if f.name in recipe else f.default
 
     def name(self):
         """The name of the run's folder: what it is, and each value that is neither the recipe's nor
         the default, so that two different runs never share a folder."""
         arch = f'{self.arch}-{self.layers}' if self.layers else self.arch
         name = f'{self.task}-{arch}-{self.setup}-{self.size}-d{self.d_state}-n{self.n}-s{self.seed}'
-        recipe = RECIPES.get((self.task, self.setup, self.arch), {})
         for f in fields(self):
-            if f.name in IN_NAME:
-                continue
             value = getattr(self, f.name)
-            usual = f.type(recipe[f.name]) if f.name in recipe else f.default
-            if value != usual:
+            if f.name not in IN_NAME and value != self.usual(f):
                 name += f'-{f.name}{value}'
         return name
 
@@ -232,7 +230,8 @@ def sizes_of_batches(run, task, steps):
 
 def is_solved(run, log):
     """Were the last two evaluations good enough to stop?"""
-    return run.solved > 0 and len(log) > 1 and min(log[-1]['exact'], log[-2]['exact']) >= run.solved
+    exact = [line['exact'] for line in log[-2:]]
+    return len(exact) == 2 and min(exact) >= run.solved > 0
 
 
 def train(run, path, options, device):
@@ -264,7 +263,8 @@ def train(run, path, options, device):
                         num_workers=options.workers, pin_memory=device.type == 'cuda')
     progress = tqdm(loader, run.name(), steps, initial=step, unit='step', leave=False,
                     dynamic_ncols=True, position=process_number())
-    started = saved = time.monotonic()
+    saved = time.monotonic()
+    started = saved - seconds           # as if it had not been interrupted
     for tokens, targets in progress:
         if is_solved(run, log):
             break
@@ -292,21 +292,20 @@ def train(run, path, options, device):
                                 f'try a learning rate below {run.lr}')
             progress.set_postfix_str(f'loss {loss.item():.3f}')
         if evaluating:
-            worst = None                                    # of the n that are mixed
+            by_n = []                                       # of the n that are mixed
             for n, samples in watched.items():
                 measured, _ = evaluate(model, task, n, samples[:200], options.eval_batch, device)
-                if worst is None or measured['exact'] < worst['exact']:
-                    worst = measured
+                by_n.append(measured)
+            worst = min(by_n, key=operator.itemgetter('exact'))
             log.append(dict(samples=step * run.batch_size, loss=loss.item(),
-                            seconds=seconds + time.monotonic() - started,
+                            seconds=time.monotonic() - started,
                             accuracy=worst['accuracy'], exact=worst['exact']))
             tqdm.write('{:42} {samples:>9,} samples   loss {loss:7.4f}   exact {exact:6.1%}   '
                        'accuracy {accuracy:6.1%}'.format(run.name(), **log[-1]))
         if saving or evaluating:
-            save(path / 'checkpoint.pt', run, model, optimizer, step,
-                 seconds + time.monotonic() - started, log)
             saved = time.monotonic()
-    return model, step * run.batch_size, seconds + time.monotonic() - started, log
+            save(path / 'checkpoint.pt', run, model, optimizer, step, saved - started, log)
+    return model, step * run.batch_size, time.monotonic() - started, log
 
 
 # --- generation with the live retriever -----------------------------------------------------------
@@ -330,22 +329,21 @@ def generate(model, task, n, prompts, device, state=None):
     completions = [[] for _ in prompts]
     pending = [[] for _ in prompts]         # words that the retriever still has to write
     done = [False for _ in prompts]
-    batch = list(range(len(prompts)))       # the samples that the model reads
     queries = well_formed = 0
     logits, own_state = model.prefill(as_tokens(task, prompts, device))         # (B, vocab_size)
     if state is None:
         state = own_state
     for _ in range(task.longest(n)):
-        tokens = logits.argmax(-1).tolist()                 # a word for each row of the batch
-        for k, b in enumerate(batch):                       # k: row of the batch, b: sample
+        tokens = logits.argmax(-1).tolist()                 # a word for each sample
+        for b in range(len(prompts)):
             if done[b]:
                 continue
             if pending[b]:
                 word = pending[b].pop(0)                    # overrules the model's own choice
-                tokens[k] = task.tokens[word]
+                tokens[b] = task.tokens[word]
                 completions[b].append('*' + word)
             else:
-                word = task.words[tokens[k]]
+                word = task.words[tokens[b]]
                 if completions[b][-1:] == [task.words[data.EOS]]:       # so this is the answer
                     done[b] = True
                 completions[b].append(word)
@@ -356,8 +354,6 @@ def generate(model, task, n, prompts, device, state=None):
                 well_formed += is_well_formed
         if all(done):
             break
-        # (only for speed, below the line)
-        batch, tokens, state = leave_out_done(done, batch, tokens, state)
         logits, state = model.step(torch.tensor(tokens, device=device), state)
     return completions, queries, well_formed
 
@@ -372,8 +368,7 @@ def evaluate(model, task, n, samples, batch_size, device):
     Returns a dict for the log and result.json, and the completions that the model wrote."""
     written, queries, well_formed = [], 0, 0
     model.eval()
-    starts = range(0, len(samples), batch_size)
-    for i in tqdm(starts, 'evaluating', leave=False, disable=len(starts) == 1):
+    for i in tqdm(range(0, len(samples), batch_size), 'evaluating', leave=False):
         batch = samples[i:i + batch_size]
         if task.setup == 'direct':
             completions, _ = teacher_forced(model, task, batch, device)
@@ -402,8 +397,7 @@ def evaluate(model, task, n, samples, batch_size, device):
 def teacher_forced(model, task, samples, device):
     """The completions of samples, each word predicted from the right words before it, so that one
     error does not cause the next; and the loss of each of those words, a tensor."""
-    tokens, targets = data.collate(task, samples)
-    tokens, targets = torch.from_numpy(tokens).to(device), torch.from_numpy(targets).to(device)
+    tokens, targets = [torch.from_numpy(part).to(device) for part in data.collate(task, samples)]
     logits = model(tokens[:, :-1]).float()
     losses = F.cross_entropy(logits.transpose(1, 2), targets[:, 1:], reduction='none')
     completions = []
@@ -418,12 +412,13 @@ def teacher_forced(model, task, samples, device):
 # --- files ----------------------------------------------------------------------------------------
 
 def save(path, run, model, optimizer, step, seconds, log):
-    """Write a checkpoint, from which `resume` continues bit for bit. A kill at any moment leaves
-    the old file or the new one, whole (`write`)."""
+    """Write a checkpoint, from which `resume` continues bit for bit."""
     checkpoint = dict(run=asdict(run), optimizer_name=type(optimizer).__name__, step=step,
                       seconds=seconds, log=log, model=model.state_dict(),
                       optimizer=optimizer.state_dict())
-    write(path, lambda file: torch.save(checkpoint, file))
+    file = io.BytesIO()
+    torch.save(checkpoint, file)
+    write(path, file.getvalue())
 
 
 def resume(path, run, model, optimizer):
@@ -442,21 +437,6 @@ def resume(path, run, model, optimizer):
         return checkpoint['step'], checkpoint['seconds'], checkpoint['log']
 
 
-def load(path):
-    """A trained model and its Run, from the folder of a run or from a file such as those in
-    results/weights/. Raises UserError if there is none, or it is damaged or an older version's."""
-    path = Path(path)
-    path = path / 'checkpoint.pt' if path.is_dir() else path
-    if not path.exists():
-        raise UserError(f'{path}: there is no trained model')
-    with readable(path):
-        checkpoint = read_checkpoint(path)
-        run = Run(**checkpoint['run'])
-        model = make_model(run)
-        model.load_state_dict(checkpoint['model'])
-        return model, run
-
-
 # ==================================================================================================
 # This is how one model is trained. Below: many runs and what is printed about them, looking inside
 # a trained model, the demo, the command line.
@@ -464,8 +444,9 @@ def load(path):
 # DeltaNet and the GRU are architectures of their own (models.py); the GRU was not swept on IsTree.
 # The primitives were swept without a retriever; with one, a single learning rate serves all four.
 # Their order decides whether the Transformer learns them. The Turing machine was swept with a tape
-# of 12 letters. The columns are those of the first table.
+# of 12 letters.
 RECIPES |= read_recipes('''
+task     setup     arch        n d_state samples batch_size lr warmup evaluations order    join
 istree   direct    deltanet    14  16  10_000   32   1e-3   0.05  8   alone       0
 istree   cot       deltanet    14  16  200_000  16   8e-3   0.25  8   alone       0
 istree   retrieval deltanet    14  16  24_000   8    16e-3  0.25  8   small-first 0.5
@@ -538,16 +519,6 @@ def favour_largest(share, mix, start, steps):
     return sizes
 
 
-def leave_out_done(done, batch, tokens, state):
-    """Of what `generate` carries along, only the rows of samples that are not done, if they are
-    less than 80%."""
-    going = [k for k, b in enumerate(batch) if not done[b]]
-    if len(going) >= 0.8 * len(batch):
-        return batch, tokens, state
-    rest = [{name: t[going] for name, t in carried.items()} for carried in state]
-    return [batch[k] for k in going], [tokens[k] for k in going], rest
-
-
 # --- many runs ------------------------------------------------------------------------------------
 
 def process_number():
@@ -570,19 +541,16 @@ def folder(run, options):
     return Path(options.out).expanduser() / run.name()
 
 
-def write(path, fill):
-    """Write a file: fill(file) writes into it. Raises UserError if the disk is full."""
-    temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
+def write(path, contents):
+    """Write bytes into a file of a run. A kill at any moment leaves the old file or the new one,
+    whole. Raises UserError if the disk is full."""
+    temporary = path.with_name(f'{path.name}.tmp')
     try:
-        with open(temporary, 'wb') as file:
-            fill(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:            # torch.save makes an OSError a RuntimeError
+        temporary.write_bytes(contents)
+        temporary.replace(path)
+    except OSError as error:
         temporary.unlink(missing_ok=True)
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f'{path} cannot be written ({reason}): the previous file stays; when there '
+        raise UserError(f'{path} cannot be written ({error}): the previous file stays; when there '
                         'is room, run the same command again to continue')
 
 
@@ -612,17 +580,16 @@ def readable(path, advice=''):
 
 
 def refuse_another(path, there, here):
-    """Raises UserError if two dicts of constants differ."""
-    names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
-    if names:
-        pairs = [f'{name}={there.get(name)} there, {here.get(name)} here' for name in names]
-        raise UserError(f'{path} belongs to another run ({", ".join(pairs)}): delete it, or choose '
-                        'another --out')
+    """Raises UserError if a constant in the dict `here` differs from that in the dict `there`."""
+    for name, value in here.items():
+        if there.get(name) != value:
+            raise UserError(f'{path} belongs to another run ({name}={there.get(name)} there, '
+                            f'{value} here): delete it, or choose another --out')
 
 
 def write_json(path, value):
     text = json.dumps(value, indent=1) + '\n'
-    write(path, lambda file: file.write(text.encode()))
+    write(path, text.encode())
 
 
 def read_result(path):
@@ -638,8 +605,6 @@ def read_result(path):
 
 def run_one(run, path, options, device):
     """Train and evaluate, write result.json. Raises UserError."""
-    for left_by_a_kill in path.glob('*.tmp'):
-        left_by_a_kill.unlink()
     task = make_task(run)
     model, samples_trained, seconds, log = train(run, path, options, device)
     by_length, losses, more = [], [], {}
@@ -655,8 +620,8 @@ def run_one(run, path, options, device):
             losses_of_n.append(loss)
         losses.append(torch.cat(losses_of_n).mean().item())
         if run.task == 'recall' and run.setup == 'direct' and 'cache' not in model.memory(1):
-            more.setdefault('messages', [])
-            more['messages'] += messages(model, run, task, n, samples, device)
+            played = messages(model, run, task, n, samples, device)
+            more['messages'] = more.get('messages', []) + played
     # what follows is about the last, largest n
     if run.task == 'istree':
         more['errors'] = errors_by_kind(predicted, samples)
@@ -668,7 +633,6 @@ def run_one(run, path, options, device):
     for (prompt, completion), words in zip(samples[:3], written):
         examples.append(dict(prompt=' '.join(prompt), expected=' '.join(completion),
                              written=' '.join(words)))
-    on_gpu = device.type == 'cuda'
     result = asdict(run) | by_length[-1] | more | dict(
         by_length=by_length,
         loss=float(np.mean(losses)),
@@ -676,9 +640,8 @@ def run_one(run, path, options, device):
         memory=model.memory(len(samples[0][0])),
         params=model.n_params(),
         seconds=seconds,
-        samples_per_second=samples_trained / max(seconds, 1e-9),
         threads=torch.get_num_threads(),
-        device=torch.cuda.get_device_name(device) if on_gpu else device.type,
+        device=torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type,
         torch=torch.__version__,
         date=time.strftime('%Y-%m-%d'),
         log=log,
@@ -702,27 +665,17 @@ def work(runs, options, device):
 
 
 def work_as_helper(number, threads, runs, options, device):
-    """`work` in a process of its own, which ends when the first process does."""
-    os.environ['RANK'] = str(number)
+    """`work` in a process of its own. number: from 0 on."""
+    os.environ['RANK'] = str(number + 1)
     torch.set_num_threads(threads)
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)        # (the first process says so, and ends)
     work(runs, options, device)
-
-
-def end_with_parent():
-    multiprocessing.parent_process().join()
-    os._exit(1)
 
 
 def run_all(runs, options):
     """Carry out the runs, on a CPU several at once. Runs that have a result are skipped, which is
     said. Returns the results, {name: dict}."""
     device = pick_device(options.device)
-    left = []
-    for run in runs:
-        if not already_done(run, folder(run, options) / 'result.json'):
-            left.append(run)
+    left = [run for run in runs if not already_done(run, folder(run, options) / 'result.json')]
     left.sort(key=expected_work, reverse=True)
     at_once = options.processes or (available_cores() if device.type == 'cpu' else 1)
     if os.environ.get('RANK'):                          # torchrun has started the others
@@ -730,15 +683,11 @@ def run_all(runs, options):
     at_once = max(1, min(at_once, len(left)))
     threads = max(1, torch.get_num_threads() // at_once)
     torch.set_num_threads(threads)
-    start = multiprocessing.get_context('spawn').Process
-    helpers = []
-    for number in range(1, at_once):
-        arguments = number, threads, left, options, device
-        helpers.append(start(target=work_as_helper, args=arguments))
-        helpers[-1].start()
+    arguments = threads, left, options, device          # (helpers end with this process)
+    helpers = torch.multiprocessing.spawn(work_as_helper, arguments, at_once - 1, join=False)
     work(left, options, device)
-    for helper in helpers:
-        helper.join()
+    while not helpers.join():                           # True when all have ended
+        pass
     results = {}
     for run in runs:
         path = folder(run, options) / 'result.json'
@@ -752,7 +701,7 @@ def already_done(run, path):
     if not path.exists():
         return False
     result = read_result(path)
-    refuse_another(path, {f.name: result.get(f.name) for f in fields(run)}, asdict(run))
+    refuse_another(path, result, asdict(run))
     if process_number() == 0:
         print(f'{run.name()} has a result of {result.get("date")} and is skipped. To train again, '
               f'delete {path.parent}')
@@ -827,12 +776,16 @@ def rank(result):
 
 ROW = ('{name:{width}} {params:>9,} {memory:>7,} {samples_trained:>9,} {minutes:>7.1f} '
        '{exact:>7.1%} {accuracy:>8.1%} ± {accuracy_se:>6.1%} {chance:>7.1%}')
+FOOT = '''
+
+memory: floats carried from token to token at the end of the prompt
+exact: every word right; accuracy: of the answer; chance: of the best guess without look-up'''
 
 
 def table(results):
     """A line per result, {name: dict}: what was learned, by how large a model, with how much
     memory."""
-    width = max([len(name) for name in results] + [3])
+    width = max(map(len, results), default=3)
     head = f'{"run":{width}}    params  memory   samples minutes   exact          accuracy  chance'
     lines = [head, '-' * len(head)]
     for name, result in results.items():
@@ -840,11 +793,7 @@ def table(results):
         minutes = result['seconds'] / 60
         row = result | dict(name=name, width=width, memory=memory, minutes=minutes)
         lines.append(ROW.format(**row))
-    lines.append('')
-    lines.append('memory: floats carried from token to token at the end of the prompt')
-    lines.append('exact: every word right; accuracy: of the answer; '
-                 'chance: of the best guess without look-up')
-    return '\n'.join(lines)
+    return '\n'.join(lines) + FOOT
 
 
 LAYOUT = dict(width=100, max_lines=3, placeholder=' ...', subsequent_indent=' ' * 10,
@@ -864,7 +813,22 @@ def show(expected, written):
     return '\n'.join(lines)
 
 
-# --- what looks inside a trained model ------------------------------------------------------------
+# --- a trained model, and what looks inside it ----------------------------------------------------
+
+def load(path):
+    """A trained model and its Run, from the folder of a run or from a file such as those in
+    results/weights/. Raises UserError if there is none, or it is damaged or an older version's."""
+    path = Path(path)
+    path = path / 'checkpoint.pt' if path.is_dir() else path
+    if not path.exists():
+        raise UserError(f'{path}: there is no trained model')
+    with readable(path):
+        checkpoint = read_checkpoint(path)
+        run = Run(**checkpoint['run'])
+        model = make_model(run)
+        model.load_state_dict(checkpoint['model'])
+        return model, run
+
 
 def errors_by_kind(predicted, samples):
     """The share of wrong words of each of data.KINDS, on IsTree samples, predicted by
@@ -882,8 +846,7 @@ def attention_to_edges(model, task, samples, device):
     IsTree samples. Returns a dict: prompt and trace, the words of the first sample; weights, of
     each word of the trace over all words, mean over heads; share, the mean weight on the edge of
     the prompt that holds the next word, over all samples and next neighbours."""
-    attentions = [module for module in model.modules() if isinstance(module, models.Attention)]
-    layer = attentions[-1]
+    *_, layer = [module for module in model.modules() if isinstance(module, models.Attention)]
     inputs = []
     tokens, _ = data.collate(task, samples)
     with layer.register_forward_pre_hook(lambda layer, arguments: inputs.append(arguments[0])):
@@ -914,8 +877,8 @@ def messages(model, run, task, n, samples, device, bits_per_float=(1, 2, 3, 4, 6
     memory, each of its floats as one of 2^k numbers. The other goes on from what arrives and is
     asked for the value of each of the n keys, every one as the first question.
 
-    Returns a list of dicts: n, bits_per_float k, the bits of the message, accuracy over all
-    questions, and all_right, the share of sequences of which every value was right."""
+    Returns a list of dicts: n, bits_per_float k, the bits of the message, and accuracy over all
+    questions."""
     prompts = [prompt[:2 * n + 2] for prompt, _ in samples[:200]]
     _, state = model.prefill(as_tokens(task, prompts, device))
     keys = as_tokens(task, [prompt[1:-1:2] for prompt in prompts], device)      # (B, n)
@@ -929,8 +892,8 @@ def messages(model, run, task, n, samples, device, bits_per_float=(1, 2, 3, 4, 6
             logits, _ = model.step(keys[:, i], arrived)
             guesses.append(logits.argmax(-1))
         right = torch.stack(guesses, 1) == values                               # (B, n)
-        rows.append(dict(n=n, bits_per_float=k, bits=k * bits, accuracy=right.float().mean().item(),
-                         all_right=right.all(1).float().mean().item()))
+        accuracy = right.float().mean().item()
+        rows.append(dict(n=n, bits_per_float=k, bits=k * bits, accuracy=accuracy))
     return rows
 
 
@@ -1033,19 +996,16 @@ def next_neighbours(model, task, samples, device, state):
 
 @torch.no_grad()
 def rounding(model, run, task, samples, device, bits=(1, 2, 3, 4, 6, 8, 32)):
-    """The carried floats are rounded to k bits at the same moment. Returns {k: {exact,
-    exact_trees}}, the share of exact traces on all samples and on those that are trees."""
-    prompts = [prompt for prompt, _ in samples]
+    """The carried floats are rounded to k bits at the same moment. Returns {k: {exact_trees}}, the
+    share of exact traces on those samples that are trees."""
+    trees = [sample for sample in samples if sample[1][-1] == '[TRUE]']
+    prompts = [prompt for prompt, _ in trees]
     _, own = model.prefill(as_tokens(task, prompts, device))
     ranges = ranges_of_memory(model, run, task, run.n, device)
-    is_tree = [completion[-1] == '[TRUE]' for _, completion in samples]
-    trees = list(itertools.compress(samples, is_tree))
     result = {}
     for k in bits:
         written, _, _ = generate(model, task, task.n, prompts, device, round_memory(own, ranges, k))
-        of_trees = list(itertools.compress(written, is_tree))
-        result[k] = dict(exact=share_of_exact(written, samples),
-                         exact_trees=share_of_exact(of_trees, trees))
+        result[k] = dict(exact_trees=share_of_exact(written, trees))
     return result
 
 
@@ -1111,7 +1071,7 @@ def read_edges(text, n):
     try:
         edges = [tuple(map(int, edge.split('-'))) for edge in text.split()]
         possible = {*itertools.combinations(range(n), 2)}
-        different = {(min(u, v), max(u, v)) for u, v in edges}
+        different = {tuple(sorted(edge)) for edge in edges}
         if len(different) == len(edges) == n - 1 and different <= possible:
             return edges
     except ValueError:
@@ -1123,8 +1083,6 @@ def read_edges(text, n):
 # --- the command line -----------------------------------------------------------------------------
 
 IF_NOT_GIVEN = {'setup': 'all of them', 'arch': 'the first three'}
-RENAMED = {'--tasks': '--task', '--archs': '--arch', '--setups': '--setup', '--sizes': '--size',
-           '--n_nodes': '--n', '--seeds': '--seed', '--curriculum': '--order and --join'}
 
 
 def parse(argv, program='train.py', kind=Options):
@@ -1147,19 +1105,12 @@ def parse(argv, program='train.py', kind=Options):
                        help='what trained models write: a seed, or edges such as "2-1 4-0 ..."')
     group.add_argument('--probe', nargs='+', metavar='PATH',
                        help='memory transplant and rounding of trained models')
-    for argument in argv:
-        name = argument.split('=')[0]
-        if name in RENAMED:
-            raise UserError(f'{name} is now {RENAMED[name]}')
     given = vars(parser.parse_args(argv))
     if [] in given.values():                                # (argparse makes this of `--lr=--`)
         refuse('a value is missing')
     texts = {f.name: given.pop(f.name) for f in fields(Run) if f.name in given}
-    options = kind()
-    for f in fields(kind):
-        if f.name in given:
-            setattr(options, f.name, read_value(f, given.pop(f.name)))
-    return texts, options, given
+    chosen = {f.name: read_value(f, given.pop(f.name)) for f in fields(kind) if f.name in given}
+    return texts, kind(**chosen), given
 
 
 def refuse(message):
@@ -1168,7 +1119,7 @@ def refuse(message):
 
 def add_flag(group, f, default):
     switch = dict(nargs='?', const='True') if f.type is bool else {}
-    words = f.metadata['meaning'].replace('%', '%%')
+    words = f.metadata['meaning']
     if f.metadata['choices']:
         words += f': {", ".join(f.metadata["choices"])}'
     group.add_argument(f'--{f.name}', metavar='VALUE', help=f'{words} ({default})', **switch)
@@ -1177,11 +1128,10 @@ def add_flag(group, f, default):
 def read_value(f, text):
     """The text of a field's value -> the value. Raises UserError."""
     limits = f.metadata
-    if limits['choices'] and text not in limits['choices']:
-        raise UserError(f'--{f.name}={text}: choose from {", ".join(limits["choices"])}')
+    choices = ('True', 'False') if f.type is bool else limits['choices']
+    if choices and text not in choices:
+        raise UserError(f'--{f.name}={text}: choose from {", ".join(choices)}')
     if f.type is bool:
-        if text not in ('True', 'False'):
-            raise UserError(f'--{f.name}={text}: expected True or False')
         return text == 'True'
     try:
         value = f.type(text)
@@ -1239,8 +1189,6 @@ def main(argv):
     if preset == 'default' and texts.get('task') in PRESETS and not {'arch', 'setup'} & {*texts}:
         preset = texts['task']                              # (the Turing machine has a preset)
     runs = runs_of_preset(preset, texts)
-    if texts.get('layers'):
-        print(f'--layers={texts["layers"]}: with the dimensions and the recipe of --arch')
     results = (sweep if 'sweep' in given else run_all)(runs, options)
     if process_number() == 0:
         print('\n' + table(results))
