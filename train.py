@@ -448,7 +448,7 @@ def resume(path, run, model, optimizer):
 RECIPES |= read_recipes('''
 task     setup     arch        n d_state samples batch_size lr warmup evaluations order    join
 istree   direct    deltanet    14  16  10_000   32   1e-3   0.05  8   alone       0
-istree   cot       deltanet    14  16  200_000  16   8e-3   0.25  8   alone       0
+istree   cot       deltanet    14  16  200_000  16   16e-3  0.25  8   alone       0
 istree   retrieval deltanet    14  16  24_000   8    16e-3  0.25  8   small-first 0.5
 istree   cot       gru         14  64  200_000  16   4e-3   0.25  8   alone       0
 index    direct    transformer 16  1   256_000  16   4e-3   0.25  16  together    0
