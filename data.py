@@ -113,7 +113,6 @@ class Task:
     setups = SETUPS
     distributions = ('',)       # names of ways to draw a sample, the first is the usual one
     possible_n = range(2, 4097)
-    smallest_n = 10 ** 9        # in a run that mixes several n (here: none is smaller than n)
     patterns = ()
 
     def __init__(self, n, setup, distribution=''):
@@ -142,8 +141,13 @@ class Task:
 
     def mixed(self):
         """Training may start with smaller samples (`order` in train.py): the n that it uses,
-        ascending. They are n, and n/2, or smallest_n if that is larger."""
-        return sorted({max(self.n // 2, min(self.smallest_n, self.n)), self.n})
+        ascending."""
+        return [self.n]
+
+
+def half_and_whole(n, smallest):
+    """Two sizes that a run mixes: half of n, but not below `smallest`, and n."""
+    return sorted({max(n // 2, min(smallest, n)), n})
 
 
 def numbers(n):
@@ -155,7 +159,6 @@ class IsTree(Task):
     """Is the graph a tree? See the top of this file."""
     distributions = ('two_star', 'random')
     possible_n = range(4, 4097)
-    smallest_n = 6              # (there are too few smaller graphs)
     words_of = staticmethod(numbers)
     # Queries, and the regular expressions that answer them. V and W stand for the query's numbers:
     # for the query `5 - 0`, the last pattern becomes
@@ -194,6 +197,9 @@ class IsTree(Task):
 
     def chance(self, n):
         return 1 / 2
+
+    def mixed(self):
+        return half_and_whole(self.n, smallest=6)       # (there are too few smaller graphs)
 
 
 TASKS = {'istree': IsTree}
@@ -467,7 +473,7 @@ class Primitive(Task):
     possible_n = range(2, 513)
     query_length = 1
     trace_length = 4                # words of the longest look-up
-    smallest_n = 2
+    smallest_n = 2                          # in a run that mixes several n
 
     def how_many_numbers(self, n):
         """So many that values rarely repeat, and that small n have enough prompts."""
@@ -676,7 +682,6 @@ class Turing(Task):
     the length tells nothing, and only the parities of all letters' counts do. A subclass may have
     other letters, or the table of another machine and tapes for it."""
     setups = ('cot', 'retrieval')
-    smallest_n = 7              # (of shorter palindromes there are too few)
     letters = 'abcdefgh'
     table = transitions(PALINDROME, letters)
     patterns = ((r'(\d+)', r'^\[BOS\][^[]*? V ([a-z_])| V ~ ([a-z_])\b'),)
@@ -715,6 +720,9 @@ class Turing(Task):
 
     def chance(self, n):
         return 1 / 2
+
+    def mixed(self):
+        return half_and_whole(self.n, smallest=7)       # (there are too few shorter palindromes)
 
     def longest(self, n):
         """That of any palindrome: (n+1)(n+2)/2 steps and n records."""
